@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: MIT
+"""Stage 4: every policy, and the base it came from, on every benchmark, clean and damaged.
+
+Greedy decoding; the same prompts, batches and grader for all. Beside right or wrong each answer keeps what tells seeing
+from guessing: its form, its length, whether it was cut, and how likely the gold answer was where the policy gave its
+own. The difference of that between a clean and a blank picture is the visual information, in nats.
+
+reads   data/study.json, data/questions/, data/corrupted/, data/policies/
+writes  data/answers/POLICY/SOURCE/NAME.jsonl, a line per graded answer; NAME is clean or a corruption
+run     python 04_evaluate.py                     # all policies and inputs: about 3 minutes on 2 CPU cores
+        python 04_evaluate.py --policies base standard-s0 --corruptions clean blank --limit 100
+"""
+import importlib
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+prepare = importlib.import_module("01_prepare")  # before torch: it says how its threads wait
+train = importlib.import_module("03_train_grpo")
+
+import torch
+from datasets import Dataset
+from tqdm import tqdm
+
+Policy, Question, UserError, option = train.Policy, prepare.Question, prepare.UserError, prepare.option
+
+BATCH_SIZE = {"tiny": 80, "3b": 16, "7b": 8}  # prompts decoded together
+
+
+@dataclass
+class Config:
+    data: str = option("data", "the study's folder")
+    policies: list[str] = option([], "base, or folders of data/policies [all that are finished]")
+    benchmarks: list[str] = option([], "sources of stage 1 [all benchmarks of the study]")
+    corruptions: list[str] = option([], "inputs: clean, or names of stage 2 [all there are]")
+    limit: int = option(None, "questions per benchmark, spread over its groups [all]")
+    batch_size: int = option(None, "prompts decoded together: lower it when memory is short [preset]")
+    max_new_tokens: int = option(None, "tokens; a longer answer is cut [as in training]")
+
+
+def answer_prefix(response: str) -> str:
+    """The response up to where its answer begins; where it boxed none, a box is opened at its end."""
+    head, box, _ = response.rpartition("\\boxed{")
+    return (head if box else response) + "\\boxed{"
+
+
+@torch.no_grad()
+def gold_logprobs(policy: Policy, prefix: train.Prefix, questions: Sequence[Question], responses: Sequence[str]) -> list[float]:
+    """log p(gold answer | question, the policy's own reasoning), in nats, teacher-forced inside the policy's own box.
+
+    The reasoning is the greedy one, and stands for the sum over all that the policy might have reasoned.
+    """
+    encode = lambda text: policy.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    heads = [encode(answer_prefix(response)) for response in responses]
+    golds = [encode(prepare.gold_texts(question)[0]) for question in questions]
+    length = max(len(head) + len(gold) for head, gold in zip(heads, golds))
+    pad = policy.tokenizer.pad_token_id
+    tokens = torch.tensor([h + g + [pad] * (length - len(h) - len(g)) for h, g in zip(heads, golds)], device=policy.device)
+    logprobs, _ = train.score_tokens(policy, prefix, torch.arange(len(heads), device=policy.device), tokens)
+    return [row[len(h):len(h) + len(g)].sum().item() for row, h, g in zip(logprobs, heads, golds)]
+
+
+def answer(policy: Policy, questions: Sequence[Question], max_new_tokens: int) -> list[dict]:
+    """Greedy answers to a batch of questions, graded: rows of the answers file."""
+    prompts = [policy.encode(question) for question in questions]
+    with torch.no_grad():
+        prefix = train.encode_prompts(policy, prompts, train.look(policy, prompts))
+    done = train.generate(policy, prefix, max_new_tokens)
+    responses, grades, _ = train.grade_completions(policy, questions, done)
+    golds = gold_logprobs(policy, prefix, questions, responses)
+    return [{"id": question["id"], "group": question["group"], "needs_image": question["needs_image"], "response": response,
+             "answer": grade.answer, "gold": question["answer"], "correct": grade.correct, "well_formed": grade.well_formed,
+             "truncated": not finished, "tokens": length, "gold_logprob": round(gold, 4)}
+            for question, response, grade, finished, length, gold in zip(
+                questions, responses, grades, done.finished.tolist(), done.lengths.tolist(), golds)]
+
+
+def evaluate(policy: Policy, table: Dataset, rows: Sequence[int], path: Path, origin: dict, batch_size: int, name: str) -> list[dict]:
+    """Answer the questions `rows` of a table into `path`, batch by batch; `origin` stands in every line.
+
+    Whole batches go to a .part file beside it as they are made: an interrupted evaluation continues there. Answers that
+    were made from something else than `origin` are made again.
+    """
+    ids, part = table["id"][:], path.with_name(path.name + ".part")
+    for file in (path, part):
+        done = prepare.read_jsonl(file) if file.exists() else []
+        if [(row["id"], row | origin) for row in done] == [(ids[row], line) for row, line in zip(rows, done)] and done:
+            break
+    else:
+        done = []
+    if len(done) == len(rows):
+        return done
+    done = done[:len(done) // batch_size * batch_size]  # the last batch may be half written
+    prepare.write_jsonl(part, done)
+    for start in tqdm(range(len(done), len(rows), batch_size), desc=name, leave=False, disable=None):
+        batch = [table[row] for row in rows[start:start + batch_size]]
+        new = [row | origin for row in answer(policy, batch, origin["max_new_tokens"])]
+        prepare.append_jsonl(part, new)
+        done += new
+    part.replace(path)
+    return done
+
+
+def find_policies(config: Config, study: dict) -> dict[str, tuple[Path | None, dict[str, str]]]:
+    """Name -> (folder of its adapter, or None for the base; what it was made from: artifact -> sha256)."""
+    data, model_files = Path(config.data), study["model_files"]
+    finished = sorted(path.parent.name for path in (data / "policies").glob("*/config.json"))
+    found = {}
+    for name in config.policies or ["base", *finished]:
+        if name == "base":
+            found[name] = (None, model_files)
+        elif name in finished:
+            folder = data / "policies" / name
+            made_from = json.loads((folder / "config.json").read_text())["settings"]["made_from"]
+            prepare.check_fresh(data, folder, made_from, "delete that folder and run 03_train_grpo.py again")
+            adapter = folder / "adapter_model.safetensors"
+            found[name] = (folder, model_files | {str(adapter.relative_to(data)): prepare.sha256(adapter)})
+        else:
+            raise UserError(f"{data / 'policies' / name} holds no finished policy: choose from {', '.join(['base', *finished])}, "
+                            "or run 03_train_grpo.py")
+    return found
+
+
+def find_inputs(config: Config, study: dict) -> list[tuple[str, str, dict[str, str]]]:
+    """(source, clean or a corruption, what it was made from) of every file of questions to answer."""
+    data, inputs = Path(config.data), []
+    for source in config.benchmarks or study["sources"]["benchmarks"]:
+        if source not in study["sources"]["benchmarks"]:
+            raise UserError(f"{source} is no benchmark of {data / 'study.json'}: run 01_prepare.py with --benchmarks {source}, "
+                            f"or choose from {', '.join(study['sources']['benchmarks'])}")
+        clean = prepare.input_path(source, "clean")
+        prepare.check_fresh(data, data / "study.json", {clean: study["artifacts"][clean]}, "run 01_prepare.py again")
+        there = sorted(path.stem for path in (data / "corrupted" / source).glob("*.parquet"))
+        for name in config.corruptions or ["clean", *there]:
+            if name != "clean" and name not in there:
+                raise UserError(f"{data / prepare.input_path(source, name)} is missing: run 02_corrupt.py --corruptions {name}")
+            relative = prepare.input_path(source, name)
+            prepare.check_fresh(data, data / relative, prepare.made_from(data / relative), "run 02_corrupt.py again")
+            inputs.append((source, name, {relative: prepare.sha256(data / relative)}))
+    return inputs
+
+
+def main(config: Config) -> dict[tuple[str, str, str], list[dict]]:
+    """Evaluate; returns the rows of each answers file by (policy, source, clean or corruption)."""
+    data = Path(config.data)
+    study = prepare.load_study(data)
+    batch_size = config.batch_size or BATCH_SIZE[study["preset"]]
+    max_new_tokens = config.max_new_tokens or train.PRESETS[study["preset"]]["max_new_tokens"]
+    policies, inputs, answers = find_policies(config, study), find_inputs(config, study), {}
+    for policy_name, (adapter, made_from) in policies.items():
+        policy, start = None, time.perf_counter()
+        for source, name, questions in inputs:
+            table = prepare.read_questions(data / prepare.input_path(source, name), "run 02_corrupt.py")
+            tests = [row for row, split in enumerate(table["split"][:]) if split == "test"]
+            ids, groups = ([table[column][:][row] for row in tests] for column in ("id", "group"))
+            lengths = table["prompt_tokens"][:]  # longest first: what does not fit into memory shows at once; little padding
+            rows = sorted((tests[i] for i in prepare.stratified(ids, groups, config.limit)), key=lambda row: -lengths[row])
+            if policy is None:
+                policy = train.load_policy(prepare.model_path(data, study), study["max_pixels"], adapter)
+            path = data / "answers" / policy_name / source / f"{name}.jsonl"
+            origin = {"made_from": made_from | questions, "max_new_tokens": max_new_tokens}
+            done = evaluate(policy, table, rows, path, origin, batch_size, f"{policy_name} {source} {name}")
+            answers[policy_name, source, name] = done
+        right = {(source, name): sum(row["correct"] for row in rows) / len(rows)
+                 for (who, source, name), rows in answers.items() if who == policy_name}
+        print(f"{policy_name}: " + ", ".join(f"{source} {name} {share:.1%}" for (source, name), share in right.items())
+              + f" ({time.perf_counter() - start:.0f} s)")
+    return answers
+
+
+if __name__ == "__main__":
+    prepare.run(main, Config, __doc__)

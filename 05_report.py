@@ -1,0 +1,921 @@
+# SPDX-License-Identifier: MIT
+"""Stage 5: what it all says: how much of each gain needs the picture.
+
+A policy that learned to look loses its gain when the picture is taken away; one that learned to guess, or to write in
+the asked-for form, keeps it. So each gain over the base is split into format, image-free and visual, on the same
+questions, with intervals; and before anyone believes the split, it must find the truth where the truth is known.
+
+reads   data/study.json, data/questions/, data/corrupted/, data/policies/RUN/{config.json,train.jsonl}, data/answers/
+writes  data/report/index.html (open it), results.json (shares, not percent), tables.md
+run     python 05_report.py
+takes   10 s for four policies on 320 questions under fourteen inputs, on a laptop core
+"""
+import base64
+import importlib
+import inspect
+import io
+import json
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jinja2
+import numpy as np
+from markupsafe import Markup
+from PIL import Image
+
+prepare = importlib.import_module("01_prepare")
+UserError, option = prepare.UserError, prepare.option
+
+PARTS = {"format": "format: it can be read", "image_free": "image-free: right without the picture", "visual": "visual: needs the picture"}
+INPUTS = "clean blank removed noise blur occlude irrelevant mismatch misleading unsaid".split()  # order of columns
+SEVERITY = {"blur": 0.2, "occlude": 0.5}  # of stage 2's plain names
+BLIND_BEST = {"count": 0.42, "colour": 0.26, "more": 0.70, "both": 0.42}  # shapes: as often as a guess can be right
+SAYS = {"claims to see": r"\bI (?:can )?(?:see|observe)\b|\b(?:image|picture|figure|diagram) (?:shows|depicts|contains)\b",
+        "sees nothing": r"\b(?:blank|no (?:image|picture)|(?:cannot|can't) see)\b",
+        "checks itself": r"\b(?:wait|let me (?:check|verify)|double.check|verify)\b",
+        "admits a guess": r"\b(?:guess(?:ing)?|probably|assum(?:e|ing))\b"}
+INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff\ufffe\uffff]")
+GALLERY_CHARACTERS = 2_500_000  # of pictures: the page stays below 5 MB
+
+
+@dataclass
+class Config:
+    data: str = option("data", "the study's folder")
+    resamples: int = option(2000, "bootstrap resamples behind an interval")
+    gallery: int = option(6, "questions of each source in the gallery, each of another group")
+
+
+# Intervals and tests
+
+
+def wilson(hits: int, n: int) -> list[float]:
+    """95% interval of a share p: (p + z^2/2n +- z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n) (Wilson, JASA 1927)."""
+    z, p = 1.959963984540054, hits / n
+    centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return [max(0.0, (centre - half) / (1 + z * z / n)), min(1.0, (centre + half) / (1 + z * z / n))]
+
+
+def share(hits: Iterable, names: Sequence[str] = ("count", "share")) -> dict:
+    hits = [bool(hit) for hit in hits]
+    return {"n": len(hits), names[0]: sum(hits), names[1]: sum(hits) / len(hits), "ci95": wilson(sum(hits), len(hits))}
+
+
+def accuracy(rows: Iterable[Mapping]) -> dict:
+    return share((row["correct"] for row in rows), ("correct", "accuracy"))
+
+
+def mcnemar(only_one: int, only_two: int) -> float:
+    """Exact two-sided p of McNemar's test: do the questions that only one of two policies got right fall evenly?"""
+    n = only_one + only_two
+    return min(1.0, 2 * sum(math.comb(n, i) for i in range(min(only_one, only_two) + 1)) / 2**n)
+
+
+def holm(ps: Sequence[float]) -> list[float]:
+    """p values corrected for their number: the i-th smallest of m times m - i + 1, never falling (Holm 1979)."""
+    corrected, highest = [0.0] * len(ps), 0.0
+    for rank, i in enumerate(np.argsort(ps, kind="stable")):
+        highest = corrected[i] = max(highest, min(1.0, (len(ps) - rank) * ps[i]))
+    return corrected
+
+
+def resample(n: int, resamples: int, *seed) -> np.ndarray:
+    """Bootstrap weights (1 + resamples, n); each row adds up to 1. Row 0 is the sample itself."""
+    rng = np.random.default_rng(list(json.dumps(seed).encode()))
+    return np.vstack([np.ones((1, n)), rng.multinomial(n, np.full(n, 1 / n), resamples)]) / n
+
+
+def estimate(replicates: np.ndarray, n: int) -> dict:
+    """Value and 95% percentile interval of a statistic from its replicates (1 + resamples,)."""
+    if not np.isfinite(replicates[0]):
+        return {"value": None, "ci95": None, "n": n}
+    return {"value": float(replicates[0]), "ci95": np.nanpercentile(replicates[1:], [2.5, 97.5]).tolist(), "n": n}
+
+
+def form_part(weights: np.ndarray, strata: np.ndarray, correct: np.ndarray, formed: np.ndarray, formed_policy: np.ndarray) -> np.ndarray:
+    """What the base would gain if only its answers were as well formed as the policy's: replicates (R,).
+
+        sum over strata s of (W_policy,s - W_base,s) * (A_base,s among well formed - A_base,s among others)
+
+    W is the share of all questions that are in s and well formed, A an accuracy: the composition part of a standardised
+    difference (Kitagawa, JASA 1955). Strata (n, S) are groups and answer types: form and difficulty both differ between
+    them. A stratum's A counts one answer more, of overall accuracy, so that an empty one has one. It is assumed that,
+    within a stratum, answers which the base spoilt would have been right as often as those which it did not.
+    """
+    one = 1 / len(strata)
+
+    def accuracies(kept):
+        number, right = ((weights * x) @ strata for x in (kept, kept * correct))  # (R, S)
+        with np.errstate(invalid="ignore"):
+            overall = right.sum(1, keepdims=True) / number.sum(1, keepdims=True)
+        return (right + one * overall) / (number + one)
+
+    worth = accuracies(formed) - (accuracies(1 - formed) if (formed == 0).any() else 0.0)
+    return ((weights * (formed_policy - formed)) @ strata * worth).sum(1)
+
+
+def split_gain(weights: np.ndarray, strata: np.ndarray, base: Mapping, policy: Mapping, without: str | None) -> dict:
+    """A policy's gain over the base in accuracy, and what it is made of.
+
+        total       accuracy(policy) - accuracy(base) on clean input
+        format      `form_part` on clean input
+        image_free  the same difference on the input `without` a picture, less `form_part` there
+        visual      total - format - image_free
+        surviving   (format + image_free) / total; told only where total's interval is above 0
+
+    Whoever learns the form alone gets image_free = visual = 0; whoever learns to guess or to reason from the text alone
+    gets visual = 0; whoever stops looking gets visual < 0. The visual part is gone when the picture is gone: it is better
+    sight, or better use of what is seen. `base`, `policy`: input -> (correct, formed), each (1, n), or (R, n) where runs
+    are drawn too.
+    """
+    n, gain, form = len(strata), {}, {}
+    for name in filter(None, ("clean", without)):
+        (correct, formed), (correct_policy, formed_policy) = base[name], policy[name]
+        gain[name] = (weights * (correct_policy - correct)).sum(1)
+        form[name] = form_part(weights, strata, correct, formed, formed_policy)
+    total, out = gain["clean"], {"total": estimate(gain["clean"], n), "format": estimate(form["clean"], n)}
+    unknown = lambda reason: out | {"surviving_share": {"value": None, "ci95": None, "n": n, "reason": reason}}
+    if without is None:
+        return unknown("no answers without a picture")
+    image_free = gain[without] - form[without]
+    out |= {"image_free": estimate(image_free, n), "visual": estimate(total - form["clean"] - image_free, n)}
+    if out["visual"]["value"] is None:
+        return unknown("the base has no well-formed answer")
+    if out["total"]["ci95"][0] <= 0:
+        return unknown("no gain is shown")
+    return out | {"surviving_share": estimate((form["clean"] + image_free) / np.where(total == 0, np.nan, total), n)}
+
+
+def mean_of_some(weights: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """Replicates of a mean over some of the questions; none where a resample has none of them."""
+    with np.errstate(invalid="ignore"):
+        return weights @ x / weights.sum(1)
+
+
+def net_following(answers: np.ndarray, shown: np.ndarray, gold: np.ndarray, weights: np.ndarray) -> dict:
+    """Share of answers that follow a swapped picture, less the share that fit the picture not shown.
+
+    Where questions and pictures trade places, whoever never looks hits both equally often and gets 0; whoever always
+    looks gets 1. All (n,); an answer is a string or a number.
+    """
+    follows, keeps = answers == shown, answers == gold
+    return {**estimate(mean_of_some(weights, 1.0 * follows - keeps), len(answers)), "follows": share(follows), "keeps": share(keeps)}
+
+
+# Answers
+
+
+@dataclass
+class Panel:
+    """All answers to a source, on the same n questions for every policy and input."""
+    source: str
+    questions: list[dict]                      # records of stage 1, without pictures
+    answers: dict[str, dict[str, list[dict]]]  # policy -> input -> n rows of stage 4
+    weights: np.ndarray                        # (R, n)
+    shown: list[str | None]                    # what a mismatched picture says, where it belongs to the same question
+    left_out: int                              # questions without an answer of some policy under some input
+
+    @property
+    def strata(self) -> np.ndarray:
+        """Groups by answer types, one-hot (n, S)."""
+        keys = [json.dumps([q["group"], q["answer_type"]]) for q in self.questions]
+        return np.eye(len(set(keys)))[np.unique(keys, return_inverse=True)[1]]
+
+    @property
+    def inputs(self) -> list[str]:
+        return sorted({name for inputs in self.answers.values() for name in inputs}, key=input_order)
+
+    @property
+    def without(self) -> str | None:
+        """The input without a picture that all policies answered."""
+        return next((name for name in ("blank", "removed") if all(name in inputs for inputs in self.answers.values())), None)
+
+    def column(self, policy: str, name: str, key: str) -> np.ndarray:
+        return np.array([row[key] for row in self.answers[policy][name]], float)
+
+    def outcomes(self, runs: Sequence[str]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Input -> (correct, formed), each (runs, n)."""
+        return {name: tuple(np.stack([self.column(run, name, key) for run in runs]) for key in ("correct", "well_formed"))
+                for name in self.inputs if all(name in self.answers[run] for run in runs)}
+
+
+def input_order(name: str) -> tuple:
+    kind = name.partition("-")[0]
+    return INPUTS.index(kind) if kind in INPUTS else len(INPUTS), severity(name), name
+
+
+def severity(name: str) -> float:
+    kind, _, level = name.partition("-")
+    return float(level) if re.fullmatch(r"\d+(?:\.\d+)?", level) else SEVERITY.get(kind, 0.0)
+
+
+def family(policy: str) -> str:
+    """A run's name without its seed."""
+    return re.sub(r"-s\d+$", "", policy)
+
+
+def policy_order(policy: str) -> tuple:
+    conditions, seed = ["base", "standard", "hallucination", "mixed"], policy.removeprefix(family(policy))[2:]
+    condition = policy.partition("-")[0]
+    return conditions.index(condition) if condition in conditions else 4, family(policy), int(seed or 0), policy
+
+
+def read_answers(data: Path, path: Path, checked: dict) -> list[dict]:
+    """The rows of an answers file, whole, in stage 4's form, and made from what lies in the data folder now."""
+    remedy = f"delete it and run 04_evaluate.py --data {data} again"
+    try:
+        rows = prepare.read_jsonl(path)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is no file of answers ({error}): {remedy}") from error
+    with open(path, "rb") as file:
+        if len(rows) != sum(1 for _ in file) or not rows:
+            raise UserError(f"{path} row {len(rows) + 1} cannot be read: {remedy}")
+    kinds = {"id": str, "response": str, "answer": (str, type(None)), "gold": str, "correct": bool, "well_formed": bool,
+             "truncated": bool, "gold_logprob": (int, float), "made_from": dict}
+    for i, row in enumerate(rows):
+        wrong = [key for key, kind in kinds.items() if not isinstance(row, dict) or not isinstance(row.get(key), kind)]
+        if wrong or prepare.input_path(path.parent.name, path.stem) not in row["made_from"]:
+            raise UserError(f"{path} row {i + 1} has no proper {(wrong or ['made_from'])[0]}: {remedy}")
+        new = {key: digest for key, digest in row["made_from"].items() if checked.get(key) != digest}
+        prepare.check_fresh(data, path, new, f"run 04_evaluate.py --data {data} again")
+        checked |= new
+    if len({row["id"] for row in rows}) != len(rows):
+        raise UserError(f"{path} answers a question twice: {remedy}")
+    return rows
+
+
+def load_panels(data: Path, study: Mapping, resamples: int, notes: list[str], checked: dict) -> list[Panel]:
+    """The answers to every benchmark; what is not counted is noted, and what they were made from goes to `checked`."""
+    files, panels = defaultdict(lambda: defaultdict(list)), []
+    for path in sorted(data.glob("answers/*/*/*")):
+        if path.suffix != ".jsonl" or path.parent.name not in study["sources"]["benchmarks"]:
+            notes.append(f"{path.relative_to(data)} is unfinished, or of no benchmark of this study: not counted")
+        else:
+            files[path.parent.name][path.parent.parent.name].append(path)
+    for source in study["sources"]["benchmarks"]:
+        for policy in ["base", *files[source]]:
+            if "clean" not in [path.stem for path in files[source][policy]]:
+                raise UserError(f"{data / 'answers' / policy / source / 'clean.jsonl'} is missing: run 04_evaluate.py --data {data}")
+        answers = {policy: {path.stem: read_answers(data, path, checked) for path in files[source][policy]}
+                   for policy in sorted(files[source], key=policy_order)}
+        panels.append(make_panel(data, source, answers, resamples, study["seed"]))
+        missing = {path.parent.name for path in data.glob("policies/*/config.json")} - set(answers)
+        notes += [f"{run} has no answers to {source}: 04_evaluate.py makes them" for run in sorted(missing)]
+        if panels[-1].left_out:
+            notes.append(f"{panels[-1].left_out} questions of {source} lack an answer of some policy under some input: "
+                         f"all numbers are on the other {len(panels[-1].questions)}")
+    return panels
+
+
+def make_panel(data: Path, source: str, answers: dict, resamples: int, seed: int) -> Panel:
+    """Cut the answers to the questions that all policies answered under all inputs."""
+    def records(name):
+        table = prepare.read_questions(data / prepare.input_path(source, name), "run 01_prepare.py and 02_corrupt.py again")
+        return {row["id"]: row for row in table.remove_columns("images").to_list()}
+    questions = records("clean")
+    sets = [{row["id"] for row in rows} for inputs in answers.values() for rows in inputs.values()]
+    ids = [i for i in questions if all(i in each for each in sets)]
+    if not ids:
+        raise UserError(f"{data / 'answers'}: no question of {source} has an answer of every policy under every input: "
+                        f"run 04_evaluate.py --data {data} again, with one --limit for all")
+    for inputs in answers.values():
+        for name, rows in inputs.items():
+            by_id = {row["id"]: row for row in rows}
+            inputs[name] = [by_id[i] for i in ids]
+    swapped = records("mismatch") if any("mismatch" in inputs for inputs in answers.values()) else {}
+    donors = [questions.get(swapped[i]["donor"], {}) if i in swapped else {} for i in ids]
+    shown = [d["answer"] if d and (d["problem"], d["choices"]) == (questions[i]["problem"], questions[i]["choices"]) else None
+             for i, d in zip(ids, donors)]
+    return Panel(source, [questions[i] for i in ids], answers, resample(len(ids), resamples, seed, source), shown,
+                 len(set().union(*sets)) - len(ids))
+
+
+# What is measured
+
+
+def measure(panel: Panel, policy: str) -> dict:
+    """All that is said of one policy on one source, apart from comparisons.
+
+    Strict accuracy: share of questions that are right with the picture and not right without it. Visual information: mean
+    over questions of log p(gold | picture) - log p(gold | no picture), each after the policy's own reasoning, in nats.
+    """
+    inputs, without = panel.answers[policy], panel.without
+    asked = {name: inputs[name] for name in ("clean", without) if name}
+    rows_of = lambda key: {value: [i for i, q in enumerate(panel.questions) if q[key] == value]
+                           for value in sorted({q[key] for q in panel.questions} - {None}, key=str)}
+    out = {"accuracy": {name: accuracy(inputs[name]) for name in sorted(inputs, key=input_order)},
+           "breakdown": {key: {str(value): {name: accuracy(rows[i] for i in chosen) for name, rows in asked.items()}
+                               for value, chosen in rows_of(key).items()} for key in ("needs_image", "group")},
+           "says": {name: {what: share(re.search(words, row["response"][:20_000], re.I) for row in rows) for what, words in SAYS.items()}
+                    for name, rows in asked.items()},
+           "answers": {name: {str(group): {text: share(rows[i]["answer"] == text for i in chosen) for text in frequent(panel, chosen)}
+                              for group, chosen in rows_of("group").items()} for name, rows in asked.items()}}
+    for key in ("well_formed", "truncated"):
+        out[key] = {name: share(row[key] for row in rows) for name, rows in asked.items()}
+    if policy == "base":
+        out["gold"] = {str(group): frequent(panel, chosen) for group, chosen in rows_of("group").items()}
+    if without:
+        information = panel.column(policy, "clean", "gold_logprob") - panel.column(policy, without, "gold_logprob")
+        out["visual_information"] = {**estimate(panel.weights @ information, len(information)), "unit": "nats"}
+        out["strict"] = share(a["correct"] and not b["correct"] for a, b in zip(inputs["clean"], inputs[without]))
+    told = [i for i, shown in enumerate(panel.shown) if shown not in (None, panel.questions[i]["answer"])]
+    if "mismatch" in inputs and told:
+        plain = lambda texts: np.array([(text or "").strip().casefold() for text in texts])
+        rows = [inputs["mismatch"][i] for i in told]
+        out["follows_picture"] = net_following(plain(row["answer"] for row in rows), plain(panel.shown[i] for i in told),
+                                               plain(panel.questions[i]["answer"] for i in told), panel.weights[:, told])
+    return out
+
+
+def frequent(panel: Panel, chosen: Sequence[int], most: int = 6) -> dict[str, dict]:
+    """The most frequent right answers to some questions, and how frequent they are."""
+    counted = Counter(panel.questions[i]["answer"] for i in chosen).most_common(most)
+    return {text: {"n": len(chosen), "count": n, "share": n / len(chosen), "ci95": wilson(n, len(chosen))} for text, n in counted}
+
+
+def compare(panels: Sequence[Panel]) -> list[dict]:
+    """Each policy against the base, and against the standard run of its seed, on clean input; Holm over all of these."""
+    tests = []
+    for panel in panels:
+        for policy in panel.answers:
+            for reference in ("base", f"standard-{policy.rpartition('-')[2]}"):
+                if policy not in ("base", reference) and reference in panel.answers:
+                    one, two = (panel.column(name, "clean", "correct") for name in (policy, reference))
+                    only = int((one > two).sum()), int((two > one).sum())
+                    tests.append({"source": panel.source, "input": "clean", "policy": policy, "reference": reference, "p": mcnemar(*only),
+                                  "only_policy": only[0], "only_reference": only[1], **estimate(panel.weights @ (one - two), len(one))})
+    for test, p in zip(tests, holm([test["p"] for test in tests])):
+        test["p_holm"] = p
+    return tests
+
+
+def collect(panels: Sequence[Panel], seed: int) -> dict:
+    """results.json, apart from where it comes from. Runs that differ in their seed alone are also pooled.
+
+    Pooled intervals draw the runs again as well as the questions; with few runs they still understate how runs differ.
+    """
+    out = defaultdict(lambda: defaultdict(dict), gains={}, pooled={})
+    for panel in panels:
+        base, split = panel.outcomes(["base"]), lambda outcomes: split_gain(panel.weights, panel.strata, base, outcomes, panel.without)
+        for policy in panel.answers:
+            for key, value in measure(panel, policy).items():
+                out[key][policy][panel.source] = value
+        for policy in list(panel.answers)[1:]:
+            out["gains"].setdefault(policy, {})[panel.source] = gain = split(panel.outcomes([policy]))
+            runs = [run for run in panel.answers if family(run) == family(policy)]
+            if policy == runs[-1]:
+                drawn = resample(len(runs), len(panel.weights) - 1, seed, *runs)  # (R, k)
+                outcomes = {name: [drawn @ x for x in pair] for name, pair in panel.outcomes(runs).items()}
+                out["pooled"].setdefault(family(policy), {})[panel.source] = {
+                    "runs": runs, "gains": split(outcomes) if len(runs) > 1 else gain,
+                    "accuracy": {name: estimate((panel.weights * x).sum(1), len(panel.questions)) for name, (x, _) in outcomes.items()}}
+    sources = {panel.source: {"n": len(panel.questions), "left_out": panel.left_out, "policies": list(panel.answers),
+                              "inputs": panel.inputs, "without_picture": panel.without} for panel in panels}
+    entries = check_measures() + [entry for panel in panels if panel.source == "shapes" for entry in check_shapes(panel)]
+    return {**out, "sources": sources, "tests": compare(panels),
+            "instrument_check": {"passed": all(entry["passed"] for entry in entries), "entries": entries}}
+
+
+# Does the instrument find the truth where it is known?
+
+WORLD = [(True, (0.4, 0.3, 0.2, 0.1), 0.4), (True, (0.7, 0.3), 0.9), (True, (0.25,) * 4, 0.6), (False, (0.1,) * 10, 0.7)]
+# groups of questions: whether they need the picture, how frequent each answer is, how often a base is well formed
+NOVICE = {"sees": 0.0, "reads": 0.3, "majority": False, "form": 1.0}  # form: exponent on a group's share of well-formed answers
+LEARNERS = {  # what a base is, what training changes, and the one part in which the whole gain must land
+    "learns nothing": ({"sees": 0.3}, {}, None),
+    "learns the form alone": ({"sees": 0.3}, {"form": 0.1}, "format"),
+    "learns to look at 6 pictures in 10": ({}, {"sees": 0.6}, "visual"),
+    "learns to see all": ({}, {"sees": 1.0}, "visual"),
+    "forgets to look": ({"sees": 0.6}, {"sees": 0.0}, "visual"),
+    "learns which answer is frequent": ({}, {"majority": True}, "image_free"),
+    "learns to reason from the text": ({"sees": 0.3}, {"reads": 0.9}, "image_free"),
+}
+
+
+def simulate(rng: np.random.Generator, gold: np.ndarray, donor: np.ndarray, sees, reads, majority, form) -> dict:
+    """Input -> (answers, correct, formed), of a policy that sees, reads and guesses with known probability; n questions."""
+    n, group = len(gold), np.arange(len(gold)) % len(WORLD)
+    needs, options, formed_share = (np.array(x)[group] for x in zip(*((needs, len(w), f) for needs, w, f in WORLD)))
+    out = {}
+    for name, shown in ("clean", gold), ("blank", None), ("mismatch", donor):
+        answer = np.zeros(n, int) if majority else (rng.random(n) * options).astype(int)  # 0 is each group's likeliest
+        answer = np.where(~needs & (rng.random(n) < reads), gold, answer)
+        if shown is not None:
+            answer = np.where(needs & (rng.random(n) < sees), shown, answer)
+        formed = rng.random(n) < formed_share**form
+        out[name] = answer, 1.0 * ((answer == gold) & formed)[None], 1.0 * formed[None]
+    return out
+
+
+def expected_accuracy(sees, reads, majority, form) -> float:
+    """Of such a policy on clean input, in closed form: well formed, and known or guessed."""
+    return float(np.mean([f**form * (k + (1 - k) * (w[0] if majority else 1 / len(w)))
+                          for needs, w, f in WORLD for k in [sees if needs else reads]]))
+
+
+def check_measures(n: int = 4000) -> list[dict]:
+    """Simulated policies of known truth, through the same functions as the real ones.
+
+    A measurement passes within one width of its 95% interval, four standard errors, of the truth.
+    """
+    rng, group = np.random.default_rng(1), np.arange(n) % len(WORLD)
+    gold, donor = (np.array([rng.choice(len(WORLD[g][1]), p=WORLD[g][1]) for g in group]) for _ in range(2))
+    weights, entries = resample(n, 500, "check"), []
+
+    def check(what, found, truth):
+        width = found["ci95"][1] - found["ci95"][0]
+        entries.append({"check": what, "truth": truth, **found, "passed": bool(abs(found["value"] - truth) <= width)})
+    for learner, (was, change, part) in LEARNERS.items():
+        before, after = NOVICE | was, NOVICE | was | change
+        base, policy = ({name: x[1:] for name, x in simulate(rng, gold, donor, **settings).items()} for settings in (before, after))
+        found = split_gain(weights, np.eye(len(WORLD))[group], base, policy, "blank")
+        for name in ("total", *PARTS):
+            truth = expected_accuracy(**after) - expected_accuracy(**before) if name in ("total", part) else 0.0
+            check(f"{learner}: {name.replace('_', '-')}", found[name], truth)
+    swapped = (group < 3) & (gold != donor)
+    for sees in (0.0, 0.6, 0.95):
+        answers = simulate(rng, gold, donor, **NOVICE | {"sees": sees})["mismatch"][0]
+        found = net_following(*(x[swapped] for x in (answers, donor, gold)), weights[:, swapped])
+        check(f"looks at {sees:.0%} of swapped pictures", found, sees)
+    return entries
+
+
+def check_shapes(panel: Panel) -> list[dict]:
+    """The study's own policies on shapes: what must hold for whoever answers these questions.
+
+    Where the text suffices, taking the picture away changes nothing (McNemar); where it does not, nobody beats the best
+    guess without a picture (binomial). A test fails if its p, corrected by Holm, is below 0.01.
+    """
+    entries, groups = [], np.array([q["group"] for q in panel.questions])
+    suffices = np.array([q["needs_image"] is False for q in panel.questions])
+    for policy in panel.answers if panel.without else ():
+        clean, without = (panel.column(policy, name, "correct") for name in ("clean", panel.without))
+        if suffices.any():
+            a, b, weights = clean[suffices], without[suffices], panel.weights[:, suffices]
+            entries.append({"check": f"{policy}: worth of the picture where the text suffices", "truth": 0.0,
+                            "p": mcnemar(int((a > b).sum()), int((b > a).sum())), **estimate(mean_of_some(weights, a - b), len(a))})
+        for group in sorted(BLIND_BEST.keys() & set(groups)):
+            n, k, best = int((groups == group).sum()), int(without[groups == group].sum()), BLIND_BEST[group]
+            tail = sum(math.comb(n, i) * best**i * (1 - best) ** (n - i) for i in range(k, n + 1))
+            entries.append({"check": f"{policy}: right on {group} without the picture, at most", "truth": best, "p": tail,
+                            "value": k / n, "ci95": wilson(k, n), "n": n})
+    for entry, p in zip(entries, holm([entry["p"] for entry in entries])):
+        entry |= {"p_holm": p, "passed": p >= 0.01}
+    return entries
+
+
+# In words and tables
+
+
+def percent(x: float) -> str:
+    return f"{100 * x:.1f}%".replace("-", "\N{MINUS SIGN}")
+
+
+def points(x: float) -> str:
+    return f"{100 * x:+.1f}".replace("-", "\N{MINUS SIGN}")
+
+
+def interval(ci: Sequence[float], form=percent) -> str:
+    return "[{}, {}]".format(*(form(end).strip("+%") for end in ci))
+
+
+def cell(x: Mapping | None, form=percent, n: bool = False) -> tuple[str, str]:
+    """A number and its interval, as a table shows them."""
+    if not x:
+        return "\N{EN DASH}", ""
+    value = next(x[key] for key in ("value", "accuracy", "share") if key in x)
+    return ("cannot be told", x.get("reason", "")) if value is None else (form(value), interval(x["ci95"], form) + f" n = {x['n']}" * n)
+
+
+def verdict(name: str, source: str, gain: Mapping) -> str:
+    """One policy's gain in words; what it claims, an interval shows."""
+    said = {part: f"{points(gain[part]['value'])} points {interval(gain[part]['ci95'], points)}" for part in ("total", "visual")
+            if part in gain and gain[part]["value"] is not None}
+    (low, high), surviving = gain["total"]["ci95"], gain["surviving_share"]
+    if low <= 0 <= high:
+        visual = gain.get("visual", {}).get("ci95")
+        return (f"{name} cannot be told from the base on {source}: {said['total']}, n = {gain['total']['n']}."
+                + (f" But the visual part differs: {said['visual']}." if visual and not visual[0] <= 0 <= visual[1] else ""))
+    text = f"{name} {'gains' if low > 0 else 'loses'} {said['total']} against the base on {source}, n = {gain['total']['n']}."
+    if high < 0:
+        return text
+    if surviving["value"] is None:
+        return f"{text} How much of it needs the picture cannot be told: {surviving['reason']}."
+    text += f" Without the picture {percent(surviving['value'])} {interval(surviving['ci95'])} of that survives;"
+    if gain["visual"]["ci95"][0] > 0:
+        return f"{text} {said['visual']} need it."
+    less = "it leans less on the picture than the base does" if gain["visual"]["ci95"][1] < 0 else "no part can be shown to need it"
+    return f"{text} {less}: {said['visual']}."
+
+
+def headlines(r: Mapping) -> list[dict]:
+    """Every policy (seeds pooled) on every source, in words: what the page opens with."""
+    rows = []
+    for source in r["sources"]:
+        for name, pooled in ((name, x[source]) for name, x in r["pooled"].items() if source in x):
+            label = shorten(f"{name} ({len(pooled['runs'])} seeds)" if len(pooled["runs"]) > 1 else pooled["runs"][0], 60)
+            text = verdict(label, shorten(source, 60), pooled["gains"])
+            rows.append({"name": label, "source": source, "gain": pooled["gains"], "text": text})
+    return rows
+
+
+def table(caption: str, columns: Sequence[str], rows: Sequence[tuple[str, Sequence]], fold: str | None = None, heat: bool = False) -> dict:
+    return {"caption": caption, "columns": columns, "rows": rows, "fold": fold, "heat": heat}
+
+
+def labelled(r: Mapping, source: str, key: str) -> list[tuple[str, dict]]:
+    """What `key` says of each run on a source, and of runs pooled."""
+    pooled = {name: x[source] for name, x in r["pooled"].items() if source in x and len(x[source]["runs"]) > 1}
+    return [(policy, r[key][policy][source]) for policy in r["sources"][source]["policies"] if policy in r[key]] + [
+        (f"{name}, {len(x['runs'])} seeds", x[key]) for name, x in pooled.items()]
+
+
+def matrix_table(r: Mapping, source: str) -> dict:
+    about = r["sources"][source]
+    return table(f"{source}: right answers with 95% intervals (Wilson; pooled seeds: bootstrap), n = {about['n']} questions in every cell",
+                 ["trained", *about["inputs"]], heat=True,
+                 rows=[(name, [cell(cells.get(asked)) for asked in about["inputs"]]) for name, cells in labelled(r, source, "accuracy")])
+
+
+def gain_table(r: Mapping, source: str) -> dict:
+    return table(f"{source}: gain over the base in points with 95% intervals (paired bootstrap), n = {r['sources'][source]['n']}",
+                 ["policy", "total", "format", "image-free", "visual", "survives without picture"], [
+        (name, [cell(gain.get(part), points) for part in ("total", *PARTS)] + [cell(gain["surviving_share"])])
+        for name, gain in labelled(r, source, "gains")])
+
+
+def tests_table(r: Mapping) -> dict:
+    said = lambda t: "no difference shown" if t["p_holm"] >= 0.05 else "better" if t["value"] > 0 else "worse"
+    rows = [(f"{t['policy']} against {t['reference']}, {t['source']}", [cell(t, points, n=True), *((text, "") for text in (
+        t["only_policy"], t["only_reference"], f"{t['p']:.2g}", f"{t['p_holm']:.2g}", said(t)))]) for t in r["tests"]]
+    return table(f"McNemar's exact test; p corrected for all {len(rows)} comparisons shown (Holm); differences in points, 95% intervals",
+                 ["comparison", "difference", "only it right", "only the other", "p", "p, Holm", "so"], rows)
+
+
+def source_tables(r: Mapping, source: str) -> list[dict]:
+    """Dependence on the picture; and folded: by group, words in responses, answers against the right ones."""
+    about, columns = r["sources"][source], {
+        "strict accuracy": "strict", "visual information, nats": "visual_information", "follows a swapped picture": "follows_picture",
+        "well formed": "well_formed", "cut short": "truncated"}
+    found = lambda key, policy: (x := r.get(key, {}).get(policy, {}).get(source)) and x.get("clean", x)
+    form = lambda key: (lambda x: f"{x:+.2f}".replace("-", "\N{MINUS SIGN}")) if key == "visual_information" else percent
+    looking = [(policy, [cell(found(key, policy), form(key), n=True) for key in columns.values()]) for policy in about["policies"]]
+    asked = [(policy, name) for policy in about["policies"] for name in ("clean", about["without_picture"]) if name]
+    heads = ["", *(f"{policy}, {name}" for policy, name in asked)]
+    groups = [({"needs_image": "needs the picture: "}.get(key, "") + value, [cell(r["breakdown"][policy][source][key][value][name], n=True)
+              for policy, name in asked]) for key, values in r["breakdown"]["base"][source].items() for value in values]
+    words = [(what, [cell(r["says"][policy][source][name][what]) for policy, name in asked]) for what in SAYS]
+    given = [(f"{group}: {text}", [cell(right, n=True), *(cell(r["answers"][policy][source][name][group][text]) for policy, name in asked)])
+             for group, rights in r["gold"]["base"][source].items() for text, right in rights.items()]
+    return [table(f"{source}, 95% intervals", ["policy", *columns], looking),
+            table(f"{source}: right answers, 95% intervals", heads, groups, "By group, and by whether the picture is needed"),
+            table(f"{source}: responses with such words, 95% intervals, n = {about['n']}", heads, words, "What the responses say"),
+            table(f"{source}: how often each answer is right, and is given, 95% intervals; the most frequent right ones of each group",
+                  ["", "right", *heads[1:]], given, "Answers given, against the right ones")]
+
+
+def check_table(r: Mapping) -> dict:
+    entries = r["instrument_check"]["entries"]
+    said = lambda e: "\N{CHECK MARK} passed" if e["passed"] else "\N{BALLOT X} failed"
+    return table("in percent, 95% intervals", ["measurement", "truth", "found", "so"], [
+        (e["check"], [(percent(e["truth"]), ""), cell(e, n=True), (said(e), "")]) for e in entries], f"All {len(entries)} measurements")
+
+
+# Drawings
+
+
+def svg(width: float, height: float, title: str, description: str, parts: Iterable[Markup]) -> Markup:
+    return Markup('<svg viewBox="0 0 {:.0f} {:.0f}" role="img" aria-label="{}"><title>{}</title><desc>{}</desc>{}</svg>').format(
+        width, height, visible(title), visible(title), visible(description), Markup("").join(parts))
+
+
+def draw(tag: str, text: str = "", **attributes) -> Markup:
+    """An SVG element; what comes from outside is escaped."""
+    pairs = Markup(" ").join(Markup('{}="{}"').format(key.rstrip("_"), f"{value:.1f}" if isinstance(value, float) else value)
+                             for key, value in attributes.items())
+    return Markup("<{0} {1}>{2}</{0}>").format(tag, pairs, visible(text))
+
+
+def gain_chart(rows: Sequence[Mapping], source: str) -> Markup:
+    """For each policy its parts end to end (negative ones to the left), and below each part with its interval."""
+    width, each, margin, parts = 380, 80, 10, []
+    reach = [sum(sign * max(0, sign * row["gain"][part]["value"]) for part in PARTS) for row in rows for sign in (-1, 1)]
+    reach += [end for row in rows for part in ("total", *PARTS) for end in row["gain"][part]["ci95"]]
+    low, high = min(0.0, *reach), max(0.01, *reach)
+    x = lambda value: margin + (value - low) / (high - low) * (width - 2 * margin)
+    step, bottom = next(s for s in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5) if high - low <= 6 * s), each * len(rows)
+    for k in range(math.ceil(low / step), math.floor(high / step) + 1):
+        at, label = x(k * step), f"{100 * k * step:+.0f}".replace("-", "\N{MINUS SIGN}") if k else "0"
+        parts += [draw("line", x1=at, x2=at, y1=4, y2=bottom, class_="grid" if k else "zero"),
+                  draw("text", label, x=min(max(at, 14.0), width - 14.0), y=bottom + 14, class_="tick")]
+    for i, row in enumerate(rows):
+        top, ends = i * each, {True: 0.0, False: 0.0}
+        parts += [draw("text", shorten(row["name"], 30), x=margin, y=top + 14, class_="name"),
+                  draw("text", " ".join(cell(row["gain"]["total"], points)), x=width - margin, y=top + 14, class_="total")]
+        for k, part in enumerate(PARTS):
+            value, (left, right) = row["gain"][part]["value"], row["gain"][part]["ci95"]
+            start, ends[value > 0] = ends[value > 0], ends[value > 0] + value
+            a, b, y = *sorted((x(start), x(start + value))), top + 48.0 + 9 * k
+            parts += [draw("rect", x=a, y=top + 22, width=b - a, height=17, class_=f"part {part}"),
+                      draw("line", x1=x(left), x2=x(right), y1=y, y2=y, class_=f"whisker {part}"),
+                      draw("circle", cx=x(value), cy=y, r=3.5, class_=f"part {part}")]
+    return svg(width, bottom + 18, f"Gain over the base on {source} in points", " ".join(row["text"] for row in rows), parts)
+
+
+def line_chart(title: str, x_label: str, series: Sequence[Mapping]) -> Markup:
+    """Shares over a common axis; each of `series` has label, look (classes), x, y and maybe low and high, its interval."""
+    width, height, left, right, above, below = 340, 220, 40, 10, 8, 36
+    x0, x1 = (end(value for s in series for value in s["x"]) for end in (min, max))
+    x = lambda value: left + (value - x0) / (x1 - x0 or 1) * (width - left - right)
+    y = lambda value: height - below - min(max(value, 0), 1) * (height - above - below)
+    join = lambda xs, ys: " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in zip(xs, ys))
+    parts = [draw("text", x_label, x=(left + width - right) / 2, y=height - 4, class_="tick")]
+    parts += [draw("text", f"{t:.3g}", x=x(t), y=height - below + 16, class_="tick") for t in (x0, (x0 + x1) / 2, x1)]
+    for t in (0.0, 0.25, 0.5, 0.75, 1.0):
+        parts += [draw("line", x1=left, x2=width - right, y1=y(t), y2=y(t), class_="grid"),
+                  draw("text", f"{t:.0%}", x=left - 6, y=y(t) + 4, class_="tick end")]
+    for s in series:
+        if "low" in s:
+            around = f"{join(s['x'], s['low'])} {join(s['x'][::-1], s['high'][::-1])}"
+            parts.append(draw("polygon", points=around, class_=f"band {s['look']}"))
+            parts += [draw("circle", cx=x(a), cy=y(b), r=3.0, class_=f"dot {s['look']}") for a, b in zip(s["x"], s["y"])]
+        parts.append(draw("polyline", points=join(s["x"], s["y"]), class_=f"line {s['look']}"))
+    said = "; ".join(f"{s['label']}: from {percent(s['y'][0])} to {percent(s['y'][-1])}" for s in series)
+    return svg(width, height, title, said, parts)
+
+
+def looks(policies: Sequence[str]) -> dict[str, str]:
+    """Policy -> its classes: the family's colour, the run's dashes."""
+    kinds = list(dict.fromkeys(map(family, policies)))
+    return {policy: f"k{min(kinds.index(family(policy)), 7)} d{min([p for p in policies if family(p) == family(policy)].index(policy), 3)}"
+            for policy in policies}
+
+
+def training_charts(data: Path, look: Mapping[str, str]) -> list[tuple[str, Markup]]:
+    """Curves of train.jsonl: trailing means over a twentieth of the steps, drawn at 200 points or fewer."""
+    keys, curves = ("step", "reward", "correct", "well_formed"), {}
+    for path in [path for run in look if (path := data / "policies" / run / "train.jsonl").exists()]:
+        rows = prepare.read_jsonl(path)
+        for i, row in enumerate(rows):
+            if not isinstance(row, dict) or not all(isinstance(row.get(key), (int, float)) and math.isfinite(row[key]) for key in keys):
+                raise UserError(f"{path} row {i + 1} is no step of a training: delete {path.parent} and run 03_train_grpo.py again")
+        if rows:
+            steps = np.array([[row[key] for key in keys] for row in rows], float).T  # (4, steps)
+            window = max(1, len(rows) // 20)
+            smooth = [np.convolve(np.pad(y, (window - 1, 0), "edge"), np.ones(window) / window, "valid") for y in steps[1:]]
+            curves[path.parent.name] = np.vstack([steps[:1], smooth])[:, :: -(-len(rows) // 200)].tolist()
+    series = lambda k: [{"label": run, "look": look[run], "x": curve[0], "y": curve[k]} for run, curve in curves.items()]
+    return [(title, line_chart(title, "step", series(k))) for k, title in enumerate(("Reward", "Correct", "Well formed"), 1) if curves]
+
+
+def stress_charts(r: Mapping, source: str, look: Mapping[str, str]) -> list[tuple[str, Markup]]:
+    """Accuracy over the severity of blur and occlude, from clean on."""
+    charts = []
+    for kind, x_label in ("blur", "radius, share of the short side"), ("occlude", "share of the picture hidden"):
+        names = ["clean"] + [name for name in r["sources"][source]["inputs"] if name.partition("-")[0] == kind]
+        series = []
+        for policy in r["sources"][source]["policies"]:
+            cells = {severity(name): x for name in names if (x := r["accuracy"][policy][source].get(name))}
+            series.append({"label": policy, "look": look[policy], "x": list(cells), "y": [x["accuracy"] for x in cells.values()],
+                           "low": [x["ci95"][0] for x in cells.values()], "high": [x["ci95"][1] for x in cells.values()]})
+        if len(names) > 2:
+            title = f"Accuracy under {kind}, {source}, n = {r['sources'][source]['n']}"
+            charts.append((title, line_chart(title, x_label, series)))
+    return charts
+
+
+def small_copy(picture: Image.Image) -> str:
+    """At most 160 x 160 pixels and 128 colours, as a data URI."""
+    small, buffer = picture.convert("RGB"), io.BytesIO()
+    small.thumbnail((160, 160))
+    small.quantize(128).save(buffer, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def gallery(data: Path, panel: Panel, most: int, budget: int, notes: list[str]) -> list[dict]:
+    """The first question of each group, under every input, with each policy's answer: none is picked for its looks."""
+    without_tags = lambda row: row["problem"].replace("<image>", " ").strip()
+    firsts, entries = {q["group"]: i for i, q in reversed(list(enumerate(panel.questions)))}, []
+    read = lambda name: prepare.read_questions(data / prepare.input_path(panel.source, name), "run 02_corrupt.py again")
+    tables = {name: read(name) for name in panel.inputs}
+    for i in sorted(firsts.values())[:most]:
+        question, shown = panel.questions[i], []
+        for name, table in tables.items():
+            row = table[table["id"][:].index(question["id"])]
+            shown.append({"name": name, "pictures": [Markup(small_copy(picture)) for picture in row["images"][:3]],
+                          "text": text if (text := without_tags(row)) != without_tags(question) else "",
+                          "answers": {policy: rows[name][i] for policy, rows in panel.answers.items() if name in rows}})
+        budget -= sum(len(uri) for each in shown for uri in each["pictures"])
+        if budget < 0:
+            notes.append(f"the gallery of {panel.source} ends after {len(entries)} questions: more pictures would make the page too large")
+            break
+        entries.append({"question": question, "text": without_tags(question), "shown": shown})
+    return entries
+
+
+# The page
+
+
+def visible(text: str) -> str:
+    """Control characters, those that turn the direction of writing, and lone surrogates, as their code."""
+    return INVISIBLE.sub(lambda match: f"<U+{ord(match[0]):04X}>", text)
+
+
+def shorten(text: str, most: int) -> str:
+    note = f" ({len(text):,} characters in all)" if most > 60 else ""
+    return text if len(text) <= most else text[:most - 1] + "\N{HORIZONTAL ELLIPSIS}" + note
+
+
+CSS = """
+:root{color-scheme:light dark;--page:light-dark(#f6f5f1,#101317);--card:light-dark(#fff,#181c22);--ink:light-dark(#1a1d22,#eceef2);
+--soft:light-dark(#565d68,#a9b1bd);--rule:light-dark(#dedbd3,#2d333c);--heat:light-dark(#3f8fe8,#2f7de1);
+--accent:light-dark(#0b5cad,#7cb7ff);
+--format:light-dark(#848a94,#8d95a1);--image_free:light-dark(#d9822b,#e8984a);--visual:light-dark(#1f6fd0,#4b97f2);
+--good:light-dark(#0b6e3f,#5ed39b);--bad:light-dark(#b3261e,#ff8f85);--k0:light-dark(#5b6472,#a7b0bd);--k1:light-dark(#0b62c4,#6cb2ff);
+--k2:light-dark(#b8450b,#ff9a62);--k3:light-dark(#0a7550,#4fd1a0);--k4:light-dark(#8a3ea8,#d59bf0);--k5:light-dark(#7a6400,#e0c34a);
+--k6:light-dark(#b3266b,#ff8fbf);--k7:light-dark(#3f4c8f,#a9b6ff)}
+*{box-sizing:border-box}body{margin:0;background:var(--page);color:var(--ink);font:16px/1.55 system-ui,sans-serif;overflow-wrap:anywhere}
+header,main,footer{max-width:1280px;margin:0 auto;padding:0 20px}header{padding-top:44px}footer{padding-bottom:60px}p,dd{max-width:75ch}
+h1,h2,.tile b{font-family:Georgia,"Times New Roman",serif;font-weight:600;line-height:1.16}h1{font-size:clamp(1.8rem,4.8vw,3.1rem);
+margin:.3em 0 .4em;
+max-width:24em;text-wrap:balance}h1 small{display:block;font:400 1rem/1.5 system-ui,sans-serif}h2{font-size:1.55rem;margin:0 0 .3em}
+small,figcaption,.soft{color:var(--soft)}section{background:var(--card);border:1px solid var(--rule);border-radius:14px;padding:26px;
+margin:20px 0}
+.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(210px,1fr));gap:14px;margin:22px 0}
+.tile{background:var(--card);border:1px solid var(--rule);border-top:4px solid var(--edge);border-radius:12px;padding:14px 18px}
+.tile b{display:block;font-size:2.1rem}.tile small{display:block}.box{border:2px solid;border-radius:12px;padding:10px 18px;margin:18px 0}
+.ok{color:var(--good)}.bad{color:var(--bad)}.box.bad{border-width:4px}.box *{color:var(--ink)}.box strong{color:inherit}
+a{color:var(--accent)}
+.scroll{overflow-x:auto;margin:0 0 16px}.caption,figcaption{font-size:.875rem;margin:14px 0 2px}
+:focus-visible{outline:3px solid var(--accent);outline-offset:2px}
+table{border-collapse:collapse;font-size:.875rem;font-variant-numeric:tabular-nums;overflow-wrap:normal}th,td{padding:7px 10px;
+text-align:right;border-bottom:1px solid var(--rule);vertical-align:top}td{white-space:nowrap}thead th{vertical-align:bottom}
+th:first-child{text-align:left;min-width:8.5em;max-width:16em}tbody th{position:sticky;left:0;background:var(--card)}
+td small{display:block;font-size:.75rem}.heat td{background:color-mix(in oklab,var(--heat) calc(var(--h)*.55%),var(--card));
+border:2px solid var(--card)}table.heat{font-size:.8rem}.heat :is(th,td){padding:6px 4px}.heat td small{color:var(--ink);font-size:.69rem}
+.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,300px),1fr));gap:22px;align-items:start}figure{margin:0;
+min-width:0;max-width:560px}
+svg{width:100%;height:auto;display:block}svg text{fill:var(--ink);font:12px system-ui,sans-serif;paint-order:stroke;stroke:var(--card);
+stroke-width:3px}svg .tick{fill:var(--soft);font-size:11px;
+text-anchor:middle}svg .end,svg .total{text-anchor:end}svg .name,svg .total{font-weight:600}.grid{stroke:var(--rule)}
+.zero{stroke:var(--soft)}
+.line{fill:none;stroke-width:2.2;stroke-linejoin:round}.band{opacity:.13}.whisker{stroke-width:2.5}.wide{stroke-width:10}
+.d1{stroke-dasharray:6 3}.d2{stroke-dasharray:2 3}
+.d3{stroke-dasharray:9 3 2 3}.legend{display:flex;flex-wrap:wrap;gap:4px 18px;margin:0 0 10px;padding:0;list-style:none;font-size:.875rem}
+.legend svg{display:inline-block;width:26px;height:10px;margin-right:6px}details{margin:10px 0}summary{cursor:pointer;font-weight:600}
+.gallery :is(td,th){text-align:left;vertical-align:top;white-space:normal;min-width:132px;max-width:190px;overflow-wrap:anywhere}
+.gallery td summary{font-weight:400}.gallery img,.none{display:block;width:112px;max-height:130px;object-fit:contain;border-radius:6px;
+margin-bottom:4px}
+.none{border:1px dashed;padding:30px 20px;font-weight:400}.gallery th small{font-weight:400;display:block}
+pre,bdi{white-space:pre-wrap;font-size:.8rem;overflow-wrap:anywhere}bdi{unicode-bidi:isolate}
+@media(max-width:560px){section{padding:18px 14px}header,main,footer{padding:0 12px}header{padding-top:26px}}
+@media print{:root{color-scheme:light}body{font-size:11px;background:none}section,figure,tr{break-inside:avoid}.scroll{overflow:visible}
+*{print-color-adjust:exact}
+details::details-content{content-visibility:visible;block-size:auto}table{font-size:8px}th,td{padding:2px 3px}}
+{% for name in parts %}.part.{{ name }}{fill:var(--{{ name }})}.whisker.{{ name }}{stroke:var(--{{ name }})}{% endfor %}
+{% for k in range(8) %}.line.k{{ k }}{stroke:var(--k{{ k }})}:is(.band,.dot).k{{ k }}{fill:var(--k{{ k }})}{% endfor %}
+"""
+
+PAGE = """{% macro scroll(label) %}<div class="scroll" tabindex="0" role="region" aria-label="{{ label }}">{{ caller() }}</div>
+{% endmacro %}
+{% macro table(t) %}{% if t.fold %}<details><summary>{{ t.fold }}</summary>{% endif %}<p class="soft caption">{{ t.caption }}</p>
+{% call scroll(t.caption) %}<table{% if t.heat %} class="heat"{% endif %}><thead><tr>{% for name in t.columns %}<th scope="col">{{ name }}
+</th>{% endfor %}
+</tr></thead><tbody>{% for name, cells in t.rows %}<tr><th scope="row">{{ name }}</th>{% for text, small in cells %}
+<td{% if t.heat and small %} style="--h:{{ text[:-1] }}"{% endif %}>{{ text }}{% if small %} <small>{{ small }}</small>{% endif %}</td>
+{% endfor %}</tr>{% endfor %}</tbody></table>{% endcall %}{% if t.fold %}</details>{% endif %}{% endmacro %}
+{% macro key(classes, label) %}<li><svg viewBox="0 0 26 10" aria-hidden="true"><path d="M0 5H26" class="{{ classes }}"/></svg>{{ label }}
+</li>{% endmacro %}
+{% macro charts(list, policies) %}<ul class="legend">{% for p in policies %}{{ key("line " ~ look[p], p) }}{% endfor %}</ul>
+<div class="charts">
+{% for title, chart in list %}<figure><figcaption>{{ title }}</figcaption>{{ chart }}</figure>{% endfor %}</div>{% endmacro %}
+<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<title>Seeing or guessing</title><style>{{ css }}</style></head><body>
+<header><p class="soft">Seeing or guessing: {{ study.model }} model, trained on {{ study.sources.train }}</p>
+{% if heads %}{% set lead = heads[0] %}{% set survives = lead.gain.surviving_share.value %}
+<h1>{% if survives is not none %}{{ percent(survives) }} of what {{ lead.name }} gained on {{ lead.source }} survives without the picture
+{% else %}What {{ lead.name }} learnt on {{ lead.source }}{% endif %}<small>{{ lead.text }}</small></h1>
+<div class="tiles">{% for part in ["total"] + parts|list if lead.gain[part] and lead.gain[part].value is not none %}
+<div class="tile" style="--edge:var(--{{ part if part in parts else "accent" }})">
+<small>{{ parts[part] or "total: gain of " ~ lead.name }}</small>
+<b>{{ points(lead.gain[part].value) }}</b><small>points {{ interval(lead.gain[part].ci95, points) }}, n = {{ lead.gain[part].n }}</small>
+</div>
+{% endfor %}</div>{% else %}<h1>No trained policy has answers yet</h1>{% endif %}
+{% set check = r.instrument_check %}{% if check.passed %}<div class="box ok"><strong>✓ The instrument check passed.</strong>
+<span>All {{ check.entries|length }} measurements find the truth where it is known. <a href="#check">See them</a></span></div>{% else %}
+<div class="box bad" role="alert"><strong>✗ The instrument check did not pass: explain this before you believe the split.</strong><ul>
+{% for e in check.entries if not e.passed %}<li>{{ e.check }} {{ percent(e.truth) }}; found {{ percent(e.value) }} {{ interval(e.ci95) }},
+n = {{ e.n }}</li>{% endfor %}</ul></div>{% endif %}
+{% if r.notes %}<details open><summary>What is missing</summary><ul>{% for note in r.notes %}<li>{{ note }}</li>{% endfor %}</ul>
+</details>{% endif %}
+</header><main>
+{% if heads %}<section><h2>What each gain is made of</h2>
+<p>Each policy against the base that it came from, on the same questions. What survives
+without the picture was not learnt by looking.</p><ul class="legend">
+{% for part, label in parts.items() %}{{ key("whisker wide " ~ part, label) }}
+{% endfor %}</ul>{% for source in r.sources %}<div class="charts"><figure><figcaption>{{ source }}: points of accuracy, 95% intervals,
+n = {{ r.sources[source].n }}</figcaption>{{ gain_charts[source] }}</figure><ul>{% for head in heads if head.source == source %}
+<li>{{ head.text }}</li>
+{% endfor %}</ul></div>{{ table(gain_tables[source]) }}{% endfor %}</section>{% endif %}
+<section><h2>Trained on, asked about</h2>
+<p>Rows were trained differently, columns damage the question. Right is the intact question&rsquo;s answer, also
+where the picture was swapped.</p>{% for source in r.sources %}{{ table(matrices[source]) }}{% endfor %}</section>
+{% if r.tests %}<section><h2>Which differences are real</h2><p>The same questions, two policies, clean input.</p>{{ table(tests) }}
+</section>{% endif %}
+<section><h2>Do the answers depend on the picture?</h2>
+<p>Strict: right with the picture, and not right without it. Visual information: how much likelier
+the right answer is with the picture than without. Follows: answers that fit a swapped picture, less those that fit the picture not shown;
+who never looks
+gets 0.</p>{% for source, about in r.sources.items() %}{% for t in tables[source] %}{{ table(t) }}{% if loop.first and stress[source] %}
+{{ charts(stress[source], about.policies) }}{% endif %}{% endfor %}{% endfor %}</section>
+{% if training %}<section><h2>How training went</h2>
+<p>Means over the sampled completions of a step, on the questions as each policy saw them, smoothed
+over a twentieth of the steps: a record, not a measurement.</p>{{ charts(training, r.provenance.policies) }}</section>{% endif %}
+<section><h2>See for yourself</h2><p>The first question of each group under everything that was done to it. Single cases illustrate; they
+prove nothing.
+</p>{% for source, entries in galleries.items() %}{% for entry in entries %}<details{{ " open" if loop.first }}>
+<summary>{{ source }}, {{ entry.question.group }}</summary><p><bdi dir="auto">{{ entry.text }}</bdi><br>
+<small>{{ entry.question.id }}, right answer: <bdi>{{ entry.question.answer|cut(60) }}</bdi></small></p>
+{% call scroll("answers to " ~ entry.question.id) %}<table class="gallery"><thead><tr><th scope="col">policy</th>
+{% for shown in entry.shown %}
+<th scope="col">{% for uri in shown.pictures %}<img src="{{ uri }}" alt="{{ entry.question.id }}, {{ shown.name }}">{% else %}
+<span class="none">no picture</span>{% endfor %}{{ shown.name }}{% if shown.text %}<small><bdi dir="auto">{{ shown.text|cut(160) }}</bdi>
+</small>{% endif %}
+</th>{% endfor %}</tr></thead><tbody>{% for policy in r.sources[source].policies %}<tr><th scope="row">{{ policy }}</th>
+{% for shown in entry.shown %}
+<td>{% set a = shown.answers[policy] %}{% if a %}
+<span class="{{ "ok" if a.correct else "bad" }}">{{ "✓ right" if a.correct else "✗ wrong" }}</span>:
+<bdi dir="auto">{{ (a.answer or "no answer")|cut(40) }}</bdi><details><summary>response</summary><bdi dir="auto">{{ a.response }}</bdi>
+</details>
+{% endif %}</td>{% endfor %}</tr>{% endfor %}</tbody></table>{% endcall %}</details>{% endfor %}{% endfor %}</section>
+<section id="check"><h2>Does the instrument work?</h2>
+<p>Simulated policies that change in one respect, by a known amount, go through the same functions
+as the real ones: the whole gain must land in one part, nothing in the others. On shapes, what must hold for every policy is tested.</p>{{
+table(checks) }}
+<details><summary>How each number is computed</summary>{% for name, text in how %}<h3>{{ name }}</h3><pre>{{ text }}</pre>{% endfor %}
+</details>
+<details><summary>Where it comes from: settings, versions, seeds, hashes</summary><pre>{{ provenance }}</pre></details></section></main>
+<footer><p class="soft">Intervals are at 95%. With one seed a policy they cover the choice of questions, not the luck of a training run;
+pooled over few
+seeds, only part of that luck. All numbers: results.json. Tables to paste: tables.md.</p></footer></body></html>"""
+
+EXPLAINED = {"Intervals of shares": wilson, "Intervals of differences": estimate, "Several seeds": collect, "Paired tests": mcnemar,
+             "Many tests": holm, "Parts of a gain": split_gain, "The format part": form_part,
+             "Strict accuracy, visual information": measure,
+             "Follows a swapped picture": net_following, "Instrument check, simulated": check_measures,
+             "Instrument check, on shapes": check_shapes}
+
+
+def markdown(tables: Iterable[Mapping]) -> str:
+    """Tables to paste; what comes from outside stays text."""
+    plain = lambda text: re.sub(r"([|<>&`*_\[\]\\])", r"\\\1", " ".join(visible(shorten(text, 120)).split()))
+    line = lambda cells: f"| {' | '.join(cells)} |\n"
+    return "\n".join(f"{plain(t['caption'])}\n\n" + line(map(plain, t["columns"])) + line(["---"] + ["---:"] * (len(t["columns"]) - 1))
+                     + "".join(line([plain(name), *(" ".join(filter(None, cell)) for cell in cells)]) for name, cells in t["rows"])
+                     for t in tables)
+
+
+def render(data: Path, study: Mapping, panels: Sequence[Panel], r: dict, most: int) -> str:
+    look, heads = looks(sorted({policy for panel in panels for policy in panel.answers}, key=policy_order)), headlines(r)
+    drawn = {source: [head for head in heads if head["source"] == source and head["gain"].get("visual", {}).get("value") is not None]
+             for source in r["sources"]}
+    each = lambda function, *arguments: {source: function(r, source, *arguments) for source in r["sources"]}
+    plain = lambda text: Markup.escape(visible(text))
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=lambda x: (
+        visible(shorten(x, 300)) if isinstance(x, str) and not isinstance(x, Markup) else x))
+    environment.filters["cut"] = shorten
+    galleries = {panel.source: gallery(data, panel, most, GALLERY_CHARACTERS // len(panels), r["notes"]) for panel in panels}
+    return environment.from_string(PAGE).render(
+        css=Markup(environment.from_string(CSS).render(parts=PARTS)), r=r, study=study, heads=heads, parts=PARTS, look=look,
+        galleries=galleries,
+        gain_charts={source: gain_chart(rows, source) if rows else "" for source, rows in drawn.items()}, gain_tables=each(gain_table),
+        matrices=each(matrix_table), tests=tests_table(r), tables=each(source_tables), stress=each(stress_charts, look),
+        training=training_charts(data, look), checks=check_table(r), percent=percent, points=points,
+        interval=interval, how=[(name, plain(inspect.getdoc(function))) for name, function in EXPLAINED.items()],
+        provenance=plain(json.dumps(r["provenance"], indent=1)))
+
+
+def main(config: Config) -> dict:
+    """Measure, draw and write; returns what results.json holds."""
+    data, notes, checked = Path(config.data), [], {}
+    study = prepare.load_study(data)
+    panels = load_panels(data, study, config.resamples, notes, checked)
+    runs = sorted({policy for panel in panels for policy in panel.answers if (data / "policies" / policy / "config.json").exists()})
+    results = collect(panels, study["seed"]) | {"notes": notes, "provenance": {
+        "study": study, "policies": {run: json.loads((data / "policies" / run / "config.json").read_text()) for run in runs},
+        "resamples": config.resamples, "versions": prepare.versions(), "inputs": dict(sorted(checked.items()))}}
+    page = render(data, study, panels, results, config.gallery)
+    tables = markdown(f(results, source) for source in results["sources"] for f in (matrix_table, gain_table))
+    for name, text in ("index.html", page), ("tables.md", tables), ("results.json", json.dumps(results, indent=1)):
+        with prepare.replacing(data / "report" / name) as part:
+            part.write_text(text, encoding="utf-8")
+    print(f"{data / 'report' / 'index.html'}: {len(page) / 1e6:.1f} MB" + "".join(f"\nnote: {visible(note)}" for note in notes))
+    return results
+
+
+if __name__ == "__main__":
+    prepare.run(main, Config, __doc__)

@@ -1,0 +1,434 @@
+# SPDX-License-Identifier: MIT
+"""The grader against the benchmarks' own rules and verdicts, arithmetic that can be checked by hand, and hostile text."""
+
+import json
+import string
+import time
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings, strategies as st
+
+PARITY = Path(__file__).parents[2] / "shared/parity"
+COLOURS = ["red", "blue", "green", "blue"]
+
+
+def question(answer_type, answer, choices=(), precision=None, **more):
+    return {
+        "answer": answer,
+        "answer_type": answer_type,
+        "choices": list(choices),
+        "unit": None,
+        "precision": precision,
+    } | more
+
+
+def boxed(prepare, answer, *about, **more):
+    return prepare.grade(f"<think>Let me see.</think>\\boxed{{{answer}}}", question(*about, **more)).correct
+
+
+# where the answer stands
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        "<think>I count them.</think>\\boxed{7}",
+        "<think>I count them: 9.</think>\n\nThe answer is $\\boxed{7}$.",
+        "<think>\\boxed{9}?</think> \\boxed{7}",
+        "<think>9</think>\\boxed{7} or, again, \\boxed{7.0}",
+        "\\boxed{ 7 }",
+        "<think>9</think><answer> 7 </answer>",
+        "<answer>7</answer>",
+        "<think>9</think>The answer is 7.",
+        "There are 7 of them.",
+        "7",
+    ],
+)
+def test_the_answer_is_found(prepare, response):
+    assert prepare.grade(response, question("integer", "7")).correct
+
+
+@pytest.mark.parametrize("answer_type", ["integer", "float", "math", "text", "open", "choice", "list"])
+@pytest.mark.parametrize(
+    "response",
+    [
+        "",
+        " \n",
+        "<think></think>",
+        "<think>GOLD</think>",
+        "<think>\\boxed{GOLD}</think>",
+        "<think>\\boxed{GOLD}",
+        "<think>The answer is GOLD. <answer>GOLD</answer>",
+        "< think >\\boxed{GOLD}</ think >",
+        "</think>\\boxed{}",
+        "</think>\\boxed{ }",
+        "</think><answer></answer>",
+        "</think>\\boxed{GOLD} \\boxed{WRONG}",
+        "</think>\\boxed{WRONG} \\boxed{GOLD}",
+        "</think><answer>GOLD</answer><answer>WRONG</answer>",
+        "</think>\\boxed{GOLD or WRONG}",
+        "</think>\\boxed{WRONG, GOLD}",
+        "</think>\\boxed{WRONG/GOLD}",
+        "</think>\\boxed{GOLD",
+        "</think>\\boxed{WRONG} <answer>GOLD</answer>",
+        "\\boxed{WRONG}<think>GOLD</think>",
+    ],
+)
+def test_no_credit_for_nothing_for_reasoning_alone_or_for_two_answers(prepare, answer_type, response):
+    gold, wrong = {
+        "integer": ("7", "9"),
+        "float": ("7.25", "9.25"),
+        "math": ("\\frac { 20 } { 3 }", "\\sqrt { 3 }"),
+        "text": ("yes", "no"),
+        "open": ("parabola", "circle"),
+        "choice": ("B", "A"),
+        "list": ("[1, 2]", "[2, 1]"),
+    }[answer_type]
+    about = question(answer_type, gold, COLOURS if answer_type == "choice" else (), 2 if answer_type == "float" else None)
+    assert prepare.grade(f"</think>\\boxed{{{gold}}}", about).correct  # the same without the trick
+    assert not prepare.grade(response.replace("GOLD", gold).replace("WRONG", wrong), about).correct
+
+
+def test_a_boxed_answer_goes_before_a_tagged_one_and_both_before_prose(prepare):
+    about = question("integer", "7")
+    assert prepare.grade("</think><answer>9</answer> \\boxed{7} and not 9", about).correct
+    assert prepare.grade("</think><answer>7</answer> and not 9", about).correct
+
+
+@pytest.mark.parametrize(
+    "response, well_formed",
+    [
+        ("<think>a</think>\\boxed{7}", True),
+        ("<think>a</think> The answer is $\\boxed{\\frac{1}{2}}$.\n", True),
+        ("  <think>\na\n</think>\n\n\\[ \\boxed{7} \\]", True),
+        ("< think >a</ think >\\boxed{7}", True),
+        ("<think>\\boxed{1}</think>\\boxed{7}", True),
+        ("\\boxed{7}", False),
+        ("<think>a\\boxed{7}", False),
+        ("<think>a</think>", False),
+        ("<think>a</think>7", False),
+        ("<think>a</think>\\boxed{7", False),
+        ("<think>a</think>\\boxed{}", False),
+        ("<think>a</think>\\boxed{7}\\boxed{7}", False),
+        ("<think>a</think>\\boxed{7} because I say so", False),
+        ("So: <think>a</think>\\boxed{7}", False),
+        ("<think>a</think><think>b</think>\\boxed{7}", False),
+        ("</think><think>\\boxed{7}", False),
+        ("<think>a</think><answer>7</answer>", False),
+    ],
+)
+def test_well_formed(prepare, response, well_formed):
+    assert prepare.grade(response, question("integer", "7")).well_formed is well_formed
+    assert prepare.grade(response, question("text", "blue")).well_formed is well_formed  # form does not look at the answer
+
+
+# maths: both graders of the reference kits, or plain arithmetic, give these verdicts
+
+
+@pytest.mark.parametrize(
+    "gold, answers",
+    {
+        "97": ["97.0", "\\approx 97", "x \\approx 97", "194\\div2", "97°", "97^\\circ", "97 ^ { \\circ }", "97 degrees", "x = 97", "\\angle A = 97^\\circ", "\\text{97}", "97."],
+        "2256": ["2,256", "2,\\!256", "\\$2256", "2256.00", "2.256e3", "2.256 \\times 10^3"],
+        "0.96": ["24/25", "\\frac{24}{25}", ".96", "\\dfrac{48}{50}"],
+        "8.5": ["17/2", "8.5 \\text{ in}", "8.5 cm", "8 1/2", "8\\frac{1}{2}", "8.5\\,\\mathrm{m}^2", "8.5 square feet"],
+        "10 \\sqrt { 3 }": ["10√3", "10√{3}", "10\\sqrt{3}", "10\\cdot\\sqrt 3", "10*sqrt(3)", "\\sqrt{300}", "10 \\sqrt{3} cm"],
+        "\\frac { 20 } { 3 }": ["20/3", "\\frac{20}{3}", "\\tfrac{20}3", "6 2/3", "6\\frac{2}{3}", "6.6666667", "\\frac{40}{6}"],
+        "\\frac { 5 } { 3 } \\pi": ["5\\pi/3", "\\frac{5\\pi}{3}", "5π/3", "\\frac53\\pi", "(5/3)*pi"],
+        "28\\%": ["28", "28 percent", "28%", "28 pct"],
+        "-4": ["−4", "- 4", "x = -4", "-\\frac{8}{2}"],
+        "2-2p": ["2(1-p)", "-2p + 2", "2 - 2 p"],
+        "x^2+1": ["1+x^{2}", "x**2 + 1", "x*x+1"],
+        "1 - \\frac{1}{\\mathrm{e}}": ["1-1/e", "1-e^{-1}"],
+        "(1, 2)": ["(1,2)", "\\left(1, 2\\right)", "(1.0, 4/2)"],
+        "1, -2": ["-2, 1", "-2 and 1"],
+        "3:1": ["3:1", "3 : 1"],
+        "\\text{Evelyn}": ["Evelyn", "\\text{evelyn}"],
+    }.items(),
+)
+def test_equal_maths(prepare, gold, answers):
+    for answer in [gold, f"${gold}$", *answers]:
+        assert boxed(prepare, answer, "math", gold), answer
+
+
+@pytest.mark.parametrize(
+    "gold, answers",
+    {
+        "97": ["96", "98", "9.7", "-97", "97x", "97, 98", "97 or 98", "97/2", "97\\pi", "97^2", "9 7", "0.97", "197", "x"],
+        "45": ["4 5", "4, 5", "9 5"],
+        "20": ["4 5", "4 \\cdot 6"],
+        "10 \\sqrt { 3 }": ["17.32", "17.3205", "10", "3", "10 \\cdot 3", "\\sqrt{3}", "10 + \\sqrt{3}"],
+        "9.45": ["9.4", "9.5", "9.451"],
+        "\\frac { 20 } { 3 }": ["6.67", "6.7", "20", "3", "3/20", "62/3"],
+        "(1, 2)": ["(2, 1)", "(1, 2, 3)", "1", "(1, 3)"],
+        "1, -2": ["1", "-2", "1, 2", "1, -2, 3"],
+        "\\sqrt { 19 }": ["1", "19", "4.36"],
+        "7": ["9**9**9", "9^{9^{9^{9}}}", "1/0", "\\frac{7}{0}", "7e99", "10^{400}", "((((7", "sin", "\\sqrt", "7 7"],
+        "\\text{Evelyn}": ["Carla", "Eve", "{}"],
+        "2x": ["x^2", "2", "x", "2y"],
+    }.items(),
+)
+def test_unequal_maths(prepare, gold, answers):
+    for answer in answers:
+        assert not boxed(prepare, answer, "math", gold), answer
+
+
+@pytest.mark.parametrize(
+    "answer_type, gold, precision, right, wrong",
+    [
+        ("integer", "5", None, ["5", "5.0", "5 apples", "about 5", "10/2", "+5"], ["5.7", "4.999", "five", "55", "5 of 6", "-5"]),
+        ("integer", "-1", None, ["-1", "−1", "-1.0"], ["1", "0", "-2"]),
+        ("float", "1.4", 1, ["1.4", "1.40", "1.44", "1.36", "7/5"], ["1.5", "1.46", "1.34", "14"]),
+        ("float", "9.45", 2, ["9.45", "9.450", "9.452"], ["9.4", "9.44", "9.5"]),
+        ("float", "0.5", None, ["0.5", ".5", "1/2"], ["0.51", "5"]),
+        ("list", "[1, 2]", None, ["[1, 2]", "[1,2]", "[1.0, 2.0]", "1, 2"], ["[2, 1]", "2, 1", "[1]", "[1, 2, 3]", "1"]),
+        ("text", "yes", None, ["yes", "Yes", " YES. ", "\\text{yes}"], ["no", "yes or no", "yes, no", "yes no", "yesterday", "not yes"]),
+        ("text", "red circle", None, ["Red  circle", "\\text{red circle}"], ["red", "circle", "red circle blue circle"]),
+    ],
+)
+def test_each_type_has_its_rule(prepare, answer_type, gold, precision, right, wrong):
+    for answer in right:
+        assert boxed(prepare, answer, answer_type, gold, precision=precision), answer
+    for answer in wrong:
+        assert not boxed(prepare, answer, answer_type, gold, precision=precision), answer
+
+
+@pytest.mark.parametrize("gold", ["['24/7', '3.429']", '["24/7", "3.429"]', ["24/7", "3.429"]])
+def test_an_open_question_may_have_alternatives(prepare, gold):
+    about = question("open", gold)
+    assert prepare.gold_texts(about) == ["24/7", "3.429"]
+    for answer in ("3.43", "24/7", "3.429 Hz", "The answer is 3.43"):
+        assert prepare.grade(f"\\boxed{{{answer}}}", about).correct, answer
+    for answer in ("3.44", "24", "7"):
+        assert not prepare.grade(f"\\boxed{{{answer}}}", about).correct, answer
+
+
+def test_an_open_phrase_may_hold_the_gold_but_not_list_things(prepare):
+    for answer, right in {
+        "a parabola": True,
+        "parabola": True,
+        "a parabola, a circle or a line": False,
+        "not a parabola": False,
+        "parabolas": False,
+        "par": False,
+    }.items():
+        assert boxed(prepare, answer, "open", "parabola") is right, answer
+
+
+# choices
+
+
+@pytest.mark.parametrize(
+    "answer, letter",
+    [
+        ("B", "B"), ("(B)", "B"), ("b", "B"), ("B.", "B"), ("B) blue", "B"), ("B. blue", "B"), ("B: blue", "B"), ("\\text{B}", "B"),
+        ("\\textbf{(B)}", "B"), ("option B", "B"), ("Answer: B", "B"), ("blue", "B"), ("Blue.", "B"), ("the blue one", "B"), ("D", "D"),
+        ("A", "A"), ("C. green", "C"), ("A or B", None), ("A, B", None), ("AB", None), ("B. red", None), ("red blue", None), ("E", None),
+        ("(A) red (B) blue (C) green (D) blue", None), ("purple", None), ("", None), ("bluefish", None),
+    ],
+)  # fmt: skip
+def test_a_boxed_choice_is_a_letter_or_a_text(prepare, answer, letter):
+    verdict = prepare.grade(f"<think>?</think>\\boxed{{{answer}}}", question("choice", "B", COLOURS))
+    assert (verdict.answer, verdict.correct) == (letter, letter in ("B", "D"))  # B and D say the same
+
+
+def test_choices_that_differ_in_case_or_marks_are_different(prepare):
+    for texts in (["Alice in Space", "alice in Space"], ["***Life***", '"Life"'], ["I and II", "I AND II"]):
+        for letter in "AB":
+            assert boxed(prepare, letter, "choice", letter, texts) and not boxed(prepare, "BA"["AB".index(letter)], "choice", letter, texts)
+            assert boxed(prepare, texts["AB".index(letter)], "choice", letter, texts)
+
+
+def test_choices_that_talk_of_letters_or_numbers(prepare):
+    letters = ["C to B.", "A to D.", "A", "B"]
+    for i, letter in enumerate("ABCD"):
+        assert boxed(prepare, letter, "choice", letter, letters) and boxed(prepare, f"{letter}. {letters[i]}", "choice", letter, letters)
+    values = ["\\frac{6}{5}", "\\frac{7}{6}", "\\frac{9}{5}", "10m"]
+    assert boxed(prepare, "9/5", "choice", "C", values) and boxed(prepare, "1.8", "choice", "C", values)
+    assert not boxed(prepare, "9/6", "choice", "C", values) and boxed(prepare, "10", "choice", "D", values)
+
+
+@pytest.mark.parametrize(
+    "response, letter",
+    [
+        ("The answer is B.", "B"),
+        ("It is red or green. So the answer is (C) green", "C"),
+        ("Both (A) and (B) look good, but the best is (C).", "C"),
+        ("I exclude A and D. Answer: B", "B"),
+        ("The answer is B. Some say C, they are wrong.", "B"),
+        ("The answer is blue.", "B"),
+        ("Among all of these the right colour is green", "C"),
+        ("The answer is A or C.", None),
+        ("(A) (B) (C) (D)", None),
+        ("A B C D", None),
+        ("It has a colour I like.", None),
+    ],
+)
+def test_a_choice_in_free_text(prepare, response, letter):
+    assert prepare.grade(f"<think>D</think>{response}", question("choice", "B", COLOURS, source="mmmu")).answer == letter
+
+
+def test_the_nearest_choice_counts_for_mathvista_alone(prepare):
+    choices = ["12.75", "18.75", "25.5"]
+    for source, right in {"mathvista": True, None: True, "mmmu": False, "shapes": False}.items():
+        assert prepare.grade("2.75", question("choice", "A", choices, source=source)).correct is right
+    assert not boxed(prepare, "2.75", "choice", "A", choices, source="mathvista")  # never in the box
+
+
+# golds
+
+
+@pytest.mark.parametrize(
+    "about",
+    [
+        ("choice", "E", COLOURS), ("choice", "", COLOURS), ("choice", "blue", COLOURS), ("choice", "A", []), ("integer", "several"),
+        ("integer", ""), ("float", "1.2.3"), ("float", "x"), ("list", "[1, two]"), ("math", "the longer one"), ("math", "\\frac{1}{"),
+        ("math", " "), ("text", ""), ("open", "[]"), ("open", ["", "a"]),
+    ],
+)  # fmt: skip
+def test_a_gold_that_cannot_be_graded_is_refused(prepare, about):
+    with pytest.raises(ValueError, match="answer"):
+        prepare.check_gold(question(*about))
+
+
+def test_a_product_of_letters_is_a_gold(prepare):
+    for gold in ("xyz", "2abc", "\\frac{xyz}{2}"):
+        prepare.check_gold(question("math", gold))
+        assert boxed(prepare, gold, "math", gold) and not boxed(prepare, "2", "math", gold)
+    assert boxed(prepare, "z x y", "math", "xyz") and boxed(prepare, "2 hours", "math", "2")
+
+
+# properties
+
+NUMBERS = st.integers(-(10**18), 10**18)
+GOLDS = st.one_of(
+    st.tuples(st.just("integer"), NUMBERS.map(str)),
+    st.tuples(st.just("float"), st.tuples(st.integers(-9999, 9999), st.sampled_from([10, 100])).map(lambda n: str(n[0] / n[1]))),
+    st.tuples(st.just("list"), st.lists(st.integers(-999, 999), min_size=2, max_size=5).map(str)),
+    st.tuples(st.just("text"), st.text(string.ascii_letters, min_size=1, max_size=20)),
+    st.tuples(st.just("open"), st.text(string.ascii_letters, min_size=1, max_size=20)),
+    st.tuples(
+        st.just("math"),
+        st.builds(
+            lambda a, b, c, form: form.format(a=a, b=b, c=c),
+            st.integers(1, 999),
+            st.integers(2, 99),
+            st.integers(2, 99),
+            st.sampled_from(["{a}", "{a}.{b}", "\\frac {{ {a} }} {{ {b} }}", "{a} \\sqrt {{ {b} }}",
+                             "\\frac {{ {a} }} {{ {b} }} \\pi",
+                             "\\frac {{ {a} \\sqrt {{ {b} }} }} {{ {c} }}", "{a} + {b} \\sqrt {{ {c} }}", "{a} x ^ {{ {b} }}"]),
+        ),
+    ),
+)  # fmt: skip
+
+
+@given(GOLDS, st.sampled_from(["{}", " {} ", "${}$", "\\text{{{}}}", "\\( {} \\)"]), st.text(string.printable, max_size=50))
+@settings(max_examples=400, deadline=None)
+def test_a_boxed_gold_is_right_however_it_is_wrapped(prepare, gold, wrapping, before):
+    about = question(*gold, precision=2 if gold[0] == "float" else None)
+    prepare.check_gold(about)
+    before = before.replace("\\", "").replace("<", "")
+    wrapping = "{}" if gold[0] == "math" and "text" in wrapping else wrapping
+    verdict = prepare.grade(f"<think>{before}</think>{before}\\boxed{{{wrapping.format(gold[1])}}}", about)
+    assert verdict.correct and verdict.well_formed
+
+
+@given(
+    NUMBERS, NUMBERS,
+    st.sampled_from(["\\boxed{{{}}}", "<answer>{}</answer>", "The answer is {}.", "\\boxed{{x = {}}}", "\\boxed{{{} cm}}"]))  # fmt: skip
+@settings(max_examples=400, deadline=None)
+def test_a_whole_number_is_right_if_and_only_if_it_is_the_gold(prepare, gold, other, form):
+    for kind in ("integer", "math"):
+        for number in (gold, other, gold + 1, -gold):
+            assert prepare.grade(form.format(number), question(kind, str(gold))).correct is (number == gold)
+
+
+EXPRESSIONS = st.recursive(
+    st.integers(0, 30).map(lambda n: (str(n), Fraction(n))),
+    lambda inner: st.one_of(
+        st.tuples(inner, inner).map(lambda p: (f"({p[0][0]}) + {p[1][0]}", p[0][1] + p[1][1])),
+        st.tuples(inner, inner).map(lambda p: (f"({p[0][0]}) - ({p[1][0]})", p[0][1] - p[1][1])),
+        st.tuples(inner, inner).map(lambda p: (f"({p[0][0]}) \\cdot ({p[1][0]})", p[0][1] * p[1][1])),
+        st.tuples(inner, inner).filter(lambda p: p[1][1]).map(lambda p: (f"\\frac{{{p[0][0]}}}{{{p[1][0]}}}", p[0][1] / p[1][1])),
+    ),
+    max_leaves=6,
+)
+
+
+@given(EXPRESSIONS)
+@settings(max_examples=300, deadline=None)
+def test_arithmetic_agrees_with_fractions(prepare, expression):
+    text, value = expression
+    if len(text) < 200:
+        assert prepare.same_maths(text, str(value)) and not prepare.same_maths(text, str(value + 1))
+
+
+PIECES = st.lists(
+    st.sampled_from([*"\\{}[]()<>$^_/*+-=.,:;|%'\"√π°−²≈ \n09aABeixİ中\x00", "\\boxed{", "</think>", "<think>", "<answer>",
+                     "</answer>", "\\frac", "\\sqrt", "\\sqrt[", "\\text{", "The answer is ", "9**9**9",
+                     "10^{400}", "1/0", "e999", " and ", "cm"]),
+    max_size=40,
+).map("".join)  # fmt: skip
+KINDS = [("choice", "B", COLOURS), ("choice", "A", ["(", "[a-z]*", "\\", ""]), ("integer", "5"), ("float", "5.5", (), 1),
+         ("list", "[1, 2]"),
+         ("math", "\\sqrt{3}"), ("math", "x"), ("text", "yes"), ("open", "['a', '5']"), ("choice", "A")]  # fmt: skip
+
+
+@given(st.one_of(st.text(max_size=60), PIECES), st.sampled_from(KINDS))
+@settings(max_examples=1500, deadline=None)
+def test_no_text_raises(prepare, text, about):
+    for response in (text, f"\\boxed{{{text}}}", f"<answer>{text}</answer>"):
+        verdict = prepare.grade(response, question(*about))
+        assert isinstance(verdict.correct, bool) and isinstance(verdict.well_formed, bool)
+        assert verdict.answer is None or isinstance(verdict.answer, str)
+
+
+@pytest.mark.parametrize(
+    "piece",
+    ["{", "}", "\\boxed{", "\\boxed{}", "<think>", "</think>", "< think", "<answer>", "<answer></answer>", "(", "\\frac{",
+     "\\sqrt", "9", "9**", "1,", "1,111", "-", "$", "$a$", "\\(", "\\[", " ", "\n", "A", "A ", "(A)", "red ", "The answer is ",
+     "Therefore ", "is ", "=", "é", "中", "e9",
+     ".", "[", "[1,", "\\text{", "x", "1 ", "\\", "cm ", "than 5 ", "A or "],
+)  # fmt: skip
+@pytest.mark.parametrize("where", ["{}", "</think>{}", "\\boxed{{{}}}", "<answer>{}</answer>", "<think>{}</think>\\boxed{{1000003}}"])
+def test_a_million_hostile_characters_take_no_time(prepare, piece, where):
+    text = where.format(piece * (1_000_000 // len(piece)))
+    for about in (("choice", "B", COLOURS), ("integer", "77"), ("math", "\\sqrt{3}"), ("open", "['abc', '7']")):
+        times = []
+        for _ in range(2):  # the better of two: a full garbage collection may fall into one
+            start = time.process_time()
+            verdict = prepare.grade(text, question(*about))
+            times.append(time.process_time() - start)
+        assert min(times) < 0.05
+        assert not verdict.correct and len(verdict.answer or "") <= 400
+
+
+def test_a_right_answer_after_long_reasoning_counts(prepare):
+    verdict = prepare.grade("<think>" + "so 7 or 8? " * 100_000 + "</think>\\boxed{7}", question("integer", "7"))
+    assert verdict.correct and verdict.well_formed
+
+
+# the benchmarks' own verdicts on real outputs
+
+
+@pytest.mark.skipif(not PARITY.is_dir(), reason="the parity material does not belong to the repository")
+@pytest.mark.parametrize(
+    "name, whole, extracted",
+    [("mathvista", 0.94, 0.995), ("mmmu", 0.99, 0.995), ("scienceqa", 0.99, 0.995), ("mathverify", 0.96, 0)],
+)
+def test_verdicts_agree_with_the_benchmarks(prepare, name, whole, extracted):
+    rows = [json.loads(line) for line in (PARITY / f"{name}.jsonl").open()]
+    for field, bar in (("response", whole), ("extraction", extracted)):
+        same = []
+        for row in rows:
+            if row["answer_type"] in ("relation_or_set", "tuple_or_set", "matrix") or row[field] is None:
+                continue
+            about = question(row["answer_type"], row["answer"], row["choices"], row["precision"])
+            if name == "mathverify":
+                about |= {"answer_type": "math", "precision": None}
+            elif name == "mathvista" and row["choices"]:
+                about["answer"] = "ABCDEFGHI"[row["choices"].index(row["answer"])]
+            same.append(prepare.grade(str(row[field]), about).correct == row["correct"])
+        assert sum(same) >= bar * len(same), f"{sum(same)} of {len(same)}"

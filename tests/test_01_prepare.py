@@ -1,0 +1,560 @@
+# SPDX-License-Identifier: MIT
+"""Stage 1, sources: hub layouts become one record, hostile input becomes a reason, and the same command the same bytes."""
+import io
+import json
+import math
+import os
+import random
+import struct
+import zlib
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image, ImageDraw
+
+REAL = Path(__file__).resolve().parents[2] / "shared" / "real"
+BUDGET = 112 * 112
+
+
+@pytest.fixture(scope="module")
+def model(prepare, tmp_path_factory):
+    """The embedded architecture with random weights: all that stage 1 reads of a model are its processors."""
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = prepare.make_tokenizer(0)
+    image_processor = prepare.Qwen2VLImageProcessorPil(size={"shortest_edge": 56 * 56, "longest_edge": BUDGET})
+    for part in (prepare.make_model(tokenizer), tokenizer, image_processor):
+        part.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def stage(prepare, model, tmp_path, monkeypatch):
+    """Run stage 1 on local sources; returns study.json, the questions of each source and the rejected rows."""
+    monkeypatch.setattr(prepare, "WORLD_SIZE", {"train": 6, "test": 6})
+
+    def run(data="data", **options):
+        folder = tmp_path / data
+        config = prepare.Config(**{"data": str(folder), "model": model, "train": "shapes"} | options)
+        study = prepare.main(config)
+        questions = {name: [dict(row) for row in prepare.read_questions(folder / prepare.input_path(name, "clean"), "")]
+                     for name in study["questions"]}
+        return study, questions, prepare.read_jsonl(folder / "questions" / "rejected.jsonl")
+    return run
+
+
+def drawing(number: int, size=(60, 40)) -> Image.Image:
+    """Pictures that differ visibly by number."""
+    rng = random.Random(number)
+    picture = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(picture)
+    for _ in range(6):
+        draw.line([rng.randrange(k) for k in size * 2], "black", 2)
+    return picture
+
+
+def encoded(picture: Image.Image, format="PNG", **options) -> dict:
+    buffer = io.BytesIO()
+    picture.save(buffer, format, **options)
+    return {"bytes": buffer.getvalue(), "path": "1.png"}
+
+
+PICTURE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+METADATA = pa.struct([("task", pa.string())])
+
+
+def write(path: Path, rows: list[dict], **types) -> Path:
+    """A parquet with the rows; column types are guessed but for `types`."""
+    columns = {name: [row.get(name) for row in rows] for name in rows[0]}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table({name: pa.array(values, types.get(name)) for name, values in columns.items()}), path)
+    return path
+
+
+def same_picture(one, two) -> bool:
+    return one.size == two.size and one.convert("RGB").tobytes() == two.convert("RGB").tobytes()
+
+
+# The hub's layouts
+
+
+def test_geometry3k_both_revisions(stage, tmp_path):
+    old = [{"images": [encoded(drawing(i))], "problem": f"<image>Find x{i}.", "answer": r"10 \sqrt { 3 }"} for i in range(2)]
+    new = [row | {"id": 100 + i, "choices": ["1", "2", "3", "4"], "ground_truth": "B"} for i, row in enumerate(old)]
+    for name, rows, ids in (("old", old, ["train-0", "train-1"]), ("new", new, ["100", "101"])):
+        path = write(tmp_path / f"{name}.parquet", rows, images=pa.list_(PICTURE))
+        _, questions, rejected = stage(name, train="geometry3k", benchmarks=["shapes"], local=[f"geometry3k={path}"])
+        assert rejected == []
+        assert [row["id"] for row in questions["geometry3k"]] == [f"geometry3k/{id}" for id in ids]
+        first = questions["geometry3k"][0]
+        assert first["problem"] == "<image>Find x0." and first["answer_type"] == "math" and first["choices"] == []
+        assert first["split"] == "train" and first["needs_image"] is None and same_picture(first["images"][0], drawing(0))
+
+
+def test_a_hub_folder_gives_only_the_files_of_its_split(stage, tmp_path):
+    for split in ("train", "validation", "test"):
+        rows = [{"images": [encoded(drawing(len(split)))], "problem": f"<image>{split}?", "answer": "3"}]
+        write(tmp_path / "geo" / "data" / f"{split}-00000-of-00001.parquet", rows, images=pa.list_(PICTURE))
+    _, questions, _ = stage(train="geometry3k", benchmarks=["shapes", "geometry3k"], local=[f"geometry3k={tmp_path / 'geo'}"])
+    assert [(row["problem"], row["split"]) for row in questions["geometry3k"]] == [("<image>test?", "test"), ("<image>train?", "train")]
+
+
+def mathvista(i: int, **changes) -> dict:
+    return {"pid": str(i), "question": f"How wide is {i}?", "image": "images/1.jpg", "decoded_image": encoded(drawing(i)), "choices": None,
+            "unit": None, "precision": None, "answer": "3", "question_type": "free_form", "answer_type": "integer",
+            "metadata": {"task": "figure question answering"}, "query": f"Hint: an integer.\nQuestion: How wide is {i}?"} | changes
+
+
+def write_mathvista(path, rows):
+    return write(path, rows, decoded_image=PICTURE, choices=pa.list_(pa.string()), precision=pa.float64(), unit=pa.string())
+
+
+def test_mathvista(stage, tmp_path):
+    rows = [mathvista(0), mathvista(1, answer="1.5", answer_type="float", precision=1.0, unit="years"),
+            mathvista(2, answer="[1, 2]", answer_type="list"),
+            mathvista(3, answer="no", question_type="multi_choice", answer_type="text", choices=["yes", "no"],
+                      query="Q\nChoices:\n(A) yes\n(B) no"),
+            mathvista(4, answer="dup", question_type="multi_choice", answer_type="text", choices=["x", "dup", "dup"])]
+    path = write_mathvista(tmp_path / "testmini-0.parquet", rows)
+    _, questions, rejected = stage(benchmarks=["mathvista"], local=[f"mathvista={path}"])
+    zero, one, two, three, four = questions["mathvista"]
+    assert not rejected and [q["answer_type"] for q in questions["mathvista"]] == ["integer", "float", "list", "choice", "choice"]
+    assert zero["problem"] == "<image>Hint: an integer.\nQuestion: How wide is 0?" and zero["group"] == "figure question answering"
+    assert (one["precision"], one["unit"]) == (1, "years")
+    assert (three["answer"], three["choices"]) == ("B", ["yes", "no"]) and three["problem"].endswith("(B) no")
+    assert four["answer"] == "B"  # of equal choices the first
+
+
+def mmmu(i: int, pictures: dict[int, Image.Image], **changes) -> dict:
+    row = {"id": f"validation_Art_Theory_{i}", "question": "What does <image 1> show?", "options": "['a', \"b's\", 'c', 'd']",
+           "explanation": "",
+           "img_type": "['Plots']", "answer": "A", "topic_difficulty": "Easy", "question_type": "multiple-choice", "subfield": "x"}
+    return row | {f"image_{k}": encoded(pictures[k]) if k in pictures else None for k in range(1, 8)} | changes
+
+
+def write_mmmu(path, rows):
+    return write(path, rows, **{f"image_{k}": PICTURE for k in range(1, 8)})
+
+
+def test_mmmu_tags_name_their_pictures(stage, tmp_path):
+    p = {k: drawing(k) for k in range(1, 8)}
+    rows = [mmmu(1, p, question="See <image 3>, <image 1> and <image 3> again.", options=repr([f"<image {k}>" for k in (2, 7, 4, 5)]),
+                 answer="D"),
+            mmmu(2, {1: p[1]}, options=repr([f"option {k}" for k in range(10)]), answer="J"),
+            mmmu(3, {1: p[1]}, question_type="short-answer", options="[]", answer="['2.5', 'two and a half']"),
+            mmmu(4, {1: p[1]}, question="What does <image 2> show?"),
+            mmmu(5, {1: p[1]}, options="__import__('os').system('true')"),
+            mmmu(6, {1: p[1]}, options="[" * 5000),
+            mmmu(7, {1: p[1]}, answer="?"),
+            mmmu(8, {2: p[2]}, question="Nothing named.")]
+    _, questions, rejected = stage(benchmarks=["mmmu"], local=[f"mmmu={write_mmmu(tmp_path / 'v.parquet', rows)}"])
+    many, ten, opened, unnamed = questions["mmmu"]
+    assert many["problem"] == ("<image><image>See <image>, <image> and image 3 again.".replace("<image><image>See", "<image>See")
+                               + "\n(A) <image>\n(B) <image>\n(C) <image>\n(D) <image>")
+    expected = [p[6], p[3], p[1], p[2], p[7], p[4], p[5]]  # the sixth has no tag: it stands first
+    assert all(map(same_picture, many["images"], expected)) and len(many["images"]) == 7
+    assert many["choices"] == ["image 2", "image 7", "image 4", "image 5"] and many["group"] == "Art_Theory"
+    assert ten["answer"] == "J" and ten["choices"][9] == "option 9" and "(J) option 9" in ten["problem"]
+    assert opened["answer_type"] == "open" and json.loads(opened["answer"]) == ["2.5", "two and a half"]
+    assert unnamed["problem"].startswith("<image>Nothing") and same_picture(unnamed["images"][0], p[2])
+    assert [(row["row"], row["reason"].partition(":")[0]) for row in rejected] == [
+        (4, "picture missing"), (5, "not a question"), (6, "not a question"), (7, "gold")]
+
+
+def test_scienceqa_takes_the_image_half(stage, tmp_path):
+    row = {"image": encoded(drawing(1)), "question": "Which?", "choices": ["left", "right"], "answer": 1, "hint": "Look.", "task": "",
+           "grade": "",
+           "subject": "natural science", "topic": "", "category": "", "skill": "", "lecture": "It is right.", "solution": "right"}
+    rows = [row, row | {"image": None}, row | {"hint": "", "image": encoded(drawing(2))}]
+    path = write(tmp_path / "test.parquet", rows, image=PICTURE, answer=pa.int8())
+    _, questions, rejected = stage(benchmarks=["scienceqa"], local=[f"scienceqa={path}"])
+    first, second = questions["scienceqa"]
+    assert first["problem"] == "<image>Context: Look.\nWhich?\n(A) left\n(B) right" and first["answer"] == "B"
+    assert second["problem"] == "<image>Which?\n(A) left\n(B) right" and second["id"] == "scienceqa/test-2"
+    assert [row["reason"] for row in rejected] == ["no picture"]
+
+
+def test_mathvision_one_file_shows_all_pictures(stage, tmp_path):
+    row = {"id": "1", "question": "A cube:\n<image1>\nWhich?\n<image2>", "options": list("ABCDE"), "image": "images/1.jpg",
+           "decoded_image": encoded(drawing(1)), "answer": "D", "solution": None, "level": 1, "subject": "logic"}
+    rows = [row, row | {"id": "2", "options": [], "answer": "(3,-4)", "decoded_image": encoded(drawing(2))},
+            row | {"id": "3", "options": [f"<image{k}>" for k in range(2, 7)]}]
+    path = write(tmp_path / "t.parquet", rows, decoded_image=PICTURE, options=pa.list_(pa.string()), solution=pa.string())
+    _, questions, _ = stage(benchmarks=["mathvision"], local=[f"mathvision={path}"])
+    letters, free, pictured = questions["mathvision"]
+    assert letters["problem"] == "A cube:\n<image>\nWhich?\nimage 2"
+    assert letters["choices"] == list("ABCDE") and letters["answer_type"] == "choice"
+    assert free["answer_type"] == "math" and free["answer"] == "(3,-4)"
+    assert pictured["choices"][0] == "image 2"
+    assert pictured["problem"].endswith("(A) image 2\n(B) image 3\n(C) image 4\n(D) image 5\n(E) image 6")
+
+
+def test_mathverse_wemath_mmk12(stage, tmp_path):
+    image = encoded(drawing(1))
+    verse = {"sample_index": "1", "problem_index": "1", "problem_version": "Vision Intensive",
+             "question": "Find r.\nChoices:\nA:10\nB:12\nC:16\nD:20",
+             "image": image, "answer": "D", "question_type": "multi-choice",
+             "query_wo": "Question: Find r.\nChoices:\nA:10\nB:12\nC:16\nD:20"}
+    only = verse | {"sample_index": "2", "problem_version": "Vision Only", "question": None, "query_wo": "Answer the question shown."}
+    free = verse | {"sample_index": "3", "question": "Find s.", "query_wo": "Question: Find s.", "question_type": "free-form",
+                    "answer": "12.1"}
+    math = {"ID": "3steps_1", "split": "testmini", "knowledge concept": "x", "question": "What area?",
+            "option": "A. 3; x;B. 4;C. 5; D. No correct answer",
+            "answer": "B", "image_path": image, "key": "3steps_3", "question number": 1, "knowledge concept description": ""}
+    k12 = {"id": "a1", "question": "<image>Find y.", "image": image, "answer": r"$\frac{1}{2}$", "subject": "math"}
+    local = [f"{name}={write(tmp_path / f'{name}.parquet', rows, image=PICTURE, image_path=PICTURE)}"
+             for name, rows in (("mathverse", [verse, only, free]), ("wemath", [math]), ("mmk12", [k12]))]
+    _, questions, rejected = stage(train="mmk12", benchmarks=["mathverse", "wemath"], local=local)
+    assert [(q["answer_type"], q["choices"], q["group"]) for q in questions["mathverse"]] == [
+        ("choice", ["10", "12", "16", "20"], "Vision Intensive"), ("choice", list("ABCD"), "Vision Only"), ("math", [], "Vision Intensive")]
+    assert questions["mathverse"][1]["problem"] == "<image>Answer the question shown."
+    assert questions["wemath"][0]["choices"] == ["3; x", "4", "5", "No correct answer"]
+    assert questions["wemath"][0]["id"] == "wemath/3steps_1-3steps_3"
+    assert questions["mmk12"][0]["problem"] == "<image>Find y." and questions["mmk12"][0]["group"] == "math" and not rejected
+
+
+def test_mmk12_test_questions_list_their_choices(prepare):
+    row = {"id": "1", "question": "<image>Which?\nA. one\nB. two\nC. three\nD. four", "image": {"bytes": b"", "path": None},
+           "answer": "C", "subject": "physics"}
+    question = prepare.SOURCES["mmk12"].convert(**row)
+    assert (question["answer_type"], question["choices"]) == ("choice", ["one", "two", "three", "four"])
+    assert question["problem"].count("two") == 1
+
+
+def test_the_hub_is_read_through_datasets(prepare, stage, monkeypatch):
+    table = pa.table({"images": pa.array([[encoded(drawing(1))]], pa.list_(PICTURE)), "problem": ["<image>Find x."], "answer": ["3"]})
+    asked = []
+    monkeypatch.setattr(prepare, "load_dataset", lambda *args, **options: asked.append((args, options)) or prepare.Dataset(table))
+    _, questions, _ = stage(train="mmr1", benchmarks=["shapes"])
+    assert asked[0] == (("MMR1/MMR1-Math-RL-Data-v0", None), {"split": "train"})
+    assert questions["mmr1"][0]["problem"] == "<image>Find x." and same_picture(questions["mmr1"][0]["images"][0], drawing(1))
+
+
+def test_without_a_network_local_is_named(prepare, stage, monkeypatch):
+    def offline(*args, **options):
+        raise ConnectionError("no network")
+    monkeypatch.setattr(prepare, "get_dataset_config_names", offline)
+    with pytest.raises(prepare.UserError, match="--local mmmu=PATH"):
+        stage(benchmarks=["mmmu"])
+
+
+# The user's own
+
+
+def own_folder(path: Path, rows: list) -> Path:
+    path.mkdir(exist_ok=True)
+    (path / "questions.jsonl").write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows))
+    for i in range(8):
+        drawing(i).save(path / f"{i}.png")
+    return path
+
+
+def test_own_questions(stage, tmp_path):
+    q = {"problem": "How many?", "answer": 3, "images": ["0.png"]}
+    rows = [q, q | {"problem": "How far?", "answer": "2.50"}, q | {"problem": "Which?", "answer": "red", "choices": ["blue", "red"]},
+            q | {"problem": "Which one?", "answer": "A", "choices": ["B", "A"], "group": "letters", "id": "x"},
+            q | {"problem": "First <image>, then <image>?", "answer": r"\frac{1}{2}", "images": ["1.png", "2.png"]},
+            q | {"problem": "Who?", "answer": "Anna", "needs_image": True}, q | {"problem": "Say.", "answer": ["yes", "aye"]}]
+    folder = own_folder(tmp_path / "mine", rows)
+    _, questions, rejected = stage(benchmarks=["mine"], local=[f"mine={folder}"])
+    mine = questions["mine"]
+    assert not rejected and [row["answer_type"] for row in mine] == ["integer", "float", "choice", "choice", "math", "text", "open"]
+    assert [row["answer"] for row in mine[2:4]] == ["B", "A"]  # a letter is a letter, even where a choice has that text
+    assert mine[2]["problem"] == "<image>Which?\n(A) blue\n(B) red" and mine[3]["id"] == "mine/x" and mine[5]["needs_image"] is True
+    assert mine[4]["problem"] == "First <image>, then <image>?" and same_picture(mine[4]["images"][1], drawing(2))
+
+
+def test_what_the_kit_wrote_it_reads(prepare, stage, tmp_path):
+    """Splits stay apart, and nothing changes on the second way through."""
+    _, first, _ = stage("one", benchmarks=["shapes"])
+    path = tmp_path / "one" / "questions" / "shapes.parquet"
+    _, second, rejected = stage("two", train="mine", benchmarks=["mine"], local=[f"mine={path}"])
+    assert not rejected and len(second["mine"]) == len(first["shapes"]) == 12
+    for one, two in zip(first["shapes"], second["mine"]):
+        assert {k: v for k, v in one.items() if k not in ("images", "id", "source")} == {
+            k: v for k, v in two.items() if k not in ("images", "id", "source")}
+        assert same_picture(one["images"][0], two["images"][0])
+
+
+def png_of_size(width: int, height: int) -> bytes:
+    """A valid header that promises that many pixels."""
+    chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+def test_hostile_rows_are_rejected_with_a_reason(stage, tmp_path):
+    good = {"problem": "How many?", "answer": 3, "images": ["0.png"]}
+    whole = encoded(drawing(1, (300, 200)))["bytes"]
+    strip = io.BytesIO()
+    Image.new("RGB", (4000, 19)).save(strip, "PNG")
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"
+    files = {"cut.png": whole[:len(whole) // 2], "zero.png": b"", "bomb.png": png_of_size(9_000, 9_000),
+             "huge.png": png_of_size(2**31 - 1, 2**31 - 1),
+             "strip.png": strip.getvalue(), "eps.png": eps, "text.png": b"GIF89a but no"}
+    rows = [good] + [good | {"id": name, "images": [name]} for name in files]
+    bad = [good | {"images": ["../secret.png"]}, good | {"images": ["link.png"]}, good | {"images": [str(tmp_path / "secret.png")]},
+           good | {"images": ["nowhere.png"]}, good | {"images": ["."]}, good | {"images": []}, good | {"images": ["0.png\0"]},
+           good | {"images": [7]},
+           "{not json", "[1, 2]", "null", "[" * 100_000, '{"problem": "a"}', good | {"problem": None}, good | {"problem": 3},
+           good | {"answer": None},
+           good | {"answer": ""}, good | {"problem": "\ud800"}, good | {"choices": "abc"}, good | {"choices": ["a", "b"], "answer": "c"},
+           good | {"answer_type": "eval"}, good | {"answer_type": "integer", "answer": "many"}, good | {"split": "dev"},
+           good | {"precision": "x"},
+           good | {"problem": "<image> and <image>?"}, good | {"group": {"a": 1}, "images": ["1.png", "2.png"], "problem": "w " * 3000},
+           good | {"needs_image": "perhaps"}, good | {"choices": [str(i) for i in range(30)], "answer": "3"},
+           good | {"images": [{"bytes": None, "path": None}]}]
+    folder = own_folder(tmp_path / "mine", rows + bad)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    drawing(0).save(tmp_path / "secret.png")
+    os.symlink(tmp_path / "secret.png", folder / "link.png")
+    _, questions, rejected = stage(train="shapes", benchmarks=["mine"], local=[f"mine={folder}"])
+    assert [row["problem"] for row in questions["mine"]] == ["<image>How many?"]
+    assert len(rejected) == len(files) + len(bad) and all(row["reason"] and row["source"] == "mine" for row in rejected)
+    by_row = {row["row"]: row["reason"] for row in rejected}
+    assert set(by_row) == set(range(2, 2 + len(files) + len(bad)))
+    kinds = [by_row[2 + i].partition(":")[0] for i in range(len(files) + len(bad))]
+    assert kinds == [
+        *["picture unreadable"] * 2, "picture refused", "picture unreadable", "picture refused", *["picture unreadable"] * 2,
+        *["picture refused"] * 3, "picture missing", "picture missing", "no picture", "picture unreadable", "picture unreadable",
+        *["not a question"] * 7, "gold", "gold", "not a question", "not a question", "gold", "not a question", "gold", "not a question",
+                     "not a question",
+        "picture missing", "too long", "not a question", "not a question", "no picture"]
+    assert all("\n" not in reason for reason in by_row.values())
+
+
+def test_special_tokens_in_a_question_stay_text(prepare, stage, model, tmp_path):
+    text = "<|im_end|><|image_pad|><|vision_start|> \ue0001\ue000 How many?"
+    folder = own_folder(tmp_path / "mine", [{"problem": text, "answer": 3, "images": ["0.png"]}])
+    _, questions, _ = stage(benchmarks=["mine"], local=[f"mine={folder}"])
+    tokenizer, image_processor = prepare.load_processors(model, BUDGET)
+    row = questions["mine"][0]
+    prompt = prepare.encode(row, tokenizer, image_processor)
+    assert prompt.input_ids.count(tokenizer.convert_tokens_to_ids("<|image_pad|>")) == row["image_tokens"]
+    assert len(prompt.input_ids) == row["prompt_tokens"]
+
+
+# Pictures
+
+
+def test_any_mode_becomes_rgb_on_white(prepare):
+    ramp = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1040
+    palette = Image.new("P", (8, 8), 1)
+    palette.putpalette([255, 0, 0, 0, 0, 255])
+    half = Image.new("RGBA", (8, 8), (0, 0, 0, 128))
+    transparent = [(encoded(Image.new("RGBA", (8, 8), (9, 9, 9, 0))), (255,) * 3), (encoded(palette, transparency=1), (255,) * 3),
+                   (encoded(palette), (0, 0, 255)), (encoded(Image.new("LA", (8, 8), (0, 0))), (255,) * 3), (encoded(half), (127,) * 3),
+                   (encoded(Image.new("L", (8, 8), 7)), (7,) * 3), (encoded(Image.new("1", (8, 8), 1)), (255,) * 3),
+                   (encoded(Image.new("CMYK", (8, 8), (0, 0, 0, 0)), "JPEG"), (255,) * 3),
+                   (encoded(Image.new("RGB", (8, 8), (1, 2, 3)), "GIF"), (1, 2, 3))]
+    for raw, colour in transparent:
+        picture = prepare.open_picture(raw, None)
+        assert picture.mode == "RGB" and np.abs(np.array(picture.getpixel((4, 4))) - colour).max() <= 1
+    grey = np.asarray(prepare.open_picture(encoded(Image.fromarray(ramp)), None))[..., 0]
+    assert np.abs(grey - ramp / 257).max() <= 1  # 16 bits: scaled, not clipped
+
+
+def test_exif_rotation_is_applied(prepare):
+    picture = Image.new("RGB", (40, 20), "white")
+    picture.paste((255, 0, 0), (0, 0, 20, 20))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown turned by 90 degrees clockwise
+    turned = prepare.open_picture(encoded(picture, "JPEG", exif=exif, quality=95), None)
+    assert turned.size == (20, 40) and turned.getpixel((10, 5))[1] < 60 < 200 < turned.getpixel((10, 35))[1]
+
+
+@pytest.mark.parametrize("budget, smallest, patch", [(BUDGET, 56 * 56, 14), (401_408, 56 * 56, 14), (28 * 28, 28 * 28, 14),
+                                                     (401_408, 65_536, 16)])  # the last as Qwen3-VL has it
+def test_the_image_processor_finds_nothing_left_to_resize(prepare, budget, smallest, patch):
+    """Scaled here or there: the same pixels, and as many tokens as the arithmetic says."""
+    image_processor = prepare.Qwen2VLImageProcessorPil(size={"shortest_edge": smallest, "longest_edge": budget}, patch_size=patch)
+    rng, numbers = random.Random(0), np.random.default_rng(0)
+    sizes = [(1, 1), (4000, 30), (30, 4000), (1, 200), (84, 84), (113, 111), (112, 112), (28, 28)]
+    sizes += [(w, max(1, min(900, round(w * 2 ** rng.uniform(-4, 4))))) for w in (rng.randint(1, 900) for _ in range(25))]
+    for size in sizes:
+        picture = Image.fromarray(numbers.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+        fitted = prepare.fit(picture, image_processor)
+        seen = image_processor([fitted], return_tensors="pt")
+        tokens = image_processor.get_number_of_image_patches(fitted.height, fitted.width) // image_processor.merge_size**2
+        assert tokens == int(seen["image_grid_thw"].prod()) // 4 == len(seen["pixel_values"]) // 4
+        assert fitted.width * fitted.height <= budget
+        if math.prod(size) <= budget:
+            assert fitted is picture
+            continue
+        assert tuple((seen["image_grid_thw"][0, [2, 1]] * patch).tolist()) == fitted.size  # nothing left to resize
+        direct = image_processor([picture], return_tensors="pt")
+        if direct["pixel_values"].shape == seen["pixel_values"].shape:  # all but strips that the processor leaves above the budget
+            assert (direct["pixel_values"] == seen["pixel_values"]).all()
+
+
+# Which rows
+
+
+def test_limit_keeps_the_shares_of_groups(stage, tmp_path):
+    rows = [mathvista(i, metadata={"task": "abc"[0 if i < 60 else 1 if i < 90 else 2]}, query=f"How wide is {i}?",
+                      decoded_image=encoded(drawing(i)))
+            for i in range(100)]
+    local = [f"mathvista={write_mathvista(tmp_path / 't.parquet', rows)}"]
+    _, some, _ = stage("some", benchmarks=["mathvista"], local=local, limit=20)
+    assert Counter(row["group"] for row in some["mathvista"]) == {"a": 12, "b": 6, "c": 2}
+    _, fewer, _ = stage("fewer", benchmarks=["mathvista"], local=local, limit=10)
+    assert {row["id"] for row in fewer["mathvista"]} <= {row["id"] for row in some["mathvista"]}
+    random.Random(1).shuffle(rows)
+    _, shuffled, _ = stage("shuffled", benchmarks=["mathvista"], local=[f"mathvista={write_mathvista(tmp_path / 's.parquet', rows)}"],
+                           limit=20)
+    assert {row["id"] for row in some["mathvista"]} == {row["id"] for row in shuffled["mathvista"]}
+
+
+def test_duplicates(stage, tmp_path):
+    rows = [mathvista(1), mathvista(2), mathvista(1), mathvista(3) | {k: mathvista(2)[k] for k in ("query", "decoded_image", "question")},
+            mathvista(4, pid="1"), mathvista(5, pid="1-4"), mathvista(6, pid="1")]
+    _, questions, rejected = stage(benchmarks=["mathvista"], local=[f"mathvista={write_mathvista(tmp_path / 't.parquet', rows)}"])
+    assert [row["id"] for row in questions["mathvista"]] == [f"mathvista/{id}" for id in ("1", "2", "1-3", "1-4", "1-5")]
+    assert [(row["row"], row["id"], row["reason"]) for row in rejected] == [(3, "mathvista/1-2", "duplicate: of mathvista/1"),
+                                                                            (4, "mathvista/3", "duplicate: of mathvista/2")]
+
+
+def test_leaks_need_the_same_text_and_a_like_picture(stage, tmp_path):
+    picture = drawing(1, (240, 160))
+    bench = mathvista(1, question="Find  $x$.", query="Hint: a number.\nQuestion: Find  $x$.", decoded_image=encoded(picture))
+    train = [("<image>find x", encoded(picture.resize((180, 120)), "JPEG", quality=80)), ("<image>Find y.", encoded(picture)),
+             ("<image>Find x.", encoded(drawing(2, (240, 160)))), ("<image>Find x.", encoded(picture))]
+    rows = [{"images": [raw], "problem": text, "answer": "3"} for text, raw in train]
+    local = [f"mathvista={write_mathvista(tmp_path / 't.parquet', [bench])}",
+             f"geometry3k={write(tmp_path / 'g.parquet', rows, images=pa.list_(PICTURE))}"]
+    _, questions, rejected = stage(train="geometry3k", benchmarks=["mathvista"], local=local)
+    assert [row["problem"] for row in questions["geometry3k"]] == ["<image>Find y.", "<image>Find x."]
+    assert [(row["row"], row["reason"]) for row in rejected] == [(1, "leak: also mathvista/1"), (4, "leak: also mathvista/1")]
+
+
+def test_nothing_left_is_an_error(prepare, stage, tmp_path):
+    path = write_mathvista(tmp_path / "t.parquet", [mathvista(1, answer="no number")])
+    with pytest.raises(prepare.UserError, match="mathvista has no test question left: gold 1"):
+        stage(benchmarks=["mathvista"], local=[f"mathvista={path}"])
+    (row,) = prepare.read_jsonl(tmp_path / "data" / "questions" / "rejected.jsonl")
+    assert row["row"] == 1 and row["reason"].startswith("gold: the answer 'no number'")
+
+
+def test_what_was_rejected_is_always_written(stage, tmp_path):
+    stage(benchmarks=["shapes"])
+    assert (tmp_path / "data" / "questions" / "rejected.jsonl").read_bytes() == b""
+
+
+# The command
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_the_same_command_gives_the_same_bytes(stage, tmp_path, capsys):
+    rows = [mathvista(i) for i in range(6)]
+    local = [f"mathvista={write_mathvista(tmp_path / 't.parquet', rows)}"]
+    for name in ("one", "two"):
+        stage(name, benchmarks=["mathvista", "shapes"], local=local)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    capsys.readouterr()
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "one").rglob("*")}
+    stage("one", benchmarks=["mathvista", "shapes"], local=local)
+    assert "up to date" in capsys.readouterr().out and before == {path: path.stat().st_mtime_ns for path in (tmp_path / "one").rglob("*")}
+    write_mathvista(tmp_path / "t.parquet", rows[:5])
+    _, questions, _ = stage("one", benchmarks=["mathvista", "shapes"], local=local)
+    assert len(questions["mathvista"]) == 5
+
+
+def test_study_records_what_later_stages_read(prepare, stage, tmp_path, model):
+    study, questions, _ = stage(benchmarks=["shapes"])
+    assert study["sources"] == {"train": "shapes", "benchmarks": ["shapes"]} and study["model"] == model and study["model_files"] == {}
+    assert study["max_pixels"] == BUDGET and study["preset"] == "tiny" and study["seed"] == 0 and study["versions"] == prepare.versions()
+    for name, digest in study["artifacts"].items():
+        assert prepare.sha256(tmp_path / "data" / name) == digest
+    assert prepare.load_study(tmp_path / "data") == study
+    tokenizer, image_processor = prepare.load_processors(model, BUDGET)
+    for row in questions["shapes"]:
+        prompt = prepare.encode(row, tokenizer, image_processor)
+        assert (row["image_tokens"], row["prompt_tokens"]) == (9, len(prompt.input_ids))
+
+
+def test_the_embedded_model_is_made_once_per_recipe(prepare, tmp_path, monkeypatch):
+    made = []
+
+    def make(folder, seed, max_pixels):
+        made.append((seed, max_pixels))
+        folder.mkdir()
+        (folder / "weights").write_text(str(seed))
+    monkeypatch.setattr(prepare, "make_embedded_model", make)
+    for seed in (0, 0, 1):
+        prepare.embedded_model(tmp_path, seed, BUDGET)
+    assert made == [(0, BUDGET), (1, BUDGET)] and (tmp_path / "model" / "weights").read_text() == "1"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_kill_leaves_no_half_model(prepare, tmp_path, monkeypatch):
+    def make(folder, seed, max_pixels):
+        folder.mkdir(exist_ok=True)
+        (folder / "weights").write_text("half")
+        if killed:
+            raise KeyboardInterrupt
+        (folder / "weights").write_text("whole")
+    monkeypatch.setattr(prepare, "make_embedded_model", make)
+    killed = True
+    with pytest.raises(KeyboardInterrupt):
+        prepare.embedded_model(tmp_path, 0, BUDGET)
+    assert not (tmp_path / "model").exists()
+    killed = False
+    prepare.embedded_model(tmp_path, 0, BUDGET)
+    assert (tmp_path / "model" / "weights").read_text() == "whole"
+
+
+@pytest.mark.parametrize("options, said", [
+    ({"preset": "13b"}, "--preset 13b is unknown"), ({"train": "nope"}, "source nope is unknown"),
+    ({"benchmarks": ["nope"]}, "source nope is unknown"),
+    ({"train": "mathvista"}, "--train mathvista is a benchmark"), ({"train": "mmmu"}, "is a benchmark"),
+    ({"train": "scienceqa"}, "is a benchmark"),
+    ({"benchmarks": ["virl39k"]}, "has no test split"), ({"local": ["mine"]}, "is not NAME=PATH"),
+    ({"local": ["../x=y"]}, "is not NAME=PATH"),
+    ({"local": ["shapes=y"]}, "is not NAME=PATH"), ({"local": ["mine=y"]}, "neither --train nor among --benchmarks"),
+    ({"limit": 0}, "--limit 0"),
+    ({"benchmarks": ["mine"], "local": ["mine=/nowhere/at/all"]}, "/nowhere/at/all"), ({"max_pixels": 100}, "choose at least 784"),
+    ({"model": "/nowhere/at/all"}, "--model FOLDER")])
+def test_what_cannot_work_is_said_in_one_sentence(prepare, stage, options, said):
+    with pytest.raises(prepare.UserError) as error:
+        stage(**{"benchmarks": ["shapes"]} | options)
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_wrong_files_are_named(prepare, stage, tmp_path):
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 no")
+    path = write_mathvista(tmp_path / "t.parquet", [mathvista(1)])
+    (tmp_path / "empty").mkdir()
+    for name, file, said in (("mathvista", tmp_path / "broken.parquet", "broken.parquet is not a readable parquet"),
+                             ("wemath", path, "lacks the columns ID, option, image_path, key"),
+                             ("mine", path, "lacks the columns problem, images"),
+                             ("mmmu", tmp_path / "empty", "no parquet of split validation"),
+                             ("mine", tmp_path / "empty", "no questions.jsonl")):
+        with pytest.raises(prepare.UserError, match=said):
+            stage(benchmarks=[name], local=[f"{name}={file}"])
+
+
+def test_another_family_of_models_is_refused(prepare, stage, tmp_path, model):
+    for file in Path(model).iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "eos_token_id": config.get("eos_token_id")}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(prepare.UserError, match="is a llama model"):
+        stage(benchmarks=["shapes"], model=str(tmp_path))
+
+
+@pytest.mark.skipif(not REAL.exists(), reason="no real parquets beside the repository")
+def test_real_parquets(stage):
+    local = [f"mathvision={REAL / 'mathvision_testmini.parquet'}", f"mmmu={REAL / 'mmmu_pro_sample.parquet'}"]
+    _, questions, rejected = stage(benchmarks=["mathvision", "mmmu"], local=local)
+    assert len(questions["mathvision"]) == 304 and len(set(row["group"] for row in questions["mathvision"])) == 16
+    assert Counter(row["answer_type"] for row in questions["mathvision"]) == {"choice": 190, "math": 114}
+    assert len(questions["mmmu"]) == 20 and [(row["row"], row["reason"]) for row in rejected] == [(6, "picture missing: <image 4>")]
+    assert [row["id"] for row in questions["mmmu"]][-10:] == ["mmmu/ai2d", *(f"mmmu/ai2d-{k}" for k in range(2, 11))]

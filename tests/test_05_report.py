@@ -1,0 +1,616 @@
+# SPDX-License-Identifier: MIT
+"""Stage 5: every measure finds a truth that is known otherwise, the page is inert and readable, stale answers stop it."""
+import html.parser
+import importlib.metadata
+import itertools
+import json
+import math
+import os
+import random
+import re
+import select
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+from scipy import stats
+
+PICTURE = {"clean": 1.0, "blur-0.02": 0.8, "blur-0.05": 0.4, "blur": 0.1, "occlude-0.25": 0.6, "occlude": 0.3,
+           "occlude-0.75": 0.1, "misleading": 0.8, "unsaid": 0.9, "mismatch": 1.0}  # how much an input shows; others: nothing
+POLICIES = {"base": dict(sees=0.25, reads=0.2, formed=0.6), "standard-s0": dict(sees=0.85, reads=0.9, formed=0.98),
+            "hallucination-blank-s0": dict(sees=0.45, reads=0.95, formed=0.99), "mixed-blank-s0": dict(sees=0.7, reads=0.9, formed=0.98)}
+
+
+def simulated_answer(question, donor_answer, name, rng, sees, reads, formed):
+    """A row of stage 4 by a policy that sees, reads and forms with known probability, and guesses the prior otherwise."""
+    guess = {"count": "2", "more": "yes", "colour": rng.choice("ABCD"), "both": str(rng.randint(1, 9)), "sum": str(rng.randint(2, 18))}
+    shown = donor_answer or question["answer"]
+    answer, quality = guess.get(question["group"], "2"), 0.02
+    if question["needs_image"] and rng.random() < sees * PICTURE.get(name, 0):
+        answer, quality = shown, 0.9
+    if not question["needs_image"] and rng.random() < reads:
+        answer, quality = question["answer"], 0.9
+    good = rng.random() < formed
+    response = f"<think>I see {rng.randint(0, 4)} circles.</think>\\boxed{{{answer}}}" if good else "It is what it is, I guess."
+    probability = quality if answer == question["answer"] else 0.05
+    return {"id": question["id"], "group": question["group"], "needs_image": question["needs_image"], "response": response,
+            "answer": answer if good else None, "gold": question["answer"], "correct": good and answer == question["answer"],
+            "well_formed": good, "truncated": rng.random() < 0.02, "tokens": len(response) // 4, "gold_logprob": math.log(probability)}
+
+
+def make_study(data, prepare, corrupt, policies=POLICIES, names=("blank", "removed", "mismatch"), limit=100, steps=30):
+    """A data folder as the stages before leave it, its policies simulated."""
+    clean = "questions/shapes.parquet"
+    questions = list(prepare.shapes_world(0, limit))
+    prepare.write_questions(data / clean, questions, {})
+    questions = [q for q in questions if q["split"] == "test"]
+    study = {"preset": "tiny", "model": "embedded", "model_files": {}, "sources": {"train": "shapes", "benchmarks": ["shapes"]}, "seed": 0,
+             "max_pixels": 12544, "versions": {"torch": importlib.metadata.version("torch")}, "artifacts": {clean: prepare.sha256(data / clean)}}
+    (data / "study.json").write_text(json.dumps(study))
+    corrupt.main(corrupt.Config(data=str(data), corruptions=list(names), preview_rows=0))
+    by_id = {q["id"]: q for q in questions}
+    for policy, settings_ in policies.items():
+        if policy != "base":
+            folder = data / "policies" / policy
+            folder.mkdir(parents=True)
+            (folder / "adapter_model.safetensors").write_text(policy)
+            config = {"policy": policy, "settings": {"condition": policy.split("-")[0], "seed": 0, "steps": steps, "made_from": study["artifacts"]}}
+            (folder / "config.json").write_text(json.dumps(config))
+            rng, way = random.Random(policy), [1 - math.exp(-4 * step / steps) for step in range(steps)]
+            prepare.write_jsonl(folder / "train.jsonl", [
+                {"step": i + 1, "correct": (c := 0.15 + 0.6 * w * settings_["sees"] + rng.gauss(0, 0.05)),
+                 "well_formed": (f := min(1, 0.55 + 0.43 * w + rng.gauss(0, 0.03))), "reward": 0.9 * c + 0.1 * f} for i, w in enumerate(way)])
+        for name in ("clean", *names):
+            rng, path = random.Random(f"{policy}|{name}"), data / "answers" / policy / "shapes" / f"{name}.jsonl"
+            donors = {}
+            if name == "mismatch":
+                table = prepare.undecoded(prepare.read_questions(data / prepare.input_path("shapes", name), ""))
+                donors = {i: by_id[d]["answer"] for i, d in zip(table["id"], table["donor"]) if d in by_id}
+            inputs = [prepare.input_path("shapes", name)] + [f"policies/{policy}/adapter_model.safetensors"] * (policy != "base")
+            made_from = {key: prepare.sha256(data / key) for key in inputs}
+            prepare.write_jsonl(path, [simulated_answer(q, donors.get(q["id"]), name, rng, **settings_) | {"made_from": made_from}
+                                       for q in questions])
+    return study
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory, prepare, corrupt):
+    data = tmp_path_factory.mktemp("study")
+    make_study(data, prepare, corrupt)
+    return data
+
+
+@pytest.fixture
+def copy(study, tmp_path):
+    return shutil.copytree(study, tmp_path / "data")
+
+
+@pytest.fixture(scope="module")
+def results(study, report):
+    return report.main(report.Config(data=str(study), resamples=500))
+
+
+def answers(data, policy, name):
+    return [json.loads(line) for line in (data / "answers" / policy / "shapes" / f"{name}.jsonl").read_text().splitlines()]
+
+
+def rewrite(data, policy, name, change):
+    path = data / "answers" / policy / "shapes" / f"{name}.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in change(answers(data, policy, name))))
+    return path
+
+
+def run(report, data, **options):
+    return report.main(report.Config(data=str(data), **{"resamples": 200, "gallery": 1} | options))
+
+
+# Statistics, against scipy and against first principles
+
+
+@given(st.integers(1, 3000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
+def test_wilson_is_scipys(report, pair):
+    hits, n = pair
+    low, high = stats.binomtest(hits, n).proportion_ci(method="wilson")
+    assert report.wilson(hits, n) == pytest.approx([low, high], abs=1e-12)
+
+
+@given(st.integers(0, 300), st.integers(0, 300))
+def test_mcnemar_is_the_binomial_test_of_the_discordant_pairs(report, one, two):
+    truth = stats.binomtest(one, one + two, 0.5).pvalue if one + two else 1.0
+    assert report.mcnemar(one, two) == pytest.approx(truth, rel=1e-9)
+
+
+@given(st.lists(st.floats(0, 1), max_size=12))
+def test_holm_rejects_what_stepping_down_rejects(report, ps):
+    corrected = report.holm(ps)
+    for alpha in (0.01, 0.05, 0.3, 0.8):
+        rejected = set()
+        for rank, i in enumerate(sorted(range(len(ps)), key=lambda i: ps[i])):  # Holm's own procedure
+            if ps[i] * (len(ps) - rank) > alpha:
+                break
+            rejected.add(i)
+        assert rejected == {i for i, p in enumerate(corrected) if p <= alpha}
+
+
+def test_bootstrap_intervals_cover_a_known_mean(report):
+    rng, covered = np.random.default_rng(0), 0
+    for trial in range(300):
+        x = rng.random(80) < 0.3
+        low, high = report.estimate(report.resample(80, 400, trial) @ x, 80)["ci95"]
+        covered += low <= 0.3 <= high
+    assert covered / 300 == pytest.approx(0.94, abs=0.04)
+
+
+def test_bootstrap_starts_from_the_sample_and_is_seeded(report):
+    weights = report.resample(50, 300, 1, "a")
+    assert np.allclose(weights.sum(1), 1) and np.allclose(weights[0], 1 / 50)
+    assert np.array_equal(weights, report.resample(50, 300, 1, "a")) and not np.array_equal(weights, report.resample(50, 300, 1, "b"))
+
+
+def test_format_part_by_hand(report):
+    """One stratum of 2,000: half formed, of these 80% right, of the others 10%; the policy forms 90%."""
+    formed = np.repeat([1.0, 0.0], 1000)
+    correct = np.concatenate([np.repeat([1, 0], [800, 200]), np.repeat([1, 0], [100, 900])]) * 1.0
+    policy = np.repeat([1.0, 0.0], [1800, 200])
+    found = report.form_part(np.full((1, 2000), 1 / 2000), np.ones((2000, 1)), correct[None], formed[None], policy[None])
+    assert found[0] == pytest.approx(0.4 * (0.8 - 0.1), abs=1e-3)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(2, 30))
+def test_the_parts_add_up_whatever_the_answers(report, seed, n):
+    rng = np.random.default_rng(seed)
+    draw = lambda: {name: tuple((rng.random((1, n)) < rng.random()) * 1.0 for _ in "cf") for name in ("clean", "blank")}
+    found = report.split_gain(report.resample(n, 50, seed), np.eye(3)[rng.integers(0, 3, n)], base := draw(), policy := draw(), "blank")
+    assert found["total"]["value"] == pytest.approx(policy["clean"][0].mean() - base["clean"][0].mean())
+    if found["visual"]["value"] is not None:
+        assert sum(found[part]["value"] for part in ("format", "image_free", "visual")) == pytest.approx(found["total"]["value"])
+
+
+def learners(rng, n):
+    """Base and learner with known truth; group 0 is hard and rarely formed, group 1 easy and often formed."""
+    group = rng.integers(0, 2, n)
+    knows, knows_blank = rng.random(n) < np.array([0.3, 0.8])[group], rng.random(n) < np.array([0.1, 0.5])[group]
+    formed = [rng.random(n) < np.array([0.3, 0.9])[group] for _ in range(2)]
+    sees = rng.random(n) < 0.5
+    outcome = lambda right, form: ((right & form)[None] * 1.0, form[None] * 1.0)
+    base = {"clean": outcome(knows, formed[0]), "blank": outcome(knows_blank, formed[1])}
+    always = np.ones(n, bool)
+    policies = {"format": {"clean": outcome(knows, always), "blank": outcome(knows_blank, always)},
+                "visual": {"clean": outcome(knows | sees, formed[0]), "blank": base["blank"]},
+                "image_free": {"clean": outcome(knows | sees, formed[0]), "blank": outcome(knows_blank | sees, formed[1])}}
+    return np.eye(2)[group], base, policies
+
+
+@pytest.mark.parametrize("learnt, truth", [
+    ("format", {"format": np.mean([0.7 * 0.3, 0.1 * 0.8]), "image_free": 0, "visual": 0}),
+    ("visual", {"format": 0, "image_free": 0, "visual": np.mean([0.3 * 0.7 * 0.5, 0.9 * 0.2 * 0.5])}),
+    ("image_free", {"format": 0, "image_free": np.mean([0.3 * 0.9 * 0.5, 0.9 * 0.5 * 0.5]),
+                    "visual": np.mean([0.3 * 0.7 * 0.5, 0.9 * 0.2 * 0.5]) - np.mean([0.3 * 0.9 * 0.5, 0.9 * 0.5 * 0.5])})])
+def test_gain_split_is_unbiased_and_covers(report, learnt, truth):
+    rng, found = np.random.default_rng(3), []
+    for trial in range(120):
+        strata, base, policies = learners(rng, 300)
+        found.append(report.split_gain(report.resample(300, 200, trial), strata, base, policies[learnt], "blank"))
+    for part, expected in truth.items():
+        values = np.array([f[part]["value"] for f in found])
+        assert values.mean() == pytest.approx(expected, abs=4 * values.std() / 120**0.5 + 1e-3), part
+        if values.std():
+            assert np.mean([f[part]["ci95"][0] <= expected <= f[part]["ci95"][1] for f in found]) > 0.88, part
+
+
+def test_unstratified_form_would_blame_the_picture(report):
+    """Why strata: form and difficulty go together here, and without strata the learner of form seems to unlearn."""
+    rng, biased = np.random.default_rng(4), []
+    for trial in range(40):
+        strata, base, policies = learners(rng, 300)
+        biased.append(report.split_gain(report.resample(300, 2, trial), np.ones((300, 1)), base, policies["format"], "blank")["image_free"]["value"])
+    assert np.mean(biased) < -0.03
+
+
+def test_surviving_share_is_told_only_of_a_gain(report):
+    strata, base, policies = learners(np.random.default_rng(5), 300)
+    weights = report.resample(300, 300, 0)
+    split = lambda policy, without="blank": report.split_gain(weights, strata, base, policy, without)["surviving_share"]
+    low, high = split(policies["format"])["ci95"]
+    assert low <= 1 <= high
+    assert split(base)["value"] is None and "no gain" in split(base)["reason"]
+    assert split(policies["format"], None)["value"] is None
+    worse = {name: (0 * c, f) for name, (c, f) in base.items()}
+    assert split(worse)["value"] is None  # of a loss, nothing survives
+    never = {name: (0 * c, 0 * f) for name, (c, f) in base.items()}
+    nothing = report.split_gain(weights, strata, never, policies["format"], "blank")
+    assert nothing["format"]["value"] is None and nothing["surviving_share"]["value"] is None and nothing["total"]["value"] > 0
+
+
+@pytest.mark.parametrize("looks", [0.0, 0.6, 1.0])
+def test_net_following_is_the_share_that_looks(report, looks):
+    """Pictures trade places in pairs of other answers, as stage 2 does; a guesser of the prior must not seem to look."""
+    rng, n = np.random.default_rng(6), 6000
+    gold = rng.choice(4, n, p=[0.1, 0.2, 0.3, 0.4])
+    pairs = gold.reshape(-1, 2)
+    shown, gold = pairs[:, ::-1][pairs[:, 0] != pairs[:, 1]].ravel(), pairs[pairs[:, 0] != pairs[:, 1]].ravel()
+    answer = np.where(rng.random(len(gold)) < looks, shown, rng.choice(4, len(gold), p=[0, 0, 0.1, 0.9]))
+    found = report.net_following(answer, shown, gold, report.resample(len(gold), 300, 0))
+    assert found["value"] == pytest.approx(looks, abs=0.05) and found["ci95"][0] - 1e-9 <= looks <= found["ci95"][1] + 1e-9
+
+
+# The check of the instrument
+
+
+def test_instrument_check_finds_the_truth_and_notices_a_broken_measure(report, monkeypatch):
+    entries = report.check_measures()
+    assert all(e["passed"] for e in entries) and len({e["check"] for e in entries}) == len(entries) > 25
+    monkeypatch.setattr(report, "form_part", lambda weights, *_: np.zeros(len(weights)))
+    assert {"learns the form alone: format"} <= {e["check"] for e in report.check_measures() if not e["passed"]}
+
+
+def test_instrument_check_notices_a_policy_that_sees_without_picture(report, copy):
+    assert run(report, copy)["instrument_check"]["passed"]
+    rewrite(copy, "standard-s0", "blank", lambda rows: [row | {"correct": True, "answer": row["gold"]} for row in rows])
+    check = run(report, copy)["instrument_check"]
+    assert not check["passed"]
+    assert all("standard-s0" in e["check"] for e in check["entries"] if not e["passed"])
+    page = (copy / "report" / "index.html").read_text()
+    assert 'role="alert"' in page and "did not pass" in page
+
+
+def test_instrument_check_notices_a_picture_that_disturbs(report, copy):
+    rewrite(copy, "standard-s0", "blank", lambda rows: [row | {"correct": row["correct"] and row["needs_image"]} for row in rows])
+    failed = [e["check"] for e in run(report, copy)["instrument_check"]["entries"] if not e["passed"]]
+    assert failed == ["standard-s0: worth of the picture where the text suffices"]
+
+
+def test_nobody_guesses_shapes_better_than_the_check_allows(report, prepare):
+    rng, counts, total = random.Random(2), {}, {}
+    for i in range(20000):
+        name = list(report.BLIND_BEST)[i % len(report.BLIND_BEST)]
+        asked = prepare.ask(name, prepare.draw_scene(rng)[0], rng)
+        if asked:
+            text = re.split(r"\n", asked[0]["problem"])[0]
+            counts.setdefault((name, text), {}).setdefault(asked[0]["answer"], []).append(1)
+            total[name] = total.get(name, 0) + 1
+    for name, best in report.BLIND_BEST.items():
+        right = sum(max(map(len, c.values())) for (n, _), c in counts.items() if n == name) / total[name]
+        assert right == pytest.approx(best, abs=0.03), name
+
+
+def test_severities_of_plain_names_are_stage_2s(report, corrupt):
+    assert report.SEVERITY == corrupt.SEVERITY
+
+
+# A whole study
+
+
+def test_accuracy_is_what_the_files_say(results, study):
+    for policy in POLICIES:
+        for name in ("clean", "blank", "removed", "mismatch"):
+            rows, cell = answers(study, policy, name), results["accuracy"][policy]["shapes"][name]
+            right = sum(row["correct"] for row in rows)
+            assert (cell["n"], cell["correct"], cell["accuracy"]) == (len(rows), right, right / len(rows))
+            assert cell["ci95"][0] < cell["accuracy"] < cell["ci95"][1]
+
+
+def test_results_recount(results, study):
+    clean, blank = answers(study, "standard-s0", "clean"), answers(study, "standard-s0", "blank")
+    assert results["strict"]["standard-s0"]["shapes"]["count"] == sum(a["correct"] and not b["correct"] for a, b in zip(clean, blank))
+    information = np.mean([a["gold_logprob"] - b["gold_logprob"] for a, b in zip(clean, blank)])
+    assert results["visual_information"]["standard-s0"]["shapes"]["value"] == pytest.approx(information)
+    said = sum("I see" in row["response"] for row in blank)
+    assert results["says"]["standard-s0"]["shapes"]["blank"]["claims to see"]["count"] == said
+    base = answers(study, "base", "clean")
+    (test,) = [t for t in results["tests"] if (t["policy"], t["reference"]) == ("mixed-blank-s0", "base")]
+    mixed = answers(study, "mixed-blank-s0", "clean")
+    assert test["only_policy"] == sum(a["correct"] > b["correct"] for a, b in zip(mixed, base))
+    assert {(t["policy"], t["reference"]) for t in results["tests"]} >= {("hallucination-blank-s0", "standard-s0"), ("standard-s0", "base")}
+    assert all(t["p_holm"] >= t["p"] for t in results["tests"])
+
+
+def test_gains_find_the_simulated_policies(results):
+    gains = {policy: x["shapes"] for policy, x in results["gains"].items()}
+    assert set(gains) == set(POLICIES) - {"base"}
+    for gain in gains.values():
+        assert set(gain) == {"total", "format", "image_free", "visual", "surviving_share"}
+        assert sum(gain[part]["value"] for part in ("format", "image_free", "visual")) == pytest.approx(gain["total"]["value"])
+        assert all({"value", "ci95", "n"} <= set(x) for x in gain.values())
+    assert gains["standard-s0"]["visual"]["value"] > gains["hallucination-blank-s0"]["visual"]["value"]
+    follows = {policy: x["shapes"]["value"] for policy, x in results["follows_picture"].items()}
+    assert follows["standard-s0"] > follows["hallucination-blank-s0"] > follows["base"]
+
+
+def test_every_number_has_its_n_and_interval(study, results):
+    def walk(x):
+        if isinstance(x, dict):
+            if {"value", "share", "accuracy"} & x.keys() and not isinstance(x.get("accuracy"), dict):
+                assert {"n", "ci95"} <= x.keys(), x
+            for key, child in x.items():
+                walk(child) if key != "provenance" else None
+        elif isinstance(x, list):
+            for child in x:
+                walk(child)
+    walk(json.loads((study / "report" / "results.json").read_text()))
+
+
+def test_the_same_answers_give_the_same_bytes(report, copy):
+    run(report, copy)
+    first = {path.name: path.read_bytes() for path in (copy / "report").iterdir()}
+    run(report, copy)
+    assert first == {path.name: path.read_bytes() for path in (copy / "report").iterdir()} and len(first) == 3
+
+
+def test_seeds_are_pooled_and_their_spread_shows(report, prepare, corrupt, tmp_path):
+    policies = {"base": POLICIES["base"], "standard-s0": POLICIES["standard-s0"], "standard-s1": dict(sees=0.1, reads=0.2, formed=0.6)}
+    make_study(tmp_path, prepare, corrupt, policies, names=("blank",), limit=80)
+    found = run(report, tmp_path, resamples=1000)
+    pooled, single = found["pooled"]["standard"]["shapes"], found["gains"]
+    assert pooled["runs"] == ["standard-s0", "standard-s1"]
+    both = [single[run]["shapes"]["total"]["value"] for run in pooled["runs"]]
+    assert pooled["gains"]["total"]["value"] == pytest.approx(np.mean(both))
+    low, high = pooled["gains"]["total"]["ci95"]
+    assert low < min(both) + 0.1 and high > max(both) - 0.1  # the runs differ by more than the questions do
+    assert pooled["accuracy"]["clean"]["value"] == pytest.approx(
+        np.mean([found["accuracy"][run]["shapes"]["clean"]["accuracy"] for run in pooled["runs"]]))
+    assert "standard (2 seeds)" in (tmp_path / "report" / "index.html").read_text()
+
+
+def test_sentences_claim_what_intervals_show(report):
+    part = lambda value, low, high: {"value": value, "ci95": [low, high], "n": 50}
+    gain = {"total": part(0.1, -0.02, 0.2), "visual": part(0.1, 0.05, 0.2), "surviving_share": {"value": None, "reason": "r"}}
+    assert "cannot be told from the base" in report.verdict("a", "s", gain) and "But the visual part" in report.verdict("a", "s", gain)
+    assert "But" not in report.verdict("a", "s", gain | {"visual": part(0.1, -0.05, 0.2)})
+    gain |= {"total": part(0.1, 0.02, 0.2), "surviving_share": part(0.4, 0.1, 0.9)}
+    assert "gains +10.0 points [2.0, 20.0]" in report.verdict("a", "s", gain) and "need it" in report.verdict("a", "s", gain)
+    assert "no part can be shown to need it" in report.verdict("a", "s", gain | {"visual": part(0.1, -0.05, 0.2)})
+    assert "leans less on the picture" in report.verdict("a", "s", gain | {"visual": part(-0.1, -0.2, -0.05)})
+    assert "loses" in report.verdict("a", "s", gain | {"total": part(-0.1, -0.2, -0.02)})
+
+
+def test_base_alone_and_no_blank_input_still_give_a_page(report, prepare, corrupt, tmp_path):
+    make_study(tmp_path / "alone", prepare, corrupt, {"base": POLICIES["base"]}, names=("noise",), limit=20)
+    found = run(report, tmp_path / "alone")
+    assert found["gains"] == {} and "No trained policy" in (tmp_path / "alone" / "report" / "index.html").read_text()
+    make_study(tmp_path / "clean", prepare, corrupt, {p: POLICIES[p] for p in ("base", "standard-s0")}, names=("noise",), limit=20)
+    found = run(report, tmp_path / "clean")
+    assert "visual" not in found["gains"]["standard-s0"]["shapes"]
+
+
+def test_tables_hold_the_matrix_and_the_split(study, results):
+    text = (study / "report" / "tables.md").read_text()
+    cell = results["accuracy"]["standard-s0"]["shapes"]["blank"]
+    assert f"{100 * cell['accuracy']:.1f}%" in text and "n = 100" in text
+    tables = [block.splitlines() for block in re.findall(r"(?:^\|.*\n)+", text, re.M)]
+    assert len(tables) == 2 and all(len({line.count("|") for line in table}) == 1 for table in tables)
+
+
+# Bad input
+
+
+@pytest.mark.parametrize("policy, name, message", [("base", "clean", "04_evaluate.py"), ("standard-s0", "clean", "04_evaluate.py")])
+def test_missing_answers_name_the_stage(report, prepare, copy, policy, name, message):
+    (copy / "answers" / policy / "shapes" / f"{name}.jsonl").unlink()
+    with pytest.raises(prepare.UserError, match=message):
+        run(report, copy)
+
+
+def test_no_study_names_stage_1(report, prepare, tmp_path):
+    with pytest.raises(prepare.UserError, match="01_prepare.py"):
+        run(report, tmp_path)
+
+
+@pytest.mark.parametrize("path", ["policies/standard-s0/adapter_model.safetensors", "corrupted/shapes/blank.parquet"])
+def test_stale_answers_stop_the_report(report, prepare, copy, path):
+    with open(copy / path, "ab") as file:
+        file.write(b"x")
+    with pytest.raises(prepare.UserError, match="run 04_evaluate.py"):
+        run(report, copy)
+
+
+@pytest.mark.parametrize("change", [
+    lambda rows: [{**row, "correct": "yes"} for row in rows], lambda rows: [{**row, "made_from": {}} for row in rows],
+    lambda rows: [{k: v for k, v in row.items() if k != "gold"} for row in rows], lambda rows: [*rows, rows[0]], lambda rows: [],
+    lambda rows: [*rows, ["no row"]]])
+def test_malformed_answers_stop_the_report(report, prepare, copy, change):
+    path = rewrite(copy, "base", "blank", change)
+    with pytest.raises(prepare.UserError, match=re.escape(str(path))):
+        run(report, copy)
+
+
+@pytest.mark.parametrize("junk", [b"{\"id\": 1", b"\xff\xfe\n", b"[" * 100_000 + b"\n"])
+def test_unreadable_answers_stop_the_report(report, prepare, copy, junk):
+    path = copy / "answers" / "base" / "shapes" / "blank.jsonl"
+    path.write_bytes(path.read_bytes() + junk + b"\n{}\n")
+    with pytest.raises(prepare.UserError, match=re.escape(str(path))):
+        run(report, copy)
+
+
+def test_unfinished_and_unevaluated_are_noted(report, copy):
+    (copy / "answers" / "base" / "shapes" / "noise.jsonl.part").write_text("{")
+    (copy / "policies" / "mixed-noise-s3").mkdir()
+    (copy / "policies" / "mixed-noise-s3" / "config.json").write_text("{}")
+    notes = run(report, copy)["notes"]
+    assert any("noise.jsonl.part" in note for note in notes) and any("mixed-noise-s3" in note for note in notes)
+
+
+def test_policies_are_compared_on_the_questions_that_all_answered(report, prepare, copy):
+    rewrite(copy, "standard-s0", "clean", lambda rows: rows[10:])
+    rewrite(copy, "base", "blank", lambda rows: rows[::-1][5:])
+    found = run(report, copy)
+    assert {cell["n"] for x in found["accuracy"].values() for cell in x["shapes"].values()} == {85}
+    assert found["sources"]["shapes"]["left_out"] == 15 and any("15 questions" in note for note in found["notes"])
+    rewrite(copy, "standard-s0", "clean", lambda rows: rows[-3:])
+    with pytest.raises(prepare.UserError, match="no question"):
+        run(report, copy)
+
+
+class Page(html.parser.HTMLParser):
+    """What could act, what is said, and whether tags are balanced."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.acting, self.text, self.open, self.unbalanced = [], [], "", [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag in ("script", "iframe", "object", "embed", "form", "base", "foreignobject", "link"):
+            self.acting.append(tag)
+        self.acting += [name for name, value in attributes if name.startswith("on") or (value or "").strip().lower().startswith("javascript:")]
+        self.acting += [value for name, value in attributes if name in ("src", "href", "xlink:href") and not value.startswith(("data:image/png", "#"))]
+        if tag not in ("meta", "img", "br", "link", "input"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        self.open.pop()
+
+    def handle_endtag(self, tag):
+        if not self.open or self.open.pop() != tag:
+            self.unbalanced.append(tag)
+
+    def handle_data(self, data):
+        self.text += data
+
+
+HOSTILE = ["<script>alert(1)</script>", "\"><img src=x onerror=alert(1)>", "'; --", "\u202eesrever\u2066", "null\x00byte\x1b[31m", "\ud800 alone",
+           "</svg></style></details><b onclick=x>", "{{ 7 * 7 }}{% raw %}", "]]>&lt;&#60;", "| pipe \\ `tick`\n# head"]
+
+
+def test_hostile_text_is_shown_as_text(report, prepare, copy):
+    def poison(rows):
+        return [row | {"response": " ".join(HOSTILE) + "z" * (1_000_000 if i == 0 else 0), "answer": HOSTILE[i % 10], "gold": HOSTILE[0]}
+                for i, row in enumerate(rows)]
+    for name in ("clean", "blank"):
+        rewrite(copy, "standard-s0", name, poison)
+    for source, target in (("standard-s0", "standard-<img src=x onerror=alert(1)>-s1"),):
+        shutil.copytree(copy / "answers" / source, copy / "answers" / target)
+    found = run(report, copy, gallery=6)
+    text = (copy / "report" / "index.html").read_text()
+    page = Page(text)
+    assert page.acting == [] and page.unbalanced == [] and page.open == []
+    assert "<script>alert(1)</script>" in page.text and "{{ 7 * 7 }}" in page.text and "characters in all" in page.text
+    assert not re.search("[\x00-\x08\x0b-\x1f\u202a-\u202e\u2066-\u2069\ud800-\udfff]", text) and "<U+202E>" in page.text
+    assert len(text) < 5_000_000 and len(found["gains"]) == 4
+    assert all(len({line.count("|") - line.count("\\|") for line in block.splitlines()}) == 1
+               for block in re.findall(r"(?:^\|.*\n)+", (copy / "report" / "tables.md").read_text(), re.M))
+
+
+def test_hostile_questions_are_shown_as_text(report, prepare, corrupt, tmp_path):
+    make_study(tmp_path, prepare, corrupt, {p: POLICIES[p] for p in ("base", "standard-s0")}, names=("blank",), limit=20)
+    for name in ("clean", "blank"):
+        path = tmp_path / prepare.input_path("shapes", name)
+        rows = list(prepare.read_questions(path, ""))
+        for i, row in enumerate(rows):
+            row["problem"] = f"<image>{HOSTILE[i % 4]}{name}" + "y" * 100_000 * (i == 20)
+            row["group"] = HOSTILE[i % 4]
+            row["answer"] = HOSTILE[1]
+        prepare.write_questions(path, rows, prepare.made_from(path))
+        for policy in ("base", "standard-s0"):
+            digest = {prepare.input_path("shapes", name): prepare.sha256(path)}
+            rewrite(tmp_path, policy, name, lambda old: [row | {"made_from": row["made_from"] | digest} for row in old])
+    run(report, tmp_path, gallery=6)
+    page = Page((tmp_path / "report" / "index.html").read_text())
+    assert page.acting == [] and page.unbalanced == [] and page.text.count("<script>alert(1)</script>") > 2
+
+
+# The page
+
+
+def test_page_is_self_contained_and_accessible(study, results):
+    text = (study / "report" / "index.html").read_text()
+    page = Page(text)
+    assert page.acting == [] and page.unbalanced == [] and page.open == [] and len(text) < 5_000_000
+    assert "http://" not in text and "https://" not in text and "@import" not in text and "url(" not in text
+    assert all(a.get("scope") in ("col", "row") for tag, a in page.tags if tag == "th")
+    assert all(a.get("alt") for tag, a in page.tags if tag == "img") and sum(tag == "img" for tag, _ in page.tags) > 10
+    drawings = [a for tag, a in page.tags if tag == "svg" and a.get("aria-hidden") != "true"]
+    assert len(drawings) >= 4 and all(a["role"] == "img" and a["aria-label"] for a in drawings)
+    assert page.text.count("✓ right") and page.text.count("✗ wrong")
+    gain = results["gains"]["standard-s0"]["shapes"]["surviving_share"]
+    assert f"{100 * gain['value']:.1f}% of what standard-s0 gained" in " ".join(page.text.split())
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FLAGS = ("--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update "
+         "--disable-sync --disable-dev-shm-usage --remote-debugging-pipe").split()
+INSPECT = """(() => {
+  document.querySelectorAll('details').forEach(d => d.open = true);
+  const canvas = document.createElement('canvas').getContext('2d', {willReadFrequently: true});
+  const rgba = colour => { canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1); return [...canvas.getImageData(0, 0, 1, 1).data]; };
+  const light = c => { const [r, g, b] = c.map(v => v / 255).map(v => v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4); return .2126 * r + .7152 * g + .0722 * b; };
+  const behind = e => { for (; e; e = e.parentElement) { const c = rgba(getComputedStyle(e).backgroundColor); if (c[3] > 250) return c; } return [255, 255, 255, 255]; };
+  const poor = [], seen = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  for (let n = seen.nextNode(); n; n = seen.nextNode()) {
+    const e = n.parentElement, style = getComputedStyle(e);
+    if (!n.data.trim() || e.closest('title,desc')) continue;
+    const [a, b] = [light(rgba(e.closest('svg') ? style.fill : style.color)), light(behind(e))].sort((x, y) => y - x);
+    if ((a + .05) / (b + .05) < 4.5) poor.push([n.data.trim().slice(0, 40), ((a + .05) / (b + .05)).toFixed(2)]);
+  }
+  const wide = [...document.querySelectorAll('body *')].filter(e => !e.closest('.scroll') && e.getBoundingClientRect().right > innerWidth + 1).map(e => e.outerHTML.slice(0, 80));
+  return JSON.stringify({width: document.documentElement.scrollWidth, inner: innerWidth, wide: wide.slice(0, 5), poor: poor.slice(0, 8),
+                         dark: light(rgba(getComputedStyle(document.body).backgroundColor)) < .2, small: Math.min(...[...document.querySelectorAll('main svg text')]
+                         .map(e => e.getBoundingClientRect().height))});
+})()"""
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    """A function that sends a command of the DevTools protocol and returns its answer, and the events that came in."""
+    if CHROMIUM is None:
+        pytest.skip("no chromium on this machine")
+    (read_there, write_here), (read_here, write_there) = os.pipe(), os.pipe()
+    command = [CHROMIUM, *FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}", "about:blank"]
+    shell = f"exec 3<&{read_there} 4>&{write_there}; exec \"$@\""
+    process = subprocess.Popen(["bash", "-c", shell, "-", *command], pass_fds=(read_there, write_there), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    os.close(read_there), os.close(write_there)
+    buffer, events, count = b"", [], itertools.count(1)
+
+    def read():
+        nonlocal buffer
+        while b"\0" not in buffer:
+            if not select.select([read_here], [], [], 60)[0]:
+                raise TimeoutError("the browser does not answer")
+            chunk = os.read(read_here, 1 << 16)
+            assert chunk, "the browser has gone"
+            buffer += chunk
+        message, _, buffer = buffer.partition(b"\0")
+        return json.loads(message)
+
+    def send(method, until=None, session=None, **params):
+        number = next(count)
+        os.write(write_here, json.dumps({"id": number, "method": method, "params": params} | ({"sessionId": session} if session else {})).encode() + b"\0")
+        answer = None
+        while answer is None or (until and not any(e["method"] == until for e in events)):
+            message = read()
+            if message.get("id") == number:
+                answer = message.get("result", message.get("error"))
+            elif "method" in message:
+                events.append(message)
+        return answer
+
+    yield send, events
+    process.terminate()
+    process.wait()
+
+
+@pytest.mark.parametrize("width", [390, 1440])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_page_reads_well_in_a_browser(browser, study, results, width, scheme):
+    send, events = browser
+    events.clear()
+    target = send("Target.createTarget", url="about:blank")["targetId"]
+    session = send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+    for domain in ("Page", "Runtime", "Log"):
+        send(f"{domain}.enable", session=session)
+    send("Emulation.setDeviceMetricsOverride", session=session, width=width, height=900, deviceScaleFactor=1, mobile=width < 500)
+    send("Emulation.setEmulatedMedia", session=session, features=[{"name": "prefers-color-scheme", "value": scheme}])
+    events.clear()
+    send("Page.navigate", until="Page.loadEventFired", session=session, url=(study / "report" / "index.html").as_uri())
+    found = json.loads(send("Runtime.evaluate", session=session, expression=INSPECT, returnByValue=True)["result"]["value"])
+    said = [e["params"] for e in events if e["method"] in ("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded")]
+    asked = [e for e in events if e["method"].startswith("Network.")]
+    send("Target.closeTarget", targetId=target)
+    assert found["width"] <= width and found["wide"] == [], "the page scrolls sideways"
+    assert found["poor"] == [] and found["dark"] == (scheme == "dark") and found["small"] >= 9
+    assert said == [] and asked == []

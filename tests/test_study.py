@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: MIT
+"""The whole study at its smallest: five stages hand on real files, and what stage 4 recorded any user of PEFT can get again."""
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
+
+CORRUPTIONS = ["blank", "removed", "mismatch", "blur", "blur-0.05", "misleading"]
+RUNS = ["hallucination-blank-s0", "mixed-blank-s0", "standard-s0"]
+
+
+def run_stages(data, prepare, corrupt, train, evaluate, report):
+    prepare.main(prepare.Config(data=str(data), limit=40))
+    corrupt.main(corrupt.Config(data=str(data), corruptions=CORRUPTIONS))
+    train.main(train.Config(data=str(data), steps=2, prompts_per_step=4, group_size=4, max_new_tokens=24))
+    answers = evaluate.main(evaluate.Config(data=str(data), max_new_tokens=24))
+    return answers, report.main(report.Config(data=str(data)))
+
+
+@pytest.fixture(scope="session")
+def study(tmp_path_factory, prepare, corrupt, train, evaluate, report):
+    """A study with a warm start of a few steps: the model knows next to nothing, the plumbing is the real one."""
+    data, recipe = tmp_path_factory.mktemp("study") / "data", dict(prepare.WARM_START)
+    prepare.WARM_START.update(scenes=64, vision_steps=3, first_steps=3, reasoned_steps=3, styled_steps=3, batch=8)
+    answers, results = run_stages(data, prepare, corrupt, train, evaluate, report)
+    prepare.WARM_START.update(recipe)
+    return data, answers, results
+
+
+def test_every_artifact_of_the_design_exists(study):
+    data, answers, _ = study
+    sources = [f"corrupted/shapes/{name}.parquet" for name in CORRUPTIONS]
+    runs = [f"policies/{run}/{name}" for run in RUNS
+            for name in ("adapter_model.safetensors", "adapter_config.json", "config.json", "train.jsonl", "rollouts.jsonl")]
+    rows = [f"answers/{policy}/shapes/{name}.jsonl" for policy in ["base", *RUNS] for name in ["clean", *CORRUPTIONS]]
+    for name in ["study.json", "questions/shapes.parquet", "questions/rejected.jsonl", "corrupted/preview.png", "report/index.html",
+                 "report/results.json", "report/tables.md", "model/model.safetensors", *sources, *runs, *rows]:
+        assert (data / name).is_file(), name
+    assert {path.name for path in data.rglob("*") if path.name.endswith(".part") or path.name == "checkpoint"} == set()
+    assert len(answers) == 4 * 7 and all(len(rows) == 40 for rows in answers.values())
+
+
+def test_every_question_is_answered_or_rejected(study, prepare):
+    data, answers, _ = study
+    table = prepare.read_questions(data / "questions" / "shapes.parquet", "")
+    asked = {row["id"] for row in table.remove_columns("images") if row["split"] == "test"}
+    assert all({row["id"] for row in rows} == asked for rows in answers.values())
+
+
+def test_results_count_what_the_answers_say(study):
+    _, answers, results = study
+    for (policy, source, name), rows in answers.items():
+        entry = results["accuracy"][policy][source][name]
+        assert (entry["n"], entry["correct"]) == (len(rows), sum(row["correct"] for row in rows))
+        assert entry["ci95"][0] <= entry["accuracy"] <= entry["ci95"][1]
+
+
+def test_a_second_run_makes_nothing_anew(study, prepare, corrupt, train, evaluate, report, monkeypatch):
+    data, answers, _ = study
+    keep = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in data.rglob("*")
+            if path.is_file() and "report" not in path.parts and path.name != "preview.png"}
+    monkeypatch.setattr(prepare, "warm_start", None)  # a second warm start would raise
+    monkeypatch.setattr(evaluate, "answer", None)
+    again, _ = run_stages(data, prepare, corrupt, train, evaluate, report)
+    assert again == answers
+    assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in keep} == keep
+
+
+@pytest.mark.parametrize("run", RUNS[:1])
+def test_plain_peft_gives_the_recorded_answers(study, prepare, run):
+    """20 questions through AutoModel + PeftModel + generate, with nothing of stage 3: the same completions, token for token."""
+    data, answers, _ = study
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                             bnb_4bit_compute_dtype=torch.float32, llm_int8_skip_modules=["model.visual", "lm_head"])
+    base = AutoModelForImageTextToText.from_pretrained(data / "model", quantization_config=nf4, dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, data / "policies" / run).train()  # train mode: see load_policy; no dropout
+    tokenizer, image_processor = prepare.load_processors(str(data / "model"), json.loads((data / "study.json").read_text())["max_pixels"])
+    questions = {q["id"]: q for q in prepare.read_questions(data / "questions" / "shapes.parquet", "")}
+    vision = tokenizer.convert_tokens_to_ids(["<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"])
+    unused = range(len(tokenizer), base.get_input_embeddings().num_embeddings)
+    for row in answers[run, "shapes", "clean"][:20]:
+        prompt = prepare.encode(questions[row["id"]], tokenizer, image_processor)
+        ids = torch.tensor([prompt.input_ids])
+        out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=prompt.pixel_values,
+                             image_grid_thw=prompt.image_grid_thw, mm_token_type_ids=(ids == base.config.image_token_id).int(),
+                             max_new_tokens=24, do_sample=False, suppress_tokens=[*vision, *unused],
+                             eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+        assert tokenizer.decode(out[0, ids.shape[1]:], skip_special_tokens=True) == row["response"]
