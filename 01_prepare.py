@@ -39,7 +39,7 @@ from operator import add, mul, sub, truediv
 from pathlib import Path
 from types import SimpleNamespace
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch: threads that spin for long on a core that is shared make it 100 times slower
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch: threads that wait by spinning make a shared core 100 times slower
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -878,8 +878,8 @@ def optimise(parameters: list[torch.Tensor], steps: int, loss_of_step: Callable[
 def teach_tower(model, patches: torch.Tensor, grid: torch.Tensor, cells: list, rng: random.Random) -> torch.Tensor:
     """The vision tower learns what each cell holds, read by a linear layer that is thrown away; returns the features of all pictures.
 
-    `patches` (pictures, patches of each, pixels of a patch), `grid` (1, 3) in patches; features (pictures, 9, hidden). From here on the tower is frozen, as
-    in stage 3: the language model learns from features that are computed once.
+    `patches` (pictures, patches of each, pixels of a patch), `grid` (1, 3) in patches, features (pictures, 9, hidden).
+    From here on the tower is frozen, as in stage 3: the language model learns from features that are computed once.
     """
     kinds = {held: number for number, held in enumerate([("", ""), *((kind, colour) for kind in KINDS for colour in COLOURS)])}
     held = torch.tensor([[kinds[cell] for cell in picture] for picture in cells])
@@ -900,8 +900,9 @@ def teach_tower(model, patches: torch.Tensor, grid: torch.Tensor, cells: list, r
 def warm_rows(cells: list, step: int, rng: random.Random) -> list[tuple[int, Question, str]]:
     """(number of a picture, question, response) for one step of the warm start: sight first, then reasoning, then styles.
 
-    Any pretrained model has met pictures that say nothing: half the questions that the text answers stand on one, and 15% of the others, then
-    with the answer that another scene had. Without these, training on blank pictures could only break the model.
+    Any pretrained model has met pictures that say nothing: half the questions that the text answers stand on one, and
+    15% of the others, then with the answer that a scene now hidden had. Without these, training on blank pictures could
+    only break the model.
     """
     rows, first = [], step < WARM_START["first_steps"]
     scenes = len(cells) - WARM_START["blanks"]

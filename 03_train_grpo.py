@@ -75,7 +75,7 @@ class Config:
     steps: int = option(None, "updates of the policy [preset]")
     prompts_per_step: int = option(None, "questions a step [preset]")
     group_size: int = option(None, "completions a question, at least 2 [preset]")
-    max_new_tokens: int = option(None, "tokens; a longer completion is cut and earns nothing [preset]")
+    max_new_tokens: int = option(None, "tokens; a longer completion is cut, and graded as it stands [preset]")
     learning_rate: float = option(None, "AdamW, constant; LoRA takes ten times the 1e-6 of full fine-tuning [preset]")
     lora_rank: int = option(None, "of the adapter; its alpha is twice that [preset]")
     loss: str = option("dapo", "dapo, grpo or dr_grpo: how tokens are weighed")
@@ -471,7 +471,8 @@ class Questions:
         self.seed, self.names, self.tables, self.made_from = seed, names, {}, {}
         for name in ["clean", *names] if self.share < 1 else names:
             relative = prepare.input_path(source, name)
-            table = prepare.read_questions(data / relative, "run 02_corrupt.py " f"--corruptions {name}" if name != "clean" else "run 01_prepare.py")
+            remedy = "run 01_prepare.py" if name == "clean" else f"run 02_corrupt.py --corruptions {name}"
+            table = prepare.read_questions(data / relative, remedy)
             if name == "clean":
                 prepare.check_fresh(data, data / "study.json", {relative: study["artifacts"][relative]}, "run 01_prepare.py again")
             else:
@@ -480,7 +481,7 @@ class Questions:
         first = next(iter(self.tables.values()))
         self.rows = [row for row, split in enumerate(first["split"]) if split == "train"]
         if not self.rows:
-            raise UserError(f"{data / prepare.input_path(source, 'clean')} has no training questions: run 01_prepare.py with another --train")
+            raise UserError(f"{data / prepare.input_path(source, 'clean')} has no training questions: run 01_prepare.py --train SOURCE")
         self.ids = [first["id"][:][row] for row in self.rows]
 
     def longest(self) -> Question:
@@ -559,7 +560,8 @@ def preflight(policy: Policy, questions: Questions, config: Config) -> None:
     tokens = sum(len(picture.tokens) for picture in features[0])
     placeholders = prompt.input_ids.count(policy.full.config.image_token_id)
     if tokens != placeholders:
-        raise UserError(f"the longest question has {placeholders} image tokens but {tokens} features: its image processor is not its model's")
+        raise UserError(f"{prompt.pictures} pictures have {placeholders} image tokens but {tokens} features: "
+                        "the image processor is not the model's")
     rows, length = config.group_size, config.max_new_tokens
     done = Completions(torch.randint(100, (rows, length), device=policy.device, generator=torch.Generator(policy.device).manual_seed(0)),
                        torch.full((rows, length), -1.0, device=policy.device), torch.full((rows,), length, device=policy.device),
@@ -685,7 +687,8 @@ def check_config(config: Config):
     if "clean" in config.corruption:
         raise UserError("--corruption clean damages nothing: for clean questions use --conditions standard")
     if not 0 < config.mixed_fraction < 1:
-        raise UserError(f"--mixed_fraction {config.mixed_fraction} is not between 0 and 1: for 0 or 1 use --conditions standard or hallucination")
+        raise UserError(f"--mixed_fraction {config.mixed_fraction} is not between 0 and 1: "
+                        "for 0 or 1 use --conditions standard or hallucination")
 
 
 if __name__ == "__main__":
