@@ -695,8 +695,8 @@ WORLD_SIZE = {"train": 960, "test": 320}
 
 def draw_scene(rng: random.Random) -> tuple[list[tuple[str, str]], Image.Image]:
     """Up to eight shapes on a jittered 3 x 3 grid: what the nine cells hold, (kind, colour) or ("", ""), and the picture."""
-    counts = [9]
-    while sum(counts) > 8:
+    counts = [0]
+    while not 0 < sum(counts) < 9:  # an empty picture would be its own blank
         counts = rng.choices(COUNTS, COUNT_WEIGHTS, k=len(KINDS))
     cells = [(kind, rng.choice(list(COLOURS))) for kind, n in zip(KINDS, counts) for _ in range(n)]
     cells += [("", "")] * (9 - len(cells))
@@ -924,9 +924,12 @@ def warm_start(model, tokenizer, image_processor, seed: int) -> float:
     It ends with a mixture of styles that leaves room for reinforcement: reasoned and tagged, a guess in tags, and prose.
     """
     cells, pictures = warm_pictures(seed)
-    seen, rng = image_processor(pictures, return_tensors="pt"), random.Random(f"order|{seed}")
-    patches, grid = seen["pixel_values"].half().view(len(pictures), -1, seen["pixel_values"].shape[1]), seen["image_grid_thw"][:1]
-    features = teach_tower(model, patches, grid, cells, rng)  # half above: 200 MB, not 400
+    rng, patches = random.Random(f"order|{seed}"), []
+    for start in range(0, len(pictures), 200):  # a few at a time, and in half precision: 200 MB, not 1 GB
+        seen = image_processor(pictures[start:start + 200], return_tensors="pt")
+        grid = seen["image_grid_thw"][:1]
+        patches.append(seen["pixel_values"].half().unflatten(0, (-1, int(grid.prod()))))
+    features = teach_tower(model, torch.cat(patches), grid, cells, rng)
     pad, image = tokenizer.pad_token_id, model.config.image_token_id
 
     def loss(step):

@@ -56,7 +56,7 @@ NOT_SETTINGS = ("data", "conditions", "seeds", "steps", "sample_every")  # field
 CONDITIONS = ("standard", "hallucination", "mixed")
 LANGUAGE_LINEARS = r".*language_model\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj"
 PRESETS = {  # what differs between the embedded model and the real ones
-    "tiny": {"steps": 120, "prompts_per_step": 8, "group_size": 8, "max_new_tokens": 40, "learning_rate": 1e-3,
+    "tiny": {"steps": 100, "prompts_per_step": 8, "group_size": 8, "max_new_tokens": 40, "learning_rate": 1e-3,
              "lora_rank": 16, "micro_batch": 64, "prompts_per_pass": 8},
     "3b": {"steps": 500, "prompts_per_step": 8, "group_size": 8, "max_new_tokens": 1024, "learning_rate": 1e-5,
            "lora_rank": 32, "micro_batch": 4, "prompts_per_pass": 1},

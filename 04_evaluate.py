@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 Policy, Question, UserError, option = train.Policy, prepare.Question, prepare.UserError, prepare.option
 
-BATCH_SIZE = {"tiny": 80, "3b": 16, "7b": 8}  # prompts decoded together
+BATCH_SIZE = {"tiny": 320, "3b": 16, "7b": 8}  # prompts decoded together
 
 
 @dataclass

@@ -256,6 +256,9 @@ def load_panels(data: Path, study: Mapping, resamples: int, notes: list[str], ch
         else:
             files[path.parent.name][path.parent.parent.name].append(path)
     for source in study["sources"]["benchmarks"]:
+        if source not in files and len(files) > 0:
+            notes.append(f"no policy has answers to {source}: 04_evaluate.py makes them")
+            continue
         for policy in ["base", *files[source]]:
             if "clean" not in [path.stem for path in files[source][policy]]:
                 raise UserError(f"{data / 'answers' / policy / source / 'clean.jsonl'} is missing: run 04_evaluate.py --data {data}")
@@ -796,8 +799,9 @@ PAGE = """{% macro scroll(label) %}<div class="scroll" tabindex="0" role="region
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <title>Seeing or guessing</title><style>{{ css }}</style></head><body>
 <header><p class="soft">Seeing or guessing: {{ study.model }} model, trained on {{ study.sources.train }}</p>
-{% if heads %}{% set lead = heads[0] %}{% set survives = lead.gain.surviving_share.value %}
-<h1>{% if survives is not none %}{{ percent(survives) }} of what {{ lead.name }} gained on {{ lead.source }} survives without the picture
+{% if heads %}{% set lead = heads[0] %}{% set survives = lead.gain.surviving_share %}
+<h1>{% if survives.value is not none and survives.ci95[0] > 0 %}{{ percent(survives.value) }} of what {{ lead.name }} gained on {{ lead.source }} survives
+without the picture{% elif survives.value is not none %}What {{ lead.name }} gained on {{ lead.source }} is not shown to survive without the picture
 {% else %}What {{ lead.name }} learnt on {{ lead.source }}{% endif %}<small>{{ lead.text }}</small></h1>
 <div class="tiles">{% for part in ["total"] + parts|list if lead.gain[part] and lead.gain[part].value is not none %}
 <div class="tile" style="--edge:var(--{{ part if part in parts else "accent" }})">
