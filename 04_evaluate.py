@@ -146,6 +146,9 @@ def main(config: Config) -> dict[tuple[str, str, str], list[dict]]:
     """Evaluate; returns the rows of each answers file by (policy, source, clean or corruption)."""
     data = Path(config.data)
     study = prepare.load_study(data)
+    for name in ("limit", "batch_size", "max_new_tokens"):
+        if getattr(config, name) is not None and getattr(config, name) < 1:
+            raise UserError(f"--{name} {getattr(config, name)} is too small: choose at least 1")
     batch_size = config.batch_size or BATCH_SIZE[study["preset"]]
     max_new_tokens = config.max_new_tokens or train.PRESETS[study["preset"]]["max_new_tokens"]
     policies, inputs, answers = find_policies(config, study), find_inputs(config, study), {}

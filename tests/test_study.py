@@ -7,26 +7,9 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
-CORRUPTIONS = ["blank", "removed", "mismatch", "blur", "blur-0.05", "misleading"]
+from conftest import CORRUPTIONS, run_stages
+
 RUNS = ["hallucination-blank-s0", "mixed-blank-s0", "standard-s0"]
-
-
-def run_stages(data, prepare, corrupt, train, evaluate, report):
-    prepare.main(prepare.Config(data=str(data), limit=40))
-    corrupt.main(corrupt.Config(data=str(data), corruptions=CORRUPTIONS))
-    train.main(train.Config(data=str(data), steps=2, prompts_per_step=4, group_size=4, max_new_tokens=24))
-    answers = evaluate.main(evaluate.Config(data=str(data), max_new_tokens=24))
-    return answers, report.main(report.Config(data=str(data)))
-
-
-@pytest.fixture(scope="session")
-def study(tmp_path_factory, prepare, corrupt, train, evaluate, report):
-    """A study with a warm start of a few steps: the model knows next to nothing, the plumbing is the real one."""
-    data, recipe = tmp_path_factory.mktemp("study") / "data", dict(prepare.WARM_START)
-    prepare.WARM_START.update(scenes=64, vision_steps=3, first_steps=3, reasoned_steps=3, styled_steps=3, batch=8)
-    answers, results = run_stages(data, prepare, corrupt, train, evaluate, report)
-    prepare.WARM_START.update(recipe)
-    return data, answers, results
 
 
 def test_every_artifact_of_the_design_exists(study):

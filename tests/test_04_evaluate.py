@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: MIT
+"""Stage 4: the same answers however they are batched or interrupted, and log-probabilities as a plain forward gives them."""
+import json
+import shutil
+
+import pytest
+import torch
+
+
+@pytest.fixture
+def data(study, tmp_path):
+    """A copy of the smallest study that a test may damage; answers are not copied."""
+    shutil.copytree(study[0], tmp_path / "data", ignore=shutil.ignore_patterns("answers", "report"))
+    return tmp_path / "data"
+
+
+def config(evaluate, data, **changes):
+    return evaluate.Config(**{"data": str(data), "policies": ["base"], "corruptions": ["clean"], "max_new_tokens": 24} | changes)
+
+
+def without_logprobs(rows):
+    return [{key: value for key, value in row.items() if key != "gold_logprob"} for row in rows]
+
+
+@pytest.mark.parametrize("batch_size", [7, 1])
+def test_batches_change_no_answer(study, evaluate, data, batch_size):
+    key = ("base", "shapes", "clean")
+    again = evaluate.main(config(evaluate, data, batch_size=batch_size))[key]
+    assert without_logprobs(again) == without_logprobs(study[1][key])
+    assert [row["gold_logprob"] for row in again] == pytest.approx([row["gold_logprob"] for row in study[1][key]], abs=1e-3)
+
+
+def test_an_interrupted_evaluation_continues_to_the_same_file(evaluate, data, monkeypatch):
+    whole = evaluate.main(config(evaluate, data, batch_size=8))
+    path = data / "answers" / "base" / "shapes" / "clean.jsonl"
+    bytes_whole = path.read_bytes()
+    path.unlink()
+    real, calls = evaluate.answer, []
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*arguments)
+    monkeypatch.setattr(evaluate, "answer", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.main(config(evaluate, data, batch_size=8))
+    part = path.with_name("clean.jsonl.part")
+    assert not path.exists() and len(part.read_text().splitlines()) == 16
+    part.write_text(part.read_text()[:-40])  # a kill in the middle of a line
+    assert evaluate.main(config(evaluate, data, batch_size=8)) == whole
+    assert path.read_bytes() == bytes_whole and not part.exists()
+
+
+def test_answers_made_from_other_input_are_made_again(evaluate, data, prepare):
+    evaluate.main(config(evaluate, data))
+    path = data / "answers" / "base" / "shapes" / "clean.jsonl"
+    rows = prepare.read_jsonl(path)
+    prepare.write_jsonl(path, [row | {"response": "stale", "made_from": {**row["made_from"], "model/model.safetensors": "0"}} for row in rows])
+    assert evaluate.main(config(evaluate, data))["base", "shapes", "clean"] == rows == prepare.read_jsonl(path)
+    shorter = evaluate.main(config(evaluate, data, max_new_tokens=3))["base", "shapes", "clean"]
+    assert max(row["tokens"] for row in shorter) <= 3 < max(row["tokens"] for row in rows)
+
+
+def test_limit_takes_the_same_share_of_every_group(evaluate, data):
+    rows = evaluate.main(config(evaluate, data, limit=10))["base", "shapes", "clean"]
+    groups = [row["group"] for row in rows]
+    assert len(rows) == 10 and {groups.count(group) for group in groups} == {2}
+
+
+def test_gold_logprob_is_that_of_a_plain_forward(study, evaluate, prepare, train):
+    """One sequence a question, through the model's own forward: sum of log p over the gold's tokens, behind the policy's own reasoning."""
+    data, answers, _ = study
+    record = json.loads((data / "study.json").read_text())
+    policy = train.load_policy(str(data / "model"), record["max_pixels"], data / "policies" / "standard-s0")
+    questions = {q["id"]: q for q in prepare.read_questions(data / "questions" / "shapes.parquet", "")}
+    for row in answers["standard-s0", "shapes", "clean"][::9]:
+        prompt = policy.encode(questions[row["id"]])
+        head, box, _ = row["response"].rpartition("\\boxed{")
+        before = policy.tokenizer((head if box else row["response"]) + "\\boxed{", add_special_tokens=False)["input_ids"]
+        gold = policy.tokenizer(row["gold"], add_special_tokens=False)["input_ids"]
+        ids = torch.tensor([prompt.input_ids + before + gold])
+        with torch.no_grad():
+            logits = policy.model(input_ids=ids, pixel_values=prompt.pixel_values, image_grid_thw=prompt.image_grid_thw, use_cache=False,
+                                  mm_token_type_ids=(ids == policy.full.config.image_token_id).int()).logits[0, -len(gold) - 1:-1].float()
+        logits[:, policy.banned] = -torch.inf
+        expected = logits.log_softmax(-1)[range(len(gold)), gold].sum().item()
+        assert row["gold_logprob"] == pytest.approx(expected, abs=2e-3)
+
+
+@pytest.mark.parametrize("changes, says", [
+    ({"policies": ["nobody-s0"]}, "nobody-s0 holds no finished policy"),
+    ({"benchmarks": ["mathvista"]}, "mathvista is no benchmark"),
+    ({"corruptions": ["fog"]}, "run 02_corrupt.py --corruptions fog"),
+    ({"limit": 0}, "--limit 0"), ({"batch_size": 0}, "--batch_size 0"), ({"max_new_tokens": 0}, "--max_new_tokens 0")])
+def test_what_cannot_be_evaluated_is_named(evaluate, prepare, data, changes, says):
+    with pytest.raises(prepare.UserError, match=says):
+        evaluate.main(config(evaluate, data, **changes))
+
+
+def test_stale_questions_and_policies_stop_with_the_stage_to_run(evaluate, prepare, corrupt, data):
+    prepare.write_questions(data / "corrupted" / "shapes" / "blank.parquet", [], {"questions/shapes.parquet": "0"})
+    with pytest.raises(prepare.UserError, match="run 02_corrupt.py"):
+        evaluate.main(config(evaluate, data, corruptions=["blank"]))
+    with pytest.raises(prepare.UserError, match="run 03_train_grpo.py"):
+        evaluate.main(config(evaluate, data, policies=["hallucination-blank-s0"]))
+    (data / "questions" / "shapes.parquet").write_bytes(b"")
+    with pytest.raises(prepare.UserError, match="run 01_prepare.py"):
+        evaluate.main(config(evaluate, data))
