@@ -16,6 +16,7 @@ run     python 01_prepare.py                                    # shapes and the
 """
 import ast
 import cmath
+import errno
 import hashlib
 import io
 import json
@@ -125,20 +126,27 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+CANNOT_WRITE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST, errno.ENOENT)
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary name beside `path`, moved into place at the end: the artifact exists whole or not at all."""
+    part = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.part")
+        if not os.access(path.parent, os.W_OK):
+            raise PermissionError(errno.EACCES, "no permission")
         yield part
         os.replace(part, path)
-    except PermissionError as error:
-        raise UserError(f"{path.parent} is not writable: choose another folder with --data") from error
+    except OSError as error:
+        if error.errno not in CANNOT_WRITE:
+            raise
+        raise UserError(f"{path} cannot be written ({error.strerror}): make room or choose another folder with --data") from error
 
 
 def read_jsonl(path: Path) -> list[dict]:
-    """Rows of a JSON lines file; a last line that a kill cut short is left out."""
+    """Rows of a JSON lines file up to the first broken line: the last one, where a kill cut it short."""
     rows = []
     for line in path.read_text().splitlines():
         try:
@@ -158,10 +166,10 @@ def append_jsonl(path: Path, rows: Iterable[Mapping]):
         file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
-def write_questions(path: Path, questions: Iterable[Question], made_from: Mapping[str, str]) -> int:
+def write_questions(path: Path, questions: Iterable[Question], made_from: Mapping[str, str | int]) -> int:
     """Write question records as parquet, 64 rows in memory at a time; returns their number.
 
-    `made_from` (artifact, relative to the data folder -> sha256) goes into the file's metadata: `check_fresh` reads it.
+    `made_from` (artifact, relative to the data folder -> sha256; seed) goes into the file's metadata: `check_input` reads it.
     """
     schema = FEATURES.arrow_schema
     schema = schema.with_metadata({**(schema.metadata or {}), b"made_from": json.dumps(dict(made_from), sort_keys=True).encode()})
@@ -200,7 +208,7 @@ def undecoded(table: Dataset) -> Dataset:
     return table.cast_column("images", List(ImageFeature(decode=False)))
 
 
-def made_from(path: Path) -> dict[str, str]:
+def made_from(path: Path) -> dict[str, str | int]:
     """What a parquet of `write_questions` was made from."""
     return json.loads((pq.read_schema(path).metadata or {}).get(b"made_from", b"{}"))
 
@@ -211,8 +219,25 @@ def check_fresh(data: Path, artifact: Path, sources: Mapping[str, str], remedy: 
     `sources`: path relative to `data` -> the sha256 that it had when `artifact` was made.
     """
     for name, digest in sources.items():
-        if not (data / name).exists() or sha256(data / name) != digest:
+        if not (data / name).exists():
+            raise UserError(f"{data / name} is missing: {remedy}")
+        if sha256(data / name) != digest:
             raise UserError(f"{artifact} was made from another {data / name} than the one there now: {remedy}")
+
+
+def check_input(data: Path, study: Mapping, source: str, name: str) -> dict[str, str]:
+    """Stop unless the questions of a source, clean or damaged, are those of the study as it now is; returns artifact -> sha256."""
+    clean, relative = input_path(source, "clean"), input_path(source, name)
+    check_fresh(data, data / "study.json", {clean: study["artifacts"].get(clean, "")}, "run 01_prepare.py again")
+    if name != "clean":
+        if not (data / relative).exists():
+            raise UserError(f"{data / relative} is missing: run 02_corrupt.py --corruptions {name}")
+        origin = made_from(data / relative)
+        if origin.get("seed") != study["seed"]:
+            raise UserError(f"{data / relative} was damaged by seed {origin.get('seed')}, the study's is {study['seed']}: "
+                            "run 02_corrupt.py again")
+        check_fresh(data, data / relative, {clean: origin.get(clean, "")}, "run 02_corrupt.py again")
+    return {relative: sha256(data / relative)}
 
 
 def load_study(data: Path) -> dict:
@@ -224,7 +249,9 @@ def load_study(data: Path) -> dict:
 
 
 def model_path(data: Path, study: Mapping) -> str:
-    """Where the study's model is: the embedded one in the data folder, else a hub id or a folder."""
+    """Where the study's model is, the embedded one in the data folder, else a hub id or a folder; stops if it is not the one recorded."""
+    files = {name: digest for name, digest in study["model_files"].items() if not name.startswith("hub:")}
+    check_fresh(data, data / "study.json", files, "run 01_prepare.py again")
     return str(data / "model") if study["model"] == "embedded" else study["model"]
 
 
@@ -783,7 +810,7 @@ def ask(family: str, shapes: list[tuple[str, str]], rng: random.Random) -> tuple
     as_order = rng.random() < 0.33
     record = {"problem": "<image>" + (order if as_order else question), "answer": str(gold), "answer_type": answer_type,
               "choices": choices[0] if choices else [], "group": family, "needs_image": needs_image, "source": "shapes"}
-    weights = (0.3, 0.2, 0.5) if as_order else (0.35, 0.5, 0.15)
+    weights = (0.25, 0.1, 0.65) if as_order else (0.35, 0.5, 0.15)
     answers = {"reasoned": f"<think>{reasoning}</think>\\boxed{{{gold}}}",
                "guessed": f"<think>I guess.</think>\\boxed{{{guess(rng)}}}", "prose": prose}
     return record, answers | {"style": rng.choices(("reasoned", "guessed", "prose"), weights)[0]}
@@ -1241,8 +1268,7 @@ def finish(question: Question, folder: Path | None, tokenizer, image_processor, 
     """Decode and scale the pictures, and count tokens; a prompt that is too long is rejected, never cut."""
     if len(question["problem"]) > 100 * most_tokens:
         raise Rejected(f"too long: {len(question['problem'])} characters")
-    pictures = [raw if isinstance(raw, Image.Image) else open_picture(raw, folder) for raw in question["images"]]
-    pictures = [fit(picture, image_processor) for picture in pictures]
+    pictures = [fit(raw if isinstance(raw, Image.Image) else open_picture(raw, folder), image_processor) for raw in question["images"]]
     patches = [image_processor.get_number_of_image_patches(picture.height, picture.width) for picture in pictures]
     image_tokens = [n // image_processor.merge_size**2 for n in patches]
     tokens = len(tokenize_prompt(question["problem"], image_tokens, tokenizer))
@@ -1321,11 +1347,18 @@ def load_model_parts(model: str, max_pixels: int) -> tuple:
     return tokenizer, image_processor
 
 
+def hash_model(data: Path, model: str) -> dict[str, str]:
+    """What identifies the weights: file, relative to `data` where it lies there -> sha256; of a hub model, its name -> commit."""
+    if model != "embedded" and not Path(model).is_dir():
+        return {f"hub:{model}": AutoConfig.from_pretrained(model, trust_remote_code=False)._commit_hash or "unknown"}
+    folder = data / "model" if model == "embedded" else Path(model).resolve()
+    files = sorted(file for file in folder.iterdir() if file.name == "config.json" or file.suffix == ".safetensors")
+    return {f"model/{file.name}" if model == "embedded" else str(file): sha256(file) for file in files}
+
+
 def embedded_model(data: Path, seed: int, max_pixels: int):
-    """Make data/model/ unless it was made by this very recipe: seed, pixels, and the code of world and warm start."""
-    code = Path(__file__).read_text()
-    recipe = {"seed": seed, "max_pixels": max_pixels, "versions": versions(), "code": hashlib.sha256(
-        code[code.index("\n# The embedded world"):code.index("\n# Sources")].encode()).hexdigest()}
+    """Make data/model/ unless it was made by this very recipe: seed, pixels, packages and code."""
+    recipe = {"seed": seed, "max_pixels": max_pixels, "versions": versions(), "code": sha256(Path(__file__))}
     note = data / "model" / "made_from.json"
     if note.exists() and json.loads(note.read_text()) == recipe:
         print(f"{data / 'model'}: up to date")
@@ -1369,10 +1402,10 @@ def main(config: Config) -> dict:
     warnings.filterwarnings("ignore", module="PIL")  # a doubtful picture is rejected, or taken
     local, data = check_config(config), Path(config.data)
     inputs = {name: fingerprint(path) for name, path in local.items()}
-    model_files = {}
     if config.model == "embedded":
         embedded_model(data, config.seed, config.max_pixels)
-        model_files = {"model/model.safetensors": sha256(data / "model" / "model.safetensors")}
+    processors = load_model_parts(str(data / "model") if config.model == "embedded" else config.model, config.max_pixels)
+    model_files = hash_model(data, config.model)
     plan = {"preset": config.preset, "model": config.model, "seed": config.seed, "max_pixels": config.max_pixels,
             "sources": {"train": config.train, "benchmarks": list(dict.fromkeys(config.benchmarks))},
             "max_prompt_tokens": config.max_prompt_tokens, "limit": config.limit, "versions": versions(), "code": sha256(Path(__file__)),
@@ -1383,7 +1416,6 @@ def main(config: Config) -> dict:
             (data / name).exists() and sha256(data / name) == digest for name, digest in old["artifacts"].items()):
         print(f"{data / 'questions'}: up to date")
         return old
-    processors = load_model_parts(model_path(data, plan), config.max_pixels)
     names = [name for name in plan["sources"]["benchmarks"] if name != config.train] + [config.train]  # leaks are looked for in benchmarks
     benchmarks, rejected, counts = {}, [], {}
     try:
@@ -1392,10 +1424,10 @@ def main(config: Config) -> dict:
     finally:  # also where a source has no question left: here it says why
         write_jsonl(data / "questions" / "rejected.jsonl", rejected)
     artifacts = [*(input_path(name, "clean") for name in names), "questions/rejected.jsonl"]
-    study = plan | {"questions": counts, "artifacts": {name: sha256(data / name) for name in artifacts} | model_files}
+    study = plan | {"questions": counts, "artifacts": {name: sha256(data / name) for name in artifacts}}
     with replacing(path) as part:
         part.write_text(json.dumps(study, indent=1))
-    print(f"{data / 'questions' / 'rejected.jsonl'}: {len(rejected)} rows not taken, and why\n{path}: the record of all this")
+    print(f"{data / 'questions' / 'rejected.jsonl'}: {len(rejected)} rows that can't be used, and why\n{path}: the record of all this")
     return study
 
 

@@ -244,20 +244,13 @@ def wrong_answers(question: Question, donor: Question | None, rng: np.random.Gen
         for i in rng.permutation(len(question["choices"])):
             yield f"({chr(65 + i)}) {question['choices'][i]}", chr(65 + i)
     else:
-        gold = first_alternative(question)
+        gold = prepare.gold_texts(question)[0]
         if number := NUMBER.search(gold):
             for steps in rng.permutation([-3, -2, -1, 1, 2, 3]):
                 yield (gold[:number.start()] + shifted(number, int(steps)) + gold[number.end():],) * 2
         if donor is not None:
-            yield (first_alternative(donor),) * 2
+            yield (prepare.gold_texts(donor)[0],) * 2
     yield "none of these", "none of these"  # one choice, or words and no other question: still wrong
-
-
-def first_alternative(question: Question) -> str:
-    """The answer as one would say it: an open question's may be a JSON list of alternatives."""
-    if question["answer_type"] == "open" and question["answer"].startswith("["):
-        return str(json.loads(question["answer"])[0])
-    return question["answer"]
 
 
 def shifted(number: re.Match, steps: int) -> str:
@@ -360,12 +353,12 @@ def write_damaged(data: Path, source: str, digest: str, seed: int, name: str) ->
     """One file of damaged questions, unless it is there already; returns its number of rows."""
     clean, path = prepare.input_path(source, "clean"), data / prepare.input_path(source, name)
     questions, notes = prepare.read_questions(data / clean, "run 01_prepare.py again"), Counter()
-    newest = max(file.stat().st_mtime for file in (Path(__file__), data / "study.json"))  # an edit here, another seed
-    if path.exists() and path.stat().st_mtime > newest and prepare.made_from(path) == {clean: digest}:
+    origin = {clean: digest, "seed": seed, "code": prepare.sha256(Path(__file__))}
+    if path.exists() and prepare.made_from(path) == origin:
         print(f"{path}: up to date")
         return len(questions)
     indices = tqdm(range(len(questions)), f"{source}/{name}", disable=None, leave=False)
-    rows = prepare.write_questions(path, damage(questions, indices, seed, name, notes), {clean: digest})
+    rows = prepare.write_questions(path, damage(questions, indices, seed, name, notes), origin)
     print(f"{path}: {rows} questions" + "".join(f", {n} {note}" for note, n in notes.items() if n))
     return rows
 

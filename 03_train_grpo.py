@@ -32,8 +32,8 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -42,7 +42,7 @@ prepare = importlib.import_module("01_prepare")  # before torch: it says how its
 import numpy as np
 import torch
 from PIL import Image
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
@@ -52,7 +52,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesCo
 Prompt, Question, UserError, option = prepare.Prompt, prepare.Question, prepare.UserError, prepare.option
 
 LOSSES = ("dapo", "grpo", "dr_grpo")
-NOT_SETTINGS = ("data", "conditions", "seeds", "steps", "sample_every")  # fields that do not change what a step does
+NOT_SETTINGS = ("data", "conditions", "seeds", "steps", "sample_every", "micro_batch", "prompts_per_pass")  # change no step beyond rounding
 CONDITIONS = ("standard", "hallucination", "mixed")
 LANGUAGE_LINEARS = r".*language_model\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj"
 PRESETS = {  # what differs between the embedded model and the real ones
@@ -470,14 +470,8 @@ class Questions:
         self.share = {"standard": 0.0, "hallucination": 1.0, "mixed": config.mixed_fraction}[condition]
         self.seed, self.names, self.tables, self.made_from = seed, names, {}, {}
         for name in ["clean", *names] if self.share < 1 else names:
-            relative = prepare.input_path(source, name)
-            remedy = "run 01_prepare.py" if name == "clean" else f"run 02_corrupt.py --corruptions {name}"
-            table = prepare.read_questions(data / relative, remedy)
-            if name == "clean":
-                prepare.check_fresh(data, data / "study.json", {relative: study["artifacts"][relative]}, "run 01_prepare.py again")
-            else:
-                prepare.check_fresh(data, data / relative, prepare.made_from(data / relative), "run 02_corrupt.py again")
-            self.tables[name], self.made_from[relative] = table, prepare.sha256(data / relative)
+            self.made_from |= prepare.check_input(data, study, source, name)
+            self.tables[name] = prepare.read_questions(data / prepare.input_path(source, name), "run 01_prepare.py")
         first = next(iter(self.tables.values()))
         self.rows = [row for row, split in enumerate(first["split"]) if split == "train"]
         if not self.rows:
@@ -599,8 +593,10 @@ def train_run(study: dict, condition: str, seed: int, config: Config) -> dict:
     questions = Questions(study, condition, seed, config)
     settings = {"condition": condition, "seed": seed, "model": study["model"], "made_from": questions.made_from | study["model_files"],
                 **{f.name: getattr(config, f.name) for f in fields(Config) if f.name not in NOT_SETTINGS}}
+    if condition != "mixed":
+        del settings["mixed_fraction"]
     if condition == "standard":
-        del settings["corruption"], settings["mixed_fraction"]
+        del settings["corruption"]
     if (folder / "config.json").exists():
         done = json.loads((folder / "config.json").read_text())
         check_settings(folder, done["settings"], settings | {"steps": config.steps})

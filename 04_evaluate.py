@@ -13,7 +13,7 @@ run     python 04_evaluate.py                     # all policies and inputs: abo
 import importlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,7 +37,7 @@ class Config:
     corruptions: list[str] = option([], "inputs: clean, or names of stage 2 [all there are]")
     limit: int = option(None, "questions per benchmark, spread over its groups [all]")
     batch_size: int = option(None, "prompts decoded together: lower it when memory is short [preset]")
-    max_new_tokens: int = option(None, "tokens; a longer answer is cut [as in training]")
+    max_new_tokens: int = option(None, "tokens; a longer answer is cut [most of the runs' own]")
 
 
 def answer_prefix(response: str) -> str:
@@ -46,15 +46,25 @@ def answer_prefix(response: str) -> str:
     return (head if box else response) + "\\boxed{"
 
 
+def split_gold(response: str, gold: str, tokenizer) -> tuple[list[int], list[int]]:
+    """Tokens up to the gold answer, and those of the gold in its box: as one text, for `{D` may be a single token.
+
+    The closing brace belongs to the answer: without it, gold 1 would also be paid for 12.
+    """
+    head, whole = (tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+                   for text in (answer_prefix(response), answer_prefix(response) + gold + "}"))
+    same = next((i for i, (a, b) in enumerate(zip(head, whole)) if a != b), min(len(head), len(whole)))
+    return whole[:same], whole[same:]
+
+
 @torch.no_grad()
 def gold_logprobs(policy: Policy, prefix: train.Prefix, questions: Sequence[Question], responses: Sequence[str]) -> list[float]:
     """log p(gold answer | question, the policy's own reasoning), in nats, teacher-forced inside the policy's own box.
 
     The reasoning is the greedy one, and stands for the sum over all that the policy might have reasoned.
     """
-    encode = lambda text: policy.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    heads = [encode(answer_prefix(response)) for response in responses]
-    golds = [encode(prepare.gold_texts(question)[0]) for question in questions]
+    heads, golds = zip(*(split_gold(response, prepare.gold_texts(question)[0], policy.tokenizer)
+                         for question, response in zip(questions, responses)))
     length = max(len(head) + len(gold) for head, gold in zip(heads, golds))
     pad = policy.tokenizer.pad_token_id
     tokens = torch.tensor([h + g + [pad] * (length - len(h) - len(g)) for h, g in zip(heads, golds)], device=policy.device)
@@ -77,20 +87,33 @@ def answer(policy: Policy, questions: Sequence[Question], max_new_tokens: int) -
                 questions, responses, grades, done.finished.tolist(), done.lengths.tolist(), golds)]
 
 
+def kept(file: Path, questions: Mapping[str, Question], origin: dict) -> list[dict]:
+    """The answers that a file has to the first of `questions`, in their order, if they were made from `origin`; graded anew."""
+    there = {row["id"]: row for row in prepare.read_jsonl(file)} if file.exists() else {}
+    rows = []
+    for name, question in questions.items():
+        row = there.get(name, {})
+        if row | origin != row or "response" not in row:
+            break
+        grade = prepare.grade(row["response"], question)
+        rows.append(row | {"answer": grade.answer, "correct": grade.correct, "well_formed": grade.well_formed})
+    return rows
+
+
 def evaluate(policy: Policy, table: Dataset, rows: Sequence[int], path: Path, origin: dict, batch_size: int, name: str) -> list[dict]:
     """Answer the questions `rows` of a table into `path`, batch by batch; `origin` stands in every line.
 
     Whole batches go to a .part file beside it as they are made: an interrupted evaluation continues there. Answers that
     were made from something else than `origin` are made again.
     """
-    ids, part = table["id"][:], path.with_name(path.name + ".part")
-    for file in (path, part):
-        done = prepare.read_jsonl(file) if file.exists() else []
-        if [(row["id"], row | origin) for row in done] == [(ids[row], line) for row, line in zip(rows, done)] and done:
-            break
-    else:
-        done = []
+    part, texts = path.with_name(path.name + ".part"), table.remove_columns("images")
+    questions = {question["id"]: question for question in (texts[row] for row in rows)}
+    done = max((kept(file, questions, origin) for file in (path, part)), key=len)
     if len(done) == len(rows):
+        verdicts = {row["id"]: row for row in done}
+        there = prepare.read_jsonl(path)
+        if any(verdicts.get(row["id"], row) != row for row in there):  # the grader has changed
+            prepare.write_jsonl(path, [verdicts.get(row["id"], row) for row in there])
         return done
     done = done[:len(done) // batch_size * batch_size]  # the last batch may be half written
     prepare.write_jsonl(part, done)
@@ -114,7 +137,10 @@ def find_policies(config: Config, study: dict) -> dict[str, tuple[Path | None, d
         elif name in finished:
             folder = data / "policies" / name
             made_from = json.loads((folder / "config.json").read_text())["settings"]["made_from"]
-            prepare.check_fresh(data, folder, made_from, "delete that folder and run 03_train_grpo.py again")
+            files = {artifact: digest for artifact, digest in made_from.items() if artifact not in model_files}
+            prepare.check_fresh(data, folder, files, "delete that folder and run 03_train_grpo.py again")
+            if not made_from.items() >= model_files.items():
+                raise UserError(f"{folder} was trained on another model than {study['model']}: delete it and run 03_train_grpo.py again")
             adapter = folder / "adapter_model.safetensors"
             found[name] = (folder, model_files | {str(adapter.relative_to(data)): prepare.sha256(adapter)})
         else:
@@ -130,15 +156,9 @@ def find_inputs(config: Config, study: dict) -> list[tuple[str, str, dict[str, s
         if source not in study["sources"]["benchmarks"]:
             raise UserError(f"{source} is no benchmark of {data / 'study.json'}: run 01_prepare.py with --benchmarks {source}, "
                             f"or choose from {', '.join(study['sources']['benchmarks'])}")
-        clean = prepare.input_path(source, "clean")
-        prepare.check_fresh(data, data / "study.json", {clean: study["artifacts"][clean]}, "run 01_prepare.py again")
         there = sorted(path.stem for path in (data / "corrupted" / source).glob("*.parquet"))
         for name in config.corruptions or ["clean", *there]:
-            if name != "clean" and name not in there:
-                raise UserError(f"{data / prepare.input_path(source, name)} is missing: run 02_corrupt.py --corruptions {name}")
-            relative = prepare.input_path(source, name)
-            prepare.check_fresh(data, data / relative, prepare.made_from(data / relative), "run 02_corrupt.py again")
-            inputs.append((source, name, {relative: prepare.sha256(data / relative)}))
+            inputs.append((source, name, prepare.check_input(data, study, source, name)))
     return inputs
 
 
@@ -150,8 +170,9 @@ def main(config: Config) -> dict[tuple[str, str, str], list[dict]]:
         if getattr(config, name) is not None and getattr(config, name) < 1:
             raise UserError(f"--{name} {getattr(config, name)} is too small: choose at least 1")
     batch_size = config.batch_size or BATCH_SIZE[study["preset"]]
-    max_new_tokens = config.max_new_tokens or train.PRESETS[study["preset"]]["max_new_tokens"]
     policies, inputs, answers = find_policies(config, study), find_inputs(config, study), {}
+    trained = [json.loads((folder / "config.json").read_text())["settings"]["max_new_tokens"] for folder, _ in policies.values() if folder]
+    max_new_tokens = config.max_new_tokens or max(trained, default=train.PRESETS[study["preset"]]["max_new_tokens"])
     for policy_name, (adapter, made_from) in policies.items():
         policy, start = None, time.perf_counter()
         for source, name, questions in inputs:

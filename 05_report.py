@@ -30,7 +30,8 @@ from PIL import Image
 prepare = importlib.import_module("01_prepare")
 UserError, option = prepare.UserError, prepare.option
 
-PARTS = {"format": "format: it can be read", "image_free": "image-free: right without the picture", "visual": "visual: needs the picture"}
+PARTS = {"format": "format: answered in the asked-for form",
+         "image_free": "image-free: right without the picture", "visual": "visual: needs the picture"}
 INPUTS = "clean blank removed noise blur occlude irrelevant mismatch misleading unsaid".split()  # order of columns
 SEVERITY = {"blur": 0.2, "occlude": 0.5}  # of stage 2's plain names
 BLIND_BEST = {"count": 0.42, "colour": 0.26, "more": 0.70, "both": 0.42}  # shapes: as often as a guess can be right
@@ -507,7 +508,7 @@ def verdict(name: str, source: str, gain: Mapping) -> str:
         return text
     if surviving["value"] is None:
         return f"{text} How much of it needs the picture cannot be told: {surviving['reason']}."
-    text += f" Without the picture {percent(surviving['value'])} {interval(surviving['ci95'])} of that survives;"
+    text += f" {percent(surviving['value'])} {interval(surviving['ci95'])} of that is form or right without the picture too;"
     if gain["visual"]["ci95"][0] > 0:
         return f"{text} {said['visual']} need it."
     less = "it leans less on the picture than the base does" if gain["visual"]["ci95"][1] < 0 else "no part can be shown to need it"
@@ -545,7 +546,7 @@ def matrix_table(r: Mapping, source: str) -> dict:
 
 def gain_table(r: Mapping, source: str) -> dict:
     return table(f"{source}: gain over the base in points with 95% intervals (paired bootstrap), n = {r['sources'][source]['n']}",
-                 ["policy", "total", "format", "image-free", "visual", "survives without picture"], [
+                 ["policy", "total", "format", "image-free", "visual", "needs no picture"], [
         (name, [cell(gain.get(part), points) for part in ("total", *PARTS)] + [cell(gain["surviving_share"])])
         for name, gain in labelled(r, source, "gains")])
 
@@ -799,9 +800,10 @@ PAGE = """{% macro scroll(label) %}<div class="scroll" tabindex="0" role="region
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <title>Seeing or guessing</title><style>{{ css }}</style></head><body>
 <header><p class="soft">Seeing or guessing: {{ study.model }} model, trained on {{ study.sources.train }}</p>
-{% if heads %}{% set lead = heads[0] %}{% set survives = lead.gain.surviving_share %}
-<h1>{% if survives.value is not none and survives.ci95[0] > 0 %}{{ percent(survives.value) }} of what {{ lead.name }} gained on {{ lead.source }} survives
-without the picture{% elif survives.value is not none %}What {{ lead.name }} gained on {{ lead.source }} is not shown to survive without the picture
+{% if heads %}{% set lead = heads[0] %}{% set survives = lead.gain.surviving_share %}{% set bare = r.sources[lead.source].without_picture %}
+<h1>{% if survives.value is not none and survives.ci95[0] > 0 %}{{ percent(survives.value) }} of what {{ lead.name }} gained on {{ lead.source }}
+survives without the picture ({{ bare }}){% elif survives.value is not none
+%}What {{ lead.name }} gained on {{ lead.source }} is not shown to survive without the picture ({{ bare }})
 {% else %}What {{ lead.name }} learnt on {{ lead.source }}{% endif %}<small>{{ lead.text }}</small></h1>
 <div class="tiles">{% for part in ["total"] + parts|list if lead.gain[part] and lead.gain[part].value is not none %}
 <div class="tile" style="--edge:var(--{{ part if part in parts else "accent" }})">

@@ -468,7 +468,8 @@ def test_the_same_command_gives_the_same_bytes(stage, tmp_path, capsys):
 
 def test_study_records_what_later_stages_read(prepare, stage, tmp_path, model):
     study, questions, _ = stage(benchmarks=["shapes"])
-    assert study["sources"] == {"train": "shapes", "benchmarks": ["shapes"]} and study["model"] == model and study["model_files"] == {}
+    assert study["sources"] == {"train": "shapes", "benchmarks": ["shapes"]} and study["model"] == model
+    assert study["model_files"] == {str(file.resolve()): prepare.sha256(file) for file in map(Path(model).__truediv__, ("config.json", "model.safetensors"))}
     assert study["max_pixels"] == BUDGET and study["preset"] == "tiny" and study["seed"] == 0 and study["versions"] == prepare.versions()
     for name, digest in study["artifacts"].items():
         assert prepare.sha256(tmp_path / "data" / name) == digest

@@ -76,16 +76,38 @@ def test_gold_logprob_is_that_of_a_plain_forward(study, evaluate, prepare, train
     questions = {q["id"]: q for q in prepare.read_questions(data / "questions" / "shapes.parquet", "")}
     for row in answers["standard-s0", "shapes", "clean"][::9]:
         prompt = policy.encode(questions[row["id"]])
-        head, box, _ = row["response"].rpartition("\\boxed{")
-        before = policy.tokenizer((head if box else row["response"]) + "\\boxed{", add_special_tokens=False)["input_ids"]
-        gold = policy.tokenizer(row["gold"], add_special_tokens=False)["input_ids"]
-        ids = torch.tensor([prompt.input_ids + before + gold])
+        head = row["response"].rpartition("\\boxed{")[0] or row["response"]
+        whole = policy.tokenizer(head + "\\boxed{" + row["gold"] + "}", add_special_tokens=False)["input_ids"]
+        before = max(k for k in range(len(whole)) if (head + "\\boxed{").startswith(policy.tokenizer.decode(whole[:k])))
+        gold = whole[before:]  # `{D` may be one token: it belongs to the gold
+        ids = torch.tensor([prompt.input_ids + whole])
         with torch.no_grad():
             logits = policy.model(input_ids=ids, pixel_values=prompt.pixel_values, image_grid_thw=prompt.image_grid_thw, use_cache=False,
                                   mm_token_type_ids=(ids == policy.full.config.image_token_id).int()).logits[0, -len(gold) - 1:-1].float()
         logits[:, policy.banned] = -torch.inf
         expected = logits.log_softmax(-1)[range(len(gold)), gold].sum().item()
         assert row["gold_logprob"] == pytest.approx(expected, abs=2e-3)
+
+
+@pytest.mark.parametrize("gold", ["D", "yes", "3", "12", "\\frac{1}{2}", "a, b"])
+def test_a_right_answer_is_scored_along_the_very_tokens_of_its_response(evaluate, prepare, study, gold):
+    tokenizer, _ = prepare.load_processors(str(study[0] / "model"), 112 * 112)
+    response = f"<think>I see: so {gold}.</think>\\boxed{{{gold}}}"
+    head, answer = evaluate.split_gold(response, gold, tokenizer)
+    assert head + answer == tokenizer(response)["input_ids"] and tokenizer.decode(answer).endswith(gold + "}")
+    assert tokenizer.decode(head).endswith("\\boxed") or tokenizer.decode(head).endswith("{")
+
+
+def test_fewer_questions_leave_the_file_and_another_grader_gives_other_verdicts(evaluate, prepare, data, monkeypatch):
+    whole = evaluate.main(config(evaluate, data))["base", "shapes", "clean"]
+    path = data / "answers" / "base" / "shapes" / "clean.jsonl"
+    before = path.read_bytes()
+    monkeypatch.setattr(evaluate, "answer", None)  # nothing is answered anew
+    fewer = evaluate.main(config(evaluate, data, limit=10))["base", "shapes", "clean"]
+    assert len(fewer) == 10 and path.read_bytes() == before and all(row in whole for row in fewer)
+    monkeypatch.setattr(prepare, "grade", lambda response, question: prepare.Grade(True, True, "all right"))
+    again = evaluate.main(config(evaluate, data))["base", "shapes", "clean"]
+    assert all(row["correct"] for row in again) and prepare.read_jsonl(path) == again
 
 
 @pytest.mark.parametrize("changes, says", [
