@@ -293,7 +293,7 @@ def load_processors(model: str, max_pixels: int):
     """
     tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     image_processor = Qwen2VLImageProcessorPil.from_pretrained(model)
-    smallest = min(image_processor.size["shortest_edge"], max_pixels)
+    smallest = min(image_processor.size["shortest_edge"], max_pixels // 4)  # any closer, and rounding throws strips from bound to bound
     image_processor.size = {"shortest_edge": smallest, "longest_edge": max_pixels}
     return tokenizer, image_processor
 
@@ -397,12 +397,14 @@ def find_boxes(text: str) -> list[tuple[str, int]]:
 
 def search_answer(text: str, question: Mapping) -> str | None:
     """The answer in free text, by a rule for each type."""
-    kind = question["answer_type"]
+    kind, extracted = question["answer_type"], question.get("source") in (None, "mathvista")  # there an LLM extracts the answer
     if kind == "choice":
-        return search_choice(text, question["choices"] or [], question.get("source") in (None, "mathvista"))
+        return search_choice(text, question["choices"] or [], extracted)
+    if kind in ("integer", "float"):
+        return search_number(text, extracted)
     if kind == "list":
         return "[" + text.rpartition("[")[2].partition("]")[0] + "]" if "[" in text else None
-    return {"integer": search_number, "float": search_number, "math": search_maths}.get(kind, search_text)(text)
+    return search_maths(text) if kind == "math" else search_text(text)
 
 
 def is_right(answer: str, question: Mapping) -> bool:
@@ -502,9 +504,9 @@ def read_choice(text: str, choices: Sequence[str]) -> str | None:
 def search_choice(text: str, choices: Sequence[str], nearest: bool) -> str | None:
     """The choice that free text claims as the answer, else by MMMU's rule, else by MathVista's.
 
-    MMMU: the last letter in brackets, else (here: what the last sentence states, else) the last lone letter, else the last choice
-    whose text occurs, else a random one (here: none). MathVista (`nearest`): the choice nearest to the answer that an LLM extracts
-    (here: to the last sentence).
+    MMMU: the last letter in brackets, else (here: what the last sentence states, else) the last lone letter, else (here: the choice
+    with whose text it begins, else) the last whose text occurs, else a random one (here: none). MathVista (`nearest`): the choice nearest to the answer that an LLM extracts
+    (here: to the last sentence, of "Therefore, x is 5" to the 5).
     """
     bare = bare_choice(text, choices)
     if bare or not text.strip():
@@ -517,12 +519,16 @@ def search_choice(text: str, choices: Sequence[str], nearest: bool) -> str | Non
     stated = re.split(r"\bis\b|=|:", last)
     said = read_choice(stated[-1], choices) if len(stated) > 1 else None
     found = re.findall(rf"\({lone}\)", text) or [said] * bool(said) or re.findall(lone, text)
-    found = found or [letters[named] for named in re.findall(texts, plain(text))]
+    concluded = len(stated) > 1 and re.match(r"(?i)(?:therefore|thus|so|hence)\b", last) and not re.search(texts, plain(last))
+    if not found and not (nearest and concluded):
+        opening = re.match(texts, plain(text))  # "No, because ..."
+        found = [letters[named] for named in ([opening[0]] if opening else re.findall(texts, plain(text)))]
     if len(found) == len(set(found)) == len(choices) > 2:  # all of them, listed
         return None
     if found or not nearest or not choices:
         return found[-1] if found else None
-    distances = [edit_distance(last[:200], choice[:200]) for choice in choices]
+    said = stated[-1].strip(" .*$") if concluded else last
+    distances = [edit_distance(said[:200], choice[:200]) for choice in choices]
     return chr(65 + distances.index(min(distances)))  # the first of equals
 
 
@@ -559,11 +565,13 @@ def same_text(answer: str, gold: str, phrase: bool) -> bool:
     return bool(gold) and rest != answer and len(rest) < 100 and not re.search(r"[,;/|]|\b(?:or|and|not?|yes)\b", rest)
 
 
-def search_number(text: str) -> str | None:
-    """The last number that is not the bound of a comparison: "2 bars are larger than 4" answers 2."""
+def search_number(text: str, words: bool = False) -> str | None:
+    """The last number that is not the bound of a comparison: "2 bars are larger than 4" answers 2, and so does "two bars" with `words`."""
     found = list(NUMBER.finditer(text))
-    free = [number for number in found if not text.endswith((" than ", " least ", " most ", " of "), 0, number.start())]
-    return (free or found)[-1][0] if found else None
+    free = [number[0] for number in found if not text.endswith((" than ", " least ", " most ", " of "), 0, number.start())]
+    if words and not free:
+        free = [str(NUMBERS.index(word)) for word in re.findall(rf"\b(?:{'|'.join(NUMBERS[2:])})\b", text.lower())]
+    return (free or [number[0] for number in found] or [None])[-1]
 
 
 def search_maths(text: str) -> str | None:
@@ -1194,8 +1202,11 @@ def fit(picture: Image.Image, image_processor) -> Image.Image:
     Then the processor finds nothing left to resize, and no picture is resampled twice. Smaller pictures stay.
     """
     size, side, budget = picture.size, image_processor.patch_size * image_processor.merge_size, image_processor.size
-    while size[0] * size[1] > budget["longest_edge"]:  # again only for strips: a short side of one patch stays above the budget
-        size = smart_resize(size[1], size[0], side, budget["shortest_edge"], budget["longest_edge"])[::-1]
+    for _ in range(99):  # more than once only for strips, which it leaves above the budget: no side gets shorter than a patch
+        seen = smart_resize(size[1], size[0], side, budget["shortest_edge"], budget["longest_edge"])[::-1]
+        if max(math.prod(size), math.prod(seen)) <= budget["longest_edge"]:
+            break
+        size = seen
     return picture if size == picture.size else picture.resize(size, Image.Resampling.BICUBIC)
 
 

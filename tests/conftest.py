@@ -10,6 +10,10 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on a network
+importlib.import_module("01_prepare")  # before torch: it says how its threads wait
+
+import torch
+import transformers as hf
 
 
 def _stage(name):
@@ -22,7 +26,35 @@ train = _stage("03_train_grpo")
 evaluate = _stage("04_evaluate")
 report = _stage("05_report")
 
+VISION = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
 CORRUPTIONS = ["blank", "removed", "mismatch", "blur", "blur-0.05", "misleading"]
+
+
+def sharpen(model):
+    """Random weights large enough that attention, positions and pictures decide the next token."""
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1:
+            parameter.data.normal_(0, 0.3 if "embed" in name or "lm_head" in name else parameter[0].numel() ** -0.5)
+    return model
+
+
+def tiny_model(kind, tokenizer, vocabulary=576):
+    """A few layers of each family that the kit trains; Qwen3-VL feeds pictures to its first layers too."""
+    ids = {name.strip("<|>"): tokenizer.convert_tokens_to_ids(name) for name in VISION}
+    text = dict(vocab_size=vocabulary, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+                rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]})
+    small = dict(depth=2, num_heads=4)
+    config_class, model_class, text_more, vision = {
+        "qwen2_vl": (hf.Qwen2VLConfig, hf.Qwen2VLForConditionalGeneration, {}, dict(embed_dim=64, hidden_size=64, mlp_ratio=2)),
+        "qwen2_5_vl": (hf.Qwen2_5_VLConfig, hf.Qwen2_5_VLForConditionalGeneration, {}, dict(
+            hidden_size=64, intermediate_size=128, out_hidden_size=64, fullatt_block_indexes=[1], window_size=56)),
+        "qwen3_vl": (hf.Qwen3VLConfig, hf.Qwen3VLForConditionalGeneration, {"head_dim": 16}, dict(
+            hidden_size=64, intermediate_size=128, out_hidden_size=64, num_position_embeddings=64, deepstack_visual_indexes=[0, 1])),
+    }[kind]
+    return sharpen(model_class(config_class(
+        text_config=text | text_more, vision_config=small | vision, image_token_id=ids["image_pad"], video_token_id=ids["video_pad"],
+        vision_start_token_id=ids["vision_start"], vision_end_token_id=ids["vision_end"], tie_word_embeddings=False)))
 
 
 def run_stages(data, prepare, corrupt, train, evaluate, report):
