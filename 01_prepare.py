@@ -45,10 +45,12 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch: threads that wa
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from datasets import Dataset, Features, Image as ImageFeature, List, Value, get_dataset_config_names, load_dataset
+from datasets import (
+    Dataset, Features, Image as ImageFeature, List, Value, disable_progress_bars, get_dataset_config_names, load_dataset)
 from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer, HfArgumentParser, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+from transformers.utils import logging
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
 Question = dict  # one row of FEATURES, its images decoded: a list of RGB PIL pictures
@@ -111,6 +113,9 @@ def run(main: Callable, config_class: type, description: str):
     """Parse the command line and run a stage; bad input ends with one sentence and exit code 2, Ctrl-C with 130."""
     parser = HfArgumentParser(config_class, description=description, allow_abbrev=False)
     (config,) = parser.parse_args_into_dataclasses()
+    if not sys.stderr.isatty():  # bars are for a terminal
+        disable_progress_bars()
+        logging.disable_progress_bar()
     try:
         main(config)
     except UserError as error:
@@ -1318,20 +1323,25 @@ def check_config(config: Config) -> dict[str, Path]:
             setattr(config, name, value)
     local = {name: Path(path) for name, _, path in (item.partition("=") for item in config.local)}
     names = [config.train, *config.benchmarks]
-    wrong = [f"--local {item} is not NAME=PATH with a name of letters, digits, _ . and -, other than shapes" for item in config.local
-             if not re.fullmatch(r"(?!shapes=)[A-Za-z0-9][A-Za-z0-9_.-]{0,63}=.+", item)]
-    wrong += [f"source {name} is unknown: choose from shapes, {', '.join(SOURCES)}, or give your own with --local {name}=PATH"
-              for name in names if name not in SOURCES and name not in local and name != "shapes"]
-    wrong += [f"--local {name} is neither --train nor among --benchmarks: name it there too" for name in local if name not in names]
-    wrong += [f"--train {config.train} is a benchmark: trained on, its scores say nothing, so choose another source"
-              for _ in range(1) if config.train in SOURCES and SOURCES[config.train].train is None]
-    wrong += [f"--benchmarks {name} has no test split: it is for --train" for name in config.benchmarks
-              if name in SOURCES and SOURCES[name].test is None]
-    wrong += [f"--{name} {getattr(config, name)} is too small: choose at least 1" for name in ("limit", "max_pixels", "max_prompt_tokens")
-              if getattr(config, name) is not None and getattr(config, name) < 1]
-    wrong += [f"{path} is a file: choose a folder with --data" for path in [Path(config.data)] if path.is_file()]
-    if wrong:
-        raise UserError(wrong[0])
+    for item in config.local:
+        if not re.fullmatch(r"(?!shapes=)[A-Za-z0-9][A-Za-z0-9_.-]{0,63}=.+", item):
+            raise UserError(f"--local {item} is not NAME=PATH with a name of letters, digits, _ . and -, other than shapes")
+    for name in names:
+        if name not in SOURCES and name not in local and name != "shapes":
+            raise UserError(f"source {name} is unknown: choose from shapes, {', '.join(SOURCES)}, or give your own with --local {name}=PATH")
+    for name in local:
+        if name not in names:
+            raise UserError(f"--local {name} is neither --train nor among --benchmarks: name it there too")
+    if config.train in SOURCES and SOURCES[config.train].train is None:
+        raise UserError(f"--train {config.train} is a benchmark: trained on, its scores say nothing, so choose another source")
+    for name in config.benchmarks:
+        if name in SOURCES and SOURCES[name].test is None:
+            raise UserError(f"--benchmarks {name} has no test split: it is for --train")
+    for name in ("limit", "max_pixels", "max_prompt_tokens"):
+        if getattr(config, name) is not None and getattr(config, name) < 1:
+            raise UserError(f"--{name} {getattr(config, name)} is too small: choose at least 1")
+    if Path(config.data).is_file():
+        raise UserError(f"{config.data} is a file: choose a folder with --data")
     return local
 
 
@@ -1352,6 +1362,8 @@ def load_model_parts(model: str, max_pixels: int) -> tuple:
         raise UserError(f"model {model} could not be loaded from the hub or a folder: give a local copy with --model FOLDER") from error
     if kind not in FAMILIES:
         raise UserError(f"{model} is a {kind} model: this kit trains {', '.join(FAMILIES)}")
+    if not tokenizer.chat_template:
+        raise UserError(f"{model} has no chat template: copy chat_template.jinja or tokenizer_config.json of the published model there")
     side = image_processor.patch_size * image_processor.merge_size
     if max_pixels < side**2:
         raise UserError(f"--max_pixels {max_pixels} is less than one image token: choose at least {side**2}")

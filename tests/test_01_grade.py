@@ -277,6 +277,20 @@ def test_the_nearest_choice_counts_for_mathvista_alone(prepare):
     assert not boxed(prepare, "2.75", "choice", "A", choices, source="mathvista")  # never in the box
 
 
+def test_a_conclusion_is_nearer_than_the_sentence_around_it(prepare):
+    """MathVista's rule takes the nearest choice to the answer alone: of "Therefore, the length is 18.5 metres", to that length."""
+    about = question("choice", "B", ["the longest of all lengths", "18 metres", "25 metres"], source="mathvista")
+    assert prepare.grade("I see a bar. Therefore, the longest length here is 18.5 metres.", about).correct
+
+
+@pytest.mark.parametrize("response, answer", [
+    ("There are two bags with at least 60 buttons.", "2"), ("Three of them are larger than 4.", "3"), ("It has 5 legs, one of two.", "5"),
+    ("More than 7.", "7"), ("One of them.", None)])
+def test_number_words_count_where_an_llm_extracts(prepare, response, answer):
+    assert prepare.grade(response, question("integer", "1", source="mathvista")).answer == answer
+    assert prepare.grade("There are two.", question("integer", "2", source="shapes")).answer is None
+
+
 # golds
 
 

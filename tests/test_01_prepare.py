@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import re
 import struct
 import zlib
 from collections import Counter
@@ -560,3 +561,23 @@ def test_real_parquets(stage):
     assert Counter(row["answer_type"] for row in questions["mathvision"]) == {"choice": 190, "math": 114}
     assert len(questions["mmmu"]) == 20 and [(row["row"], row["reason"]) for row in rejected] == [(6, "picture missing: <image 4>")]
     assert [row["id"] for row in questions["mmmu"]][-10:] == ["mmmu/ai2d", *(f"mmmu/ai2d-{k}" for k in range(2, 11))]
+
+
+def test_the_example_of_the_readme(stage, tmp_path):
+    """The lines of questions.jsonl that the README shows, beside pictures of these names."""
+    lines = re.findall(r'^\{"problem": .*\}$', (Path(__file__).resolve().parents[1] / "README.md").read_text(), re.M)
+    assert len(lines) == 2
+    folder = own_folder(tmp_path / "birds", lines)
+    for number, row in enumerate(map(json.loads, lines)):
+        drawing(number).save(folder / row["images"][0])
+    _, questions, rejected = stage(benchmarks=["birds"], local=[f"birds={folder}"])
+    assert not rejected and [(row["answer_type"], row["answer"]) for row in questions["birds"]] == [("integer", "7"), ("choice", "B")]
+    assert questions["birds"][1]["problem"] == "<image>Which bird is this?\n(A) a robin\n(B) a wren"
+
+
+def test_without_a_chat_template_the_remedy_is_named(prepare, stage, tmp_path, model):
+    for file in Path(model).iterdir():
+        if file.name != "chat_template.jinja":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(prepare.UserError, match="has no chat template: copy"):
+        stage(benchmarks=["shapes"], model=str(tmp_path))

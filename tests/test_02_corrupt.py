@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Stage 2: what each corruption takes away is gone, what it must keep is there, and both are the same on every run."""
 
+import io
 import itertools
 import json
 import re
@@ -8,6 +9,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from datasets import load_dataset
 from hypothesis import given, settings, strategies as st
 from PIL import Image, ImageDraw
 
@@ -549,6 +551,23 @@ def test_main_writes_every_file_with_the_same_rows(prepare, corrupt, data, capsy
     assert text_only["donor"] is None and text_only["images"] == []
     assert "school/blank.parquet: 7 questions, " in capsys.readouterr().out
     assert Image.open(data / "corrupted/preview.png").width > 180 * len(NAMES)
+
+
+@pytest.mark.parametrize("name", ["clean", "blank", "mismatch", "unsaid", "removed"])
+def test_easyr1_reads_the_same_files(prepare, corrupt, data, name, tmp_path):
+    """As its RLHFDataset does by default: the parquet builder of datasets, split train; columns problem, answer and images, the
+    pictures as PIL or as bytes, the problem cut at <image>. (github.com/hiyouga/EasyR1, verl/utils/dataset.py and examples/config.yaml)
+    """
+    corrupt.main(corrupt.Config(data=str(data), corruptions=[name] if name != "clean" else ["blank"], preview_rows=0))
+    for source in ("world", "school"):
+        file = data / prepare.input_path(source, name)
+        table = load_dataset("parquet", data_files=str(file), split="train", cache_dir=str(tmp_path / "cache"))
+        assert len(table) == len(read(prepare, file)) > 0
+        for row, raw in zip(table, prepare.undecoded(table)):
+            assert isinstance(row["problem"], str) and isinstance(row["answer"], str) and row["answer"]
+            assert len(row["problem"].split("<image>")) - 1 == len(row["images"])
+            for picture, stored in zip(row["images"], raw["images"], strict=True):
+                assert picture.mode == "RGB" and Image.open(io.BytesIO(stored["bytes"])).tobytes() == picture.tobytes()
 
 
 def test_main_twice_writes_nothing_and_another_order_writes_the_same(prepare, corrupt, data, capsys):
