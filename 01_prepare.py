@@ -42,6 +42,7 @@ from types import SimpleNamespace
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch: threads that wait by spinning make a shared core 100 times slower
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -148,6 +149,9 @@ def replacing(path: Path) -> Iterator[Path]:
         if error.errno not in CANNOT_WRITE:
             raise
         raise UserError(f"{path} cannot be written ({error.strerror}): make room or choose another folder with --data") from error
+    finally:
+        if part.is_file():
+            part.unlink()
 
 
 def read_jsonl(path: Path) -> list[dict]:
@@ -250,7 +254,10 @@ def load_study(data: Path) -> dict:
     path = data / "study.json"
     if not path.exists():
         raise UserError(f"{path} is missing: run 01_prepare.py --data {data} first")
-    return json.loads(path.read_text())
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: delete it and run 01_prepare.py again") from error
 
 
 def model_path(data: Path, study: Mapping) -> str:
@@ -309,7 +316,7 @@ def tokenize_prompt(problem: str, image_tokens: Sequence[int], tokenizer) -> lis
     The template sees placeholders, never the question: what a question's text says, `<|im_end|>` for instance, stays
     text and cannot become a special token. Raises ValueError where tags and pictures do not match.
     """
-    texts = [text.strip() for text in problem.split("<image>")]
+    texts = problem.strip().split("<image>")
     if len(texts) - 1 != len(image_tokens):
         raise ValueError(f"{len(texts) - 1} <image> tags for {len(image_tokens)} pictures")
     texts[-1] += "\n" + INSTRUCTION
@@ -498,11 +505,15 @@ def read_choice(text: str, choices: Sequence[str]) -> str | None:
     if bare or len(text) > ANSWER_CHARACTERS:
         return bare
     lettered = re.match(r"[\s(]{0,3}" + lone + r"\s?[).:=]{0,2}", text)  # "C. A to B": the letters after are the choice's own
-    if lettered and plain(text[lettered.end():]) == plain(choices[ord(lettered[1]) - 65]):
-        return lettered[1]
-    named = set(re.findall(lone, text)) | {letters[said] for said in re.findall(texts, plain(text))}
-    if not named and one_value(text) is not None:  # 1.8 for \\frac{9}{5}
+    if lettered:
+        rest, choice = text[lettered.end():], choices[ord(lettered[1]) - 65]
+        if plain(rest) == plain(choice) or same_maths(rest, choice):
+            return lettered[1]
+    named = set(re.findall(lone, text))
+    if not named and values_of(text) is not None:  # 1.8 for \\frac{9}{5}; as words, 5 would stand in -5
         named = {chr(65 + i) for i, choice in enumerate(choices) if same_maths(text, choice)}
+    else:
+        named |= {letters[said] for said in re.findall(texts, plain(text))}
     return named.pop() if len(named) == 1 else None
 
 
@@ -517,9 +528,13 @@ def search_choice(text: str, choices: Sequence[str], nearest: bool) -> str | Non
     if bare or not text.strip():
         return bare
     lone, letters, texts = choice_patterns(tuple(choices))
-    for claim in reversed(list(CLAIM.finditer(text))):
-        if letter := re.match(rf"{lone}(?:\W{{0,4}}(?:or|and|,|&)\W{{0,4}}{lone})?", text[claim.end():claim.end() + 20]):
-            return letter[1] if letter[2] in (None, letter[1]) else None  # "A or B" claims nothing
+    claimed = [re.match(rf"{lone}(?:\W{{0,4}}(?:or|and|,|&)\W{{0,4}}{lone})?", text[claim.end():claim.end() + 20])
+               for claim in CLAIM.finditer(text)]
+    claimed = {letter for match in claimed if match for letter in match.groups() if letter}
+    if claimed:  # "A or B" claims nothing, nor does A here and B there
+        return claimed.pop() if len(claimed) == 1 else None
+    if re.search(rf"{lone}\W{{0,4}}(?:or|and|,|&)\W{{0,4}}(?!\1){lone}\W*$", text[-40:]):
+        return None
     last = re.split(r"(?<=[.!?])\s|\n", text.strip())[-1]
     stated = re.split(r"\bis\b|=|:", last)
     said = read_choice(stated[-1], choices) if len(stated) > 1 else None
@@ -574,6 +589,8 @@ def search_number(text: str, words: bool = False) -> str | None:
     """The last number that is not the bound of a comparison: "2 bars are larger than 4" answers 2, and so does "two bars" with `words`."""
     found = list(NUMBER.finditer(text))
     free = [number[0] for number in found if not text.endswith((" than ", " least ", " most ", " of "), 0, number.start())]
+    if len(free) > 1 and re.search(r"\d\s+(?:or|and)\s+[-\d.,]+\W*$", text[-40:]):  # "5 or 7" answers nothing
+        return None
     if words and not free:
         free = [str(NUMBERS.index(word)) for word in re.findall(rf"\b(?:{'|'.join(NUMBERS[2:])})\b", text.lower())]
     return (free or [number[0] for number in found] or [None])[-1]
@@ -596,7 +613,7 @@ CONSTANTS = {"pi": math.pi, "e": math.e}
 FUNCTIONS = {"sqrt": cmath.sqrt, "sin": cmath.sin, "cos": cmath.cos, "tan": cmath.tan, "ln": cmath.log, "log": cmath.log10}
 TOKEN = re.compile(r"(\d+(?:\.\d*)?(?:[eE][-+]?\d{1,2}(?![\d.]))?|\.\d+)|\\?(frac|sqrt|sin|cos|tan|log|ln|pi)|\\?([A-Za-z]+)|(\*\*|\S)")
 SYMBOLS = str.maketrans({"√": r"\sqrt ", "π": r"\pi ", "×": "*", "·": "*", "⋅": "*", "÷": "/", "−": "-", "–": "-", "≈": "=",
-                         "²": "^2 ", "³": "^3 ", "°": " ", "$": " ", "（": "(", "）": ")", "，": ","})
+                         "²": "^2 ", "³": "^3 ", "°": " ", "$": " ", "（": "(", "）": ")", "，": ",", "~": " "})
 REWRITES = [(re.compile(pattern), new) for pattern, new in (
     (r"\\!\s?", ""), (r"\\[dt]frac(?![a-z])", r"\\frac"), (r"\\(?:cdot|times)(?![a-z])", "*"), (r"\\div(?![a-z])", "/"),
     (r"\\(?:text|textbf|mathrm|mathbf|mbox|operatorname)\s?\{([^{}]*)\}|\\(?:left|right|displaystyle|q?quad|[,;: ()\[\]])", r" \1 "),
@@ -612,7 +629,7 @@ UNIT = re.compile(r"(?<=[\d})\s])(?:km/h|m/s|[kMG]?(?:Hz|Pa|N|J|W|V)|[kcdm]?m|[k
 def values_of(text: str) -> list[tuple] | None:
     """The values of an expression, or of several with commas between, each at two points; None where it is no maths.
 
-    Units, degree and percent signs do not count; of an equation its right-hand side does. Order counts within brackets only.
+    Units, degree and percent signs do not count; of an equation its right-hand side does. Order counts within brackets and in ratios.
     """
     if len(text) > ANSWER_CHARACTERS:
         return None
@@ -627,7 +644,7 @@ def values_of(text: str) -> list[tuple] | None:
         values = [tuple(evaluate(part.rpartition("=")[2], point) for point in (0, 1)) for part in parts[:20]]
     except (ValueError, ArithmeticError, RecursionError):
         return None
-    return values if bracketed or len(values) == 1 else sorted(values, key=lambda pair: (complex(pair[0]).real, complex(pair[0]).imag))
+    return values if bracketed or ":" in text or len(values) == 1 else sorted(values, key=lambda pair: (complex(pair[0]).real, complex(pair[0]).imag))
 
 
 def evaluate(text: str, point: int):
@@ -1041,6 +1058,10 @@ def record(text: str, pictures: Sequence, answer, choices: Sequence[str] | None 
     in_picture = [choice.strip("(). ") for choice in choices] == letters  # the picture says what A, B, ... are
     problem, images = place_pictures(shown or with_choices(text, [] if in_picture else choices), pictures, merged)
     answer = json.dumps(answer) if isinstance(answer, list) else "" if answer is None else str(answer).strip()
+    if boxes := find_boxes(answer):  # as virl39k has them
+        answer = boxes[-1][0].strip()
+    if kind == "math" and re.fullmatch(r"[A-Za-z][A-Za-z' -]+", plain(answer)):  # Yes, or a name: no maths
+        kind = "text"
     return {"text": IMAGE_TAG.sub("", text), "problem": problem, "images": images, "answer": answer,
             "answer_type": "choice" if choices else kind, "choices": [IMAGE_TAG.sub(r"image \1", choice) for choice in choices], **more}
 
@@ -1048,6 +1069,13 @@ def record(text: str, pictures: Sequence, answer, choices: Sequence[str] | None 
 def letter(text: str, choices: Sequence[str]) -> str:
     """A choice named by its text becomes its letter; of equal choices the first, as the grader takes any of them."""
     return chr(65 + choices.index(text)) if text in choices else text
+
+
+def some(choices: Sequence[str]) -> Sequence[str]:
+    """The choices of a question that must have some."""
+    if not choices:
+        raise Rejected("choices: none could be read")
+    return choices
 
 
 def listed_choices(text: str) -> list[str]:
@@ -1060,18 +1088,19 @@ def listed_choices(text: str) -> list[str]:
 
 
 def from_easyr1(problem, images, answer, id=None, category=None):  # geometry3k's choices are not shown: its task is free-form
-    return record(problem, images, answer, id=id, group=category)
+    choices = listed_choices(problem) if re.fullmatch(r"\s*[A-J]\s*", answer) else []
+    return record(problem, images, answer, choices, shown=problem, id=id, group=category)
 
 
 def from_mathvista(pid, question, decoded_image, choices, unit, precision, answer, answer_type, metadata, query):
     """`query` is its own prompt: hint, question, unit, choices. A gold choice is given by its text."""
-    return record(question, [decoded_image], letter(answer, choices or []), choices, answer_type, query, id=pid, unit=unit,
+    return record(question, [decoded_image], letter(answer, choices or []), some(choices) if answer_type == "text" else choices, answer_type, query, id=pid, unit=unit,
                   precision=None if precision is None else int(precision), group=metadata["task"])
 
 
 def from_mmmu(id, question, options, answer, question_type, image_1, image_2, image_3, image_4, image_5, image_6, image_7):
     """Pictures are named in the question and in choices. An open question's gold may be a list of alternatives."""
-    choices = literal_list(options) if question_type == "multiple-choice" else []
+    choices = some(literal_list(options)) if question_type == "multiple-choice" else []
     answer = literal_list(answer) if answer.startswith("[") and not choices else answer
     return record(question, [image_1, image_2, image_3, image_4, image_5, image_6, image_7], answer, choices, "open", id=id,
                   group=re.sub(r"^(dev|validation|test)_|_\d+$", "", id))
@@ -1122,13 +1151,13 @@ SOURCES = {
     "mathvista": Source("AI4Math/MathVista", None, "testmini", from_mathvista),
     "mmmu": Source("MMMU/MMMU", None, "validation", from_mmmu, "*"),
     "scienceqa": Source("derek-thomas/ScienceQA", None, "test", lambda image, question, choices, answer, hint, subject: record(
-        question, [image], chr(65 + answer), choices, shown=with_choices(f"Context: {hint}\n" * bool(hint) + question, choices),
+        question, [image], chr(65 + answer), some(choices), shown=with_choices(f"Context: {hint}\n" * bool(hint) + question, choices),
         group=subject)),  # its lecture and solution tell the answer
     "mathvision": Source("MathLLMs/MathVision", None, "test", lambda id, question, options, decoded_image, answer, subject: record(
         question, [decoded_image], answer, options, merged=True, id=id, group=subject)),
     "mathverse": Source("AI4Math/MathVerse", None, "testmini", from_mathverse, "testmini"),
     "wemath": Source("We-Math/We-Math", None, "testmini", lambda ID, question, option, answer, image_path, key: record(
-        question, [image_path], answer, listed_choices(re.sub(r"; *(?=[A-J]\.)", "\n", option)),  # "A. 3;B. 4;C. No correct answer"
+        question, [image_path], answer, some(listed_choices(re.sub(r"; *(?=[A-J]\.)", "\n", option))),  # "A. 3;B. 4;C. No correct answer"
         id=f"{ID}-{key}", group=key)),
 }
 OWN = Source("", "train", "test", from_own)
@@ -1145,9 +1174,12 @@ def hub_tables(name: str, source: Source, split: str) -> list[tuple[str, Dataset
 
 def local_tables(name: str, source: Source, split: str, path: Path) -> list[tuple[str, Path]]:
     """`path` itself, its questions.jsonl, or its parquets unless they are named after another split."""
-    lines, of_split = path / "questions.jsonl", lambda word: word == split or word not in SPLITS
+    def of_split(file: Path) -> bool:  # MathVerse has a testmini_text_only beside its testmini
+        word, *_ = re.split("[-.]" if source is not OWN else "[-_.]", file.name)
+        return word == split or word.partition("_")[0] not in SPLITS
+    lines = path / "questions.jsonl"
     files = [path] if path.is_file() else [lines] if source is OWN and lines.exists() else [
-        file for file in sorted(path.rglob("*.parquet")) if of_split(re.split(r"[-_.]", file.name)[0])]
+        file for file in sorted(path.rglob("*.parquet")) if of_split(file)]
     if not files:
         raise UserError(f"--local {name}={path}: that folder has no parquet of split {split}" + " and no questions.jsonl" * (source is OWN))
     return [(str(file), file) for file in files]
@@ -1158,11 +1190,11 @@ def read_rows(name: str, path: Path | None, split: str) -> Iterator[tuple[str, i
     source, on_hub = SOURCES.get(name, OWN), path is None
     split, columns = getattr(source, split), signature(source.convert).parameters
     for file, table in hub_tables(name, source, split) if on_hub else local_tables(name, source, split, path):
-        if isinstance(table, Path) and table.suffix == ".jsonl":
-            with open(table, encoding="utf-8", errors="replace") as lines:
-                yield from ((file, n, line) for n, line in enumerate(lines, 1) if line.strip())
-            continue
         try:
+            if isinstance(table, Path) and table.suffix == ".jsonl":
+                with open(table, encoding="utf-8-sig", errors="replace") as lines:
+                    yield from ((file, n, line) for n, line in enumerate(lines, 1) if line.strip())
+                continue
             table = table if on_hub else pq.ParquetFile(table)
             there = table.column_names if on_hub else table.schema_arrow.names
             if missing := [name for name in columns if name not in there and columns[name].default is Parameter.empty]:
@@ -1172,7 +1204,7 @@ def read_rows(name: str, path: Path | None, split: str) -> Iterator[tuple[str, i
                 for n, row in enumerate(batch.to_pylist(), n + 1):
                     yield file, n, row
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{file} is not a readable parquet ({str(error).partition(chr(10))[0]}): get it again") from error
+            raise UserError(f"{file} cannot be read ({str(error).partition(chr(10))[0]}): get it again") from error
 
 
 def open_picture(raw: Mapping | str, folder: Path | None) -> Image.Image:
@@ -1191,8 +1223,10 @@ def open_picture(raw: Mapping | str, folder: Path | None) -> Image.Image:
                 raise Rejected(f"picture refused: {picture.width} x {picture.height} pixels")
             picture.load()
             ImageOps.exif_transpose(picture, in_place=True)
-            if picture.mode.startswith("I"):  # 16 bits of grey, which Pillow alone would clip to 8
-                picture = picture.point(lambda value: value / 257).convert("L")
+            if picture.mode[0] in "IF":  # grey of more than 8 bits, which Pillow alone would clip
+                values = np.asarray(picture, np.float32)
+                most = next((top for top in (1 if picture.mode == "F" else 255, 255, 65535) if values.max() <= top), values.max())
+                picture = Image.fromarray((values.clip(0) * (255 / most)).astype(np.uint8))
             if picture.has_transparency_data:  # as on paper: what is transparent shows white
                 picture = picture.convert("RGBA")
                 picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
@@ -1218,7 +1252,8 @@ def fit(picture: Image.Image, image_processor) -> Image.Image:
 def difference_hash(picture: Image.Image) -> int:
     """256 bits: whether brightness falls, by more than noise, from each cell of a 17 x 16 grid to the next.
 
-    A picture saved again as JPEG or scaled differs in at most 12 bits (99 of 100 diagrams), another diagram in more.
+    A picture saved again as JPEG, or at half its size, differs in less than a quarter of the bits that are set in the one with fewer (99
+    of 100 diagrams), one of two random triangles in more than 8 tenths of them; two drawings that differ only in a label look alike.
     """
     cells = picture.convert("L").resize((17, 16), Image.Resampling.BOX).tobytes()
     return sum((cells[i] > cells[i + 1] + 2) << i for i in range(17 * 16) if i % 17 < 16)
@@ -1239,10 +1274,19 @@ def rejecting(rejected: list[dict], **where):
 def to_question(name: str, split: str, row: Mapping | str, number: int) -> Question | None:
     """A row as a question with its pictures still encoded, None if it says that it is for the other split, or Rejected."""
     convert = SOURCES.get(name, OWN).convert
+    fields = signature(convert).parameters
     try:
-        row = json.loads(row) if isinstance(row, str) else row
-        question = convert(**{column: row[column] for column in signature(convert).parameters if column in row})
-        f"{question['problem']}{question['answer']}{question['choices']}".encode()  # half a surrogate pair fits no file
+        if isinstance(row, str):
+            row = json.loads(row)
+            if unknown := [key for key in row if key not in fields]:
+                raise Rejected(f"not a question: no field is called {unknown[0][:40]!r}, choose from {', '.join(fields)}")
+        if missing := [key for key in fields if key not in row and fields[key].default is Parameter.empty]:
+            raise Rejected(f"not a question: it lacks {', '.join(missing)}")
+        question = convert(**{column: row[column] for column in fields if column in row})
+        texts = [question[name] for name in ("problem", "id", "group", "unit") if question.get(name) is not None]
+        "".join(map(str, [*texts, *gold_texts(question), *question["choices"]])).encode()  # half a surrogate pair fits no file
+        if not 0 <= (question.get("precision") or 0) <= 15:
+            raise Rejected(f"not a question: precision {question['precision']}")
         if question.get("split") not in (None, split):
             return None
         if not question["images"]:
@@ -1299,7 +1343,7 @@ def check_new(question: Question, seen: dict, benchmarks: dict):
     `seen`: (split, problem, pictures) -> id. `benchmarks`: bare text -> [(hashes of pictures, id)] of test questions. Both grow.
     """
     key = question["split"], question["problem"], *(hashlib.sha256(picture.tobytes()).digest() for picture in question["images"])
-    if seen.setdefault(key, question["id"]) != question["id"]:
+    if seen.setdefault(key, question["id"]) != question["id"] and question["split"] == "train":  # a benchmark is scored over all it has
         raise Rejected(f"duplicate: of {seen[key]}")
     if question["source"] == "shapes":  # its splits share no question by construction
         return
@@ -1307,7 +1351,8 @@ def check_new(question: Question, seen: dict, benchmarks: dict):
     if question["split"] == "test":
         benchmarks.setdefault(text, []).append((hashes, question["id"]))
     for others, other in benchmarks.get(text, []) if question["split"] == "train" else []:
-        if len(others) == len(hashes) and all((a ^ b).bit_count() <= 12 for a, b in zip(others, hashes)):
+        if len(others) == len(hashes) and all(
+                4 * (a ^ b).bit_count() <= min(a.bit_count(), b.bit_count()) for a, b in zip(others, hashes)):
             raise Rejected(f"leak: also {other}")
 
 
@@ -1358,31 +1403,39 @@ def load_model_parts(model: str, max_pixels: int) -> tuple:
     try:
         kind = AutoConfig.from_pretrained(model, trust_remote_code=False).model_type
         tokenizer, image_processor = load_processors(model, max_pixels)
-    except (OSError, ValueError) as error:
-        raise UserError(f"model {model} could not be loaded from the hub or a folder: give a local copy with --model FOLDER") from error
+        side = int(image_processor.patch_size) * image_processor.merge_size
+    except Exception as error:  # a damaged file raises anything
+        raise UserError(f"model {model} could not be loaded from the hub or a folder ({type(error).__name__}): give a whole copy with "
+                        "--model FOLDER") from error
     if kind not in FAMILIES:
         raise UserError(f"{model} is a {kind} model: this kit trains {', '.join(FAMILIES)}")
-    if not tokenizer.chat_template:
-        raise UserError(f"{model} has no chat template: copy chat_template.jinja or tokenizer_config.json of the published model there")
-    side = image_processor.patch_size * image_processor.merge_size
+    try:
+        placeholders = tokenize_prompt("<image>", [1], tokenizer).count(tokenizer.convert_tokens_to_ids("<|image_pad|>"))
+    except Exception:  # none, or a broken one
+        placeholders = 0
+    if placeholders != 1:
+        raise UserError(f"{model} has no chat template for pictures: copy chat_template.jinja or tokenizer_config.json of the published one there")
     if max_pixels < side**2:
         raise UserError(f"--max_pixels {max_pixels} is less than one image token: choose at least {side**2}")
     return tokenizer, image_processor
 
 
+MADE_FROM = "made_from.json"  # beside the embedded model: its recipe
+
+
 def hash_model(data: Path, model: str) -> dict[str, str]:
-    """What identifies the weights: file, relative to `data` where it lies there -> sha256; of a hub model, its name -> commit."""
+    """What identifies a model, its processors included: file, relative to `data` where it lies there -> sha256; of a hub model, its name -> commit."""
     if model != "embedded" and not Path(model).is_dir():
         return {f"hub:{model}": AutoConfig.from_pretrained(model, trust_remote_code=False)._commit_hash or "unknown"}
     folder = data / "model" if model == "embedded" else Path(model).resolve()
-    files = sorted(file for file in folder.iterdir() if file.name == "config.json" or file.suffix == ".safetensors")
+    files = sorted(file for file in folder.iterdir() if file.suffix in (".safetensors", ".json", ".jinja", ".txt") and file.name != MADE_FROM)
     return {f"model/{file.name}" if model == "embedded" else str(file): sha256(file) for file in files}
 
 
 def embedded_model(data: Path, seed: int, max_pixels: int):
     """Make data/model/ unless it was made by this very recipe: seed, pixels, packages and code."""
     recipe = {"seed": seed, "max_pixels": max_pixels, "versions": versions(), "code": sha256(Path(__file__))}
-    note = data / "model" / "made_from.json"
+    note = data / "model" / MADE_FROM
     if note.exists() and json.loads(note.read_text()) == recipe:
         print(f"{data / 'model'}: up to date")
         return
@@ -1434,7 +1487,7 @@ def main(config: Config) -> dict:
             "max_prompt_tokens": config.max_prompt_tokens, "limit": config.limit, "versions": versions(), "code": sha256(Path(__file__)),
             "inputs": inputs, "model_files": model_files}
     path = data / "study.json"
-    old = json.loads(path.read_text()) if path.exists() else {}
+    old = load_study(data) if path.exists() else {}
     if all(old.get(key) == value for key, value in plan.items()) and all(
             (data / name).exists() and sha256(data / name) == digest for name, digest in old["artifacts"].items()):
         print(f"{data / 'questions'}: up to date")

@@ -133,7 +133,7 @@ def test_well_formed(prepare, response, well_formed):
         "97": ["97.0", "\\approx 97", "x \\approx 97", "194\\div2", "97°", "97^\\circ", "97 ^ { \\circ }", "97 degrees", "x = 97", "\\angle A = 97^\\circ", "\\text{97}", "97."],
         "2256": ["2,256", "2,\\!256", "\\$2256", "2256.00", "2.256e3", "2.256 \\times 10^3"],
         "0.96": ["24/25", "\\frac{24}{25}", ".96", "\\dfrac{48}{50}"],
-        "8.5": ["17/2", "8.5 \\text{ in}", "8.5 cm", "8 1/2", "8\\frac{1}{2}", "8.5\\,\\mathrm{m}^2", "8.5 square feet"],
+        "8.5": ["17/2", "8.5 \\text{ in}", "8.5 cm", "8 1/2", "8\\frac{1}{2}", "8.5\\,\\mathrm{m}^2", "8.5 \\mathrm{~cm}^{2}", "8.5~\\text{cm}", "8.5 square feet"],
         "10 \\sqrt { 3 }": ["10√3", "10√{3}", "10\\sqrt{3}", "10\\cdot\\sqrt 3", "10*sqrt(3)", "\\sqrt{300}", "10 \\sqrt{3} cm"],
         "\\frac { 20 } { 3 }": ["20/3", "\\frac{20}{3}", "\\tfrac{20}3", "6 2/3", "6\\frac{2}{3}", "6.6666667", "\\frac{40}{6}"],
         "\\frac { 5 } { 3 } \\pi": ["5\\pi/3", "\\frac{5\\pi}{3}", "5π/3", "\\frac53\\pi", "(5/3)*pi"],
@@ -168,6 +168,7 @@ def test_equal_maths(prepare, gold, answers):
         "7": ["9**9**9", "9^{9^{9^{9}}}", "1/0", "\\frac{7}{0}", "7e99", "10^{400}", "((((7", "sin", "\\sqrt", "7 7"],
         "\\text{Evelyn}": ["Carla", "Eve", "{}"],
         "2x": ["x^2", "2", "x", "2y"],
+        "3:1": ["1:3", "3, 1", "1, 3", "3"],
     }.items(),
 )
 def test_unequal_maths(prepare, gold, answers):
@@ -268,6 +269,19 @@ def test_choices_that_talk_of_letters_or_numbers(prepare):
 )
 def test_a_choice_in_free_text(prepare, response, letter):
     assert prepare.grade(f"<think>D</think>{response}", question("choice", "B", COLOURS, source="mmmu")).answer == letter
+
+
+@pytest.mark.parametrize("choices, answer, letter", [
+    (["5", "-3", "2"], "-5", None), (["5", "3"], r"5\pi", None), (["5", "5√3"], r"5\sqrt{3}", "B"), (["1", "1/2"], r"\frac{1}{2}", "B"),
+    (["7", "10", "12"], "7+5", "C"), (["1", "1/2"], r"B. \frac{1}{2}", "B"), (["5", r"5\sqrt{3}"], "B. 5√3", "B")])
+def test_a_boxed_value_is_compared_as_a_value(prepare, choices, answer, letter):
+    assert prepare.grade(f"\\boxed{{{answer}}}", question("choice", "A", choices)).answer == letter
+
+
+@pytest.mark.parametrize("response", ["(A) or (B)", "B, A", "The answer is A. The answer is B.", "The answer is A or B."])
+def test_two_choices_in_free_text_are_none(prepare, response):
+    assert prepare.grade(response, question("choice", "B", ["yes", "no"], source="mmmu")).answer is None
+    assert prepare.grade("5 or 7", question("integer", "7")).answer is None
 
 
 def test_the_nearest_choice_counts_for_mathvista_alone(prepare):

@@ -242,6 +242,31 @@ def test_without_a_network_local_is_named(prepare, stage, monkeypatch):
         stage(benchmarks=["mmmu"])
 
 
+def test_virl39k_and_mmr1(stage, tmp_path):
+    """Boxed golds are unwrapped; a letter is a choice where the text lists them, a word is no maths."""
+    rows = [("Find x.", r"\boxed{\frac{1}{2}}"), ("Which?\nA. red\nB. blue", "B"), ("Who?", "Evelyn"), ("Is it?", r"\text{No}"), ("Find.", "10 cm")]
+    rows = [{"images": [encoded(drawing(n))], "problem": f"<image>{text}", "answer": gold, "id": n, "category": "geometry", "qid": str(n)}
+            for n, (text, gold) in enumerate(rows)]
+    for source in ("virl39k", "mmr1"):
+        path = write(tmp_path / f"{source}.parquet", rows, images=pa.list_(PICTURE))
+        _, questions, rejected = stage(source, train=source, benchmarks=["shapes"], local=[f"{source}={path}"])
+        asked = questions[source]
+        assert not rejected and [q["answer_type"] for q in asked] == ["math", "choice", "text", "text", "math"]
+        assert asked[0]["answer"] == r"\frac{1}{2}" and asked[1]["choices"] == ["red", "blue"] and asked[1]["problem"] == "<image>" + rows[1][
+            "problem"].removeprefix("<image>") and asked[0]["group"] == "geometry"
+
+
+def test_choices_that_cannot_be_read_make_no_free_form_question(stage, tmp_path, prepare):
+    """Each would else be asked without its choices, its gold a letter that nobody could know."""
+    row = mathvista(1, answer="no", question_type="multi_choice", answer_type="text", choices=[])
+    wemath = {"ID": "1", "question": "Which?", "option": "A.3;C.4", "answer": "A", "image_path": encoded(drawing(1)), "key": "one"}
+    science = {"image": encoded(drawing(1)), "question": "Which?", "choices": [], "answer": 1, "hint": "", "subject": "natural science"}
+    for name, path in {"mathvista": write_mathvista(tmp_path / "t.parquet", [row]), "wemath": write(tmp_path / "w.parquet", [wemath], image_path=PICTURE),
+                       "scienceqa": write(tmp_path / "s.parquet", [science], image=PICTURE, choices=pa.list_(pa.string()))}.items():
+        with pytest.raises(prepare.UserError, match=f"source {name} has no test question left: choices 1"):
+            stage(name, benchmarks=[name], local=[f"{name}={path}"])
+
+
 # The user's own
 
 
@@ -307,7 +332,8 @@ def test_hostile_rows_are_rejected_with_a_reason(stage, tmp_path):
            good | {"precision": "x"},
            good | {"problem": "<image> and <image>?"}, good | {"group": {"a": 1}, "images": ["1.png", "2.png"], "problem": "w " * 3000},
            good | {"needs_image": "perhaps"}, good | {"choices": [str(i) for i in range(30)], "answer": "3"},
-           good | {"images": [{"bytes": None, "path": None}]}]
+           good | {"images": [{"bytes": None, "path": None}]}, good | {"choises": ["a", "b"]}, good | {"precision": 10**30},
+           good | {"id": "\ud800"}, good | {"group": "\ud800"}, good | {"unit": "\ud800"}, good | {"answer": ["\ud800"]}]
     folder = own_folder(tmp_path / "mine", rows + bad)
     for name, content in files.items():
         (folder / name).write_bytes(content)
@@ -324,7 +350,7 @@ def test_hostile_rows_are_rejected_with_a_reason(stage, tmp_path):
         *["picture refused"] * 3, "picture missing", "picture missing", "no picture", "picture unreadable", "picture unreadable",
         *["not a question"] * 7, "gold", "gold", "not a question", "not a question", "gold", "not a question", "gold", "not a question",
                      "not a question",
-        "picture missing", "too long", "not a question", "not a question", "no picture"]
+        "picture missing", "too long", "not a question", "not a question", "no picture", *["not a question"] * 6]
     assert all("\n" not in reason for reason in by_row.values())
 
 
@@ -411,13 +437,17 @@ def test_limit_keeps_the_shares_of_groups(stage, tmp_path):
     assert {row["id"] for row in some["mathvista"]} == {row["id"] for row in shuffled["mathvista"]}
 
 
-def test_duplicates(stage, tmp_path):
+def test_duplicates_go_from_training_and_stay_in_benchmarks(stage, tmp_path):
+    """A benchmark's score is over all its rows; what comes again under the same id gets a number."""
     rows = [mathvista(1), mathvista(2), mathvista(1), mathvista(3) | {k: mathvista(2)[k] for k in ("query", "decoded_image", "question")},
             mathvista(4, pid="1"), mathvista(5, pid="1-4"), mathvista(6, pid="1")]
-    _, questions, rejected = stage(benchmarks=["mathvista"], local=[f"mathvista={write_mathvista(tmp_path / 't.parquet', rows)}"])
-    assert [row["id"] for row in questions["mathvista"]] == [f"mathvista/{id}" for id in ("1", "2", "1-3", "1-4", "1-5")]
-    assert [(row["row"], row["id"], row["reason"]) for row in rejected] == [(3, "mathvista/1-2", "duplicate: of mathvista/1"),
-                                                                            (4, "mathvista/3", "duplicate: of mathvista/2")]
+    train = [{"images": [encoded(drawing(n))], "problem": f"<image>Find {n}.", "answer": "3", "id": n} for n in (1, 2, 1, 3)]
+    local = [f"mathvista={write_mathvista(tmp_path / 't.parquet', rows)}",
+             f"geometry3k={write(tmp_path / 'g.parquet', train, images=pa.list_(PICTURE))}"]
+    _, questions, rejected = stage(train="geometry3k", benchmarks=["mathvista"], local=local)
+    assert [row["id"] for row in questions["mathvista"]] == [f"mathvista/{id}" for id in ("1", "2", "1-2", "3", "1-3", "1-4", "1-5")]
+    assert [row["id"] for row in questions["geometry3k"]] == [f"geometry3k/{id}" for id in (1, 2, 3)]
+    assert [(row["row"], row["id"], row["reason"]) for row in rejected] == [(3, "geometry3k/1-2", "duplicate: of geometry3k/1")]
 
 
 def test_leaks_need_the_same_text_and_a_like_picture(stage, tmp_path):
@@ -471,7 +501,7 @@ def test_the_same_command_gives_the_same_bytes(stage, tmp_path, capsys):
 def test_study_records_what_later_stages_read(prepare, stage, tmp_path, model):
     study, questions, _ = stage(benchmarks=["shapes"])
     assert study["sources"] == {"train": "shapes", "benchmarks": ["shapes"]} and study["model"] == model
-    assert study["model_files"] == {str(file.resolve()): prepare.sha256(file) for file in map(Path(model).__truediv__, ("config.json", "model.safetensors"))}
+    assert study["model_files"] == {str(file.resolve()): prepare.sha256(file) for file in Path(model).iterdir()}
     assert study["max_pixels"] == BUDGET and study["preset"] == "tiny" and study["seed"] == 0 and study["versions"] == prepare.versions()
     for name, digest in study["artifacts"].items():
         assert prepare.sha256(tmp_path / "data" / name) == digest
@@ -534,7 +564,7 @@ def test_wrong_files_are_named(prepare, stage, tmp_path):
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 no")
     path = write_mathvista(tmp_path / "t.parquet", [mathvista(1)])
     (tmp_path / "empty").mkdir()
-    for name, file, said in (("mathvista", tmp_path / "broken.parquet", "broken.parquet is not a readable parquet"),
+    for name, file, said in (("mathvista", tmp_path / "broken.parquet", "broken.parquet cannot be read"),
                              ("wemath", path, "lacks the columns ID, option, image_path, key"),
                              ("mine", path, "lacks the columns problem, images"),
                              ("mmmu", tmp_path / "empty", "no parquet of split validation"),
@@ -579,5 +609,50 @@ def test_without_a_chat_template_the_remedy_is_named(prepare, stage, tmp_path, m
     for file in Path(model).iterdir():
         if file.name != "chat_template.jinja":
             (tmp_path / file.name).write_bytes(file.read_bytes())
-    with pytest.raises(prepare.UserError, match="has no chat template: copy"):
+    with pytest.raises(prepare.UserError, match="has no chat template for pictures: copy"):
         stage(benchmarks=["shapes"], model=str(tmp_path))
+
+
+def test_hashes_tell_drawings_apart(prepare):
+    """Of random triangles, nearly white, no two look alike; each still looks like itself, saved as JPEG at half the size."""
+    hashes, again = [], []
+    for number in range(60):
+        rng, picture = random.Random(number), Image.new("RGB", (400, 300), "white")
+        ImageDraw.Draw(picture).polygon([(rng.randrange(390), rng.randrange(290)) for _ in range(3)], outline="black")
+        hashes.append(prepare.difference_hash(picture))
+        saved = prepare.open_picture(encoded(picture.resize((200, 150), Image.Resampling.BICUBIC), "JPEG", quality=85), None)
+        again.append(prepare.difference_hash(saved))
+    like = lambda a, b: 4 * (a ^ b).bit_count() <= min(a.bit_count(), b.bit_count())
+    assert not any(like(a, b) for i, a in enumerate(hashes) for b in hashes[:i])
+    assert sum(map(like, hashes, again)) >= 54
+
+
+def test_a_changed_template_is_another_model(prepare, stage, tmp_path, model):
+    """Prompts depend on the processors as answers do on the weights."""
+    copy = tmp_path / "model"
+    copy.mkdir()
+    for file in Path(model).iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    stage(benchmarks=["shapes"], model=str(copy))
+    template = copy / "chat_template.jinja"
+    template.write_text("Look. " + template.read_text())
+    with pytest.raises(prepare.UserError, match="run 01_prepare.py again"):
+        prepare.model_path(tmp_path / "data", prepare.load_study(tmp_path / "data"))
+
+
+@pytest.mark.parametrize("file, content", [("tokenizer.json", '{"a": 1}'), ("preprocessor_config.json", '{"patch_size": "x"}'), ("config.json", "{"),
+                                           ("chat_template.jinja", "{% for %}"), ("chat_template.jinja", "no picture")])
+def test_a_broken_model_folder_is_one_sentence(prepare, stage, tmp_path, model, file, content):
+    for part in Path(model).iterdir():
+        (tmp_path / part.name).write_bytes(part.read_bytes())
+    (tmp_path / file).write_text(content)
+    with pytest.raises(prepare.UserError, match="could not be loaded|has no chat template"):
+        stage(benchmarks=["shapes"], model=str(tmp_path))
+
+
+def test_deep_greys_keep_their_shades(prepare):
+    """16-bit and 32-bit grey, and floats: as bright as their own scale says, not clipped."""
+    ramp = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
+    for values, kind in (((ramp * 65535).astype(np.uint16), "TIFF"), ((ramp * 255).astype(np.int32), "TIFF"), (ramp, "TIFF")):
+        picture = prepare.open_picture(encoded(Image.fromarray(values), kind), None)
+        assert np.abs(np.asarray(picture)[..., 0] / 255 - ramp).max() < 0.01

@@ -85,11 +85,11 @@ def test_a_prompt_is_the_published_template_byte_for_byte(prepare, family_folder
     prompt = prepare.encode(question("<image>Left of <image> how many?\n(A) 1\n(B) 2", [one, two]), tokenizer, image_processor)
     tokens = [image_processor.get_number_of_image_patches(p.height, p.width) // 4 for p in (one, two)]
     shown = ["<|vision_start|>" + "<|image_pad|>" * n + "<|vision_end|>" for n in tokens]
-    literal = (SYSTEM * (kind != "qwen3_vl") + "<|im_start|>user\n" + shown[0] + "Left of" + shown[1] + "how many?\n(A) 1\n(B) 2\n"
+    literal = (SYSTEM * (kind != "qwen3_vl") + "<|im_start|>user\n" + shown[0] + "Left of " + shown[1] + " how many?\n(A) 1\n(B) 2\n"
                + prepare.INSTRUCTION + "<|im_end|>\n<|im_start|>assistant\n")
     assert tokenizer.decode(prompt.input_ids) == literal
-    content = [{"type": "image"}, {"type": "text", "text": "Left of"}, {"type": "image"},
-               {"type": "text", "text": "how many?\n(A) 1\n(B) 2\n" + prepare.INSTRUCTION}]
+    content = [{"type": "image"}, {"type": "text", "text": "Left of "}, {"type": "image"},
+               {"type": "text", "text": " how many?\n(A) 1\n(B) 2\n" + prepare.INSTRUCTION}]
     rendered = tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
     for picture in shown:
         rendered = rendered.replace("<|vision_start|><|image_pad|><|vision_end|>", picture, 1)
