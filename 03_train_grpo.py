@@ -33,27 +33,34 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
+from functools import cached_property, partial
 from pathlib import Path
 from types import SimpleNamespace
 
 prepare = importlib.import_module("01_prepare")  # before torch: it says how its threads wait
 
+import bitsandbytes as bnb
 import numpy as np
+import psutil
 import torch
 from PIL import Image
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch.nn.functional import linear, pad
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig, DynamicCache
+from transformers import AttentionInterface, AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig, DynamicCache
 
 Prompt, Question, UserError, option = prepare.Prompt, prepare.Question, prepare.UserError, prepare.option
 
+CHUNK_BYTES = 2**26  # of logits in fp32: 110 positions of a vocabulary of 151,936
 LOSSES = ("dapo", "grpo", "dr_grpo")
-NOT_SETTINGS = ("data", "conditions", "seeds", "steps", "sample_every", "micro_batch", "prompts_per_pass")  # change no step beyond rounding
+NOT_SETTINGS = ("data", "conditions", "seeds", "steps", "sample_every", "tokens_per_pass", "cache_gb", "checkpoint")  # change no step beyond rounding
 CONDITIONS = ("standard", "hallucination", "mixed")
 LANGUAGE_LINEARS = r".*language_model\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj"
 REAL = {  # beside each: what the paper's trainer, EasyR1, takes as its default on eight cards
@@ -63,14 +70,15 @@ REAL = {  # beside each: what the paper's trainer, EasyR1, takes as its default 
     "max_new_tokens": 1024,  # there 2,048, which few answers on geometry3k need
     "learning_rate": 1e-5,   # there 1e-6 on all weights, and as here on LoRA
     "lora_rank": 32,         # there none, and the vision tower learns too: 40 GB at least
-    "micro_batch": 4,
-    "prompts_per_pass": 1,
+    "tokens_per_pass": 4096,
+    "cache_gb": 2.0,         # 3B: 36,864 bytes a token, so that 64 completions of 1,024 take two waves; no change of results
+    "checkpoint": True,
 }
 PRESETS = {
     "tiny": {"steps": 100, "prompts_per_step": 8, "group_size": 8, "max_new_tokens": 40, "learning_rate": 1e-3,
-             "lora_rank": 16, "micro_batch": 64, "prompts_per_pass": 8},
+             "lora_rank": 16, "tokens_per_pass": 4096, "cache_gb": 0.25, "checkpoint": False},
     "3b": REAL,
-    "7b": REAL | {"micro_batch": 2},
+    "7b": REAL | {"tokens_per_pass": 2048},
 }
 
 
@@ -93,8 +101,9 @@ class Config:
     kl: float = option(0.0, "weight of the k3 estimate of KL(policy || base), per token (EasyR1: 0.01)")
     updates_per_batch: int = option(1, "optimizer steps on the same completions")
     max_grad_norm: float = option(1.0, "larger gradients are scaled down to it")
-    micro_batch: int = option(None, "completions in one backward pass: lower it when memory is short [preset]")
-    prompts_per_pass: int = option(None, "prompts encoded together in the update [preset]")
+    tokens_per_pass: int = option(None, "tokens, padding included, in one pass of the update, but at least one row: lower it first [preset]")
+    cache_gb: float = option(None, "memory for prompts and completions while sampling; a step that needs more is sampled in waves [preset]")
+    checkpoint: bool = option(None, "keep only each layer's input for the backward pass, and run the layer again there [preset]")
     sample_every: int = option(20, "steps between two completions shown on the terminal; all samples go to rollouts.jsonl")
 
 
@@ -116,6 +125,10 @@ class Policy:
     @property
     def device(self) -> torch.device:
         return self.banned.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.full.get_input_embeddings().weight.dtype
 
     def encode(self, question: Question) -> Prompt:
         return prepare.encode(question, self.tokenizer, self.image_processor)
@@ -157,6 +170,32 @@ def load_policy(model: str, max_pixels: int, adapter: Path | None = None, lora_r
                   torch.tensor(banned, device=device))
 
 
+@contextmanager
+def unpacked(policy: Policy, merged: bool = False):
+    """The 4-bit weights as plain ones for a while, if a quarter of the free memory holds them: a small batch mostly unpacks.
+
+    `merged` adds the adapter to them, for sampling: one product per layer instead of three. Only in fp32, where the sum is exact to
+    1e-7; in 16 bits it would round most of the adapter away, and the sampler would be another policy than the one that learns.
+    """
+    linears = [module for module in policy.full.modules() if isinstance(module, bnb.nn.Linear4bit)]
+    adapted = [module for module in policy.full.modules() if isinstance(module, LoraLayer)] if merged and policy.dtype == torch.float32 else []
+    free = torch.cuda.mem_get_info()[0] if policy.device.type == "cuda" else psutil.virtual_memory().available
+    if 4 * sum(policy.dtype.itemsize * math.prod(module.weight.quant_state.shape) for module in linears) > free:
+        linears, adapted = [], []
+    try:
+        for module in linears:
+            weight = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+            module.forward = partial(linear, weight=weight, bias=module.bias)
+        for module in adapted:
+            base = module.base_layer
+            weight = vars(base)["forward"].keywords["weight"] if base in linears else base.weight
+            module.forward = partial(linear, weight=weight + module.get_delta_weight("default"), bias=base.bias)
+        yield
+    finally:
+        for module in [*linears, *adapted]:
+            vars(module).pop("forward", None)
+
+
 # Encoding: pictures once a step, prompts once a group
 
 
@@ -181,6 +220,11 @@ class Prefix:
     mask: torch.Tensor           # (P, L), 1 where a prompt token stands
     next_position: torch.Tensor  # (P,), of the first completion token, the same on all three axes
 
+    @cached_property
+    def bias(self) -> torch.Tensor:
+        """(P, 1, 1, L): what a score of attention gets where padding stands."""
+        return torch.zeros_like(self.mask, dtype=self.last_hidden.dtype).masked_fill(self.mask == 0, -torch.inf)[:, None, None]
+
     def tensors(self) -> list[torch.Tensor]:
         return [tensor for pair in self.keys_values for tensor in pair] + [self.last_hidden]
 
@@ -190,7 +234,8 @@ class Prefix:
         return Prefix([(leaf(k), leaf(v)) for k, v in self.keys_values], leaf(self.last_hidden), self.mask, self.next_position)
 
 
-def encode_prompts(policy: Policy, prompts: Sequence[Prompt], features: Sequence[list[SimpleNamespace]]) -> Prefix:
+def encode_prompts(policy: Policy, prompts: Sequence[Prompt], features: Sequence[list[SimpleNamespace]],
+                   checkpoint_layers: bool = False) -> Prefix:
     """Run P prompts once. With gradients enabled the result carries the graph of the prompts."""
     length, device = max(len(p.input_ids) for p in prompts), policy.device
     ids = torch.full((len(prompts), length), policy.tokenizer.pad_token_id)
@@ -209,17 +254,49 @@ def encode_prompts(policy: Policy, prompts: Sequence[Prompt], features: Sequence
         pictures = {"image": SimpleNamespace(pooler_output=[p.tokens for p in seen],
                                              deepstack_features=[[p.deep[level] for p in seen] for level in range(levels)])}
     cache = DynamicCache()
-    hidden = core(input_ids=ids.to(device), attention_mask=mask.to(device), position_ids=positions.to(device),
-                  mm_encoder_outputs=pictures, past_key_values=cache, use_cache=True).last_hidden_state
+    with checkpointed(policy, cache) if checkpoint_layers else nullcontext():
+        hidden = core(input_ids=ids.to(device), attention_mask=mask.to(device), position_ids=positions.to(device),
+                      mm_encoder_outputs=pictures, past_key_values=cache, use_cache=True).last_hidden_state
     next_position = positions.masked_fill(mask == 0, -1).amax(dim=(0, 2)) + 1
     return Prefix([(layer.keys, layer.values) for layer in cache.layers], hidden[:, -1], mask.to(device), next_position.to(device))
 
 
-def decode_step(policy: Policy, cache: DynamicCache, tokens: torch.Tensor, mask: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
-    """Hidden states (R, n, hidden) of n more tokens (R, n) behind a cache; `start` (R,) is the first one's position."""
-    positions = (start[:, None] + torch.arange(tokens.shape[1], device=tokens.device)).expand(3, -1, -1)
-    return policy.full.model(input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=cache,
-                             use_cache=True).last_hidden_state
+class LayerCache:
+    """Keys and values of one layer: those before, and the new ones behind them."""
+    def __init__(self, before: Sequence[torch.Tensor]):
+        self.keys_values = before
+
+    def update(self, keys, values, *_, **__):
+        new = keys, values
+        self.keys_values = tuple(torch.cat(pair, 2) for pair in zip(self.keys_values, new)) if self.keys_values else new
+        return self.keys_values
+
+
+@contextmanager
+def checkpointed(policy: Policy, cache: DynamicCache):
+    """Layers keep only their input for the backward pass, and run again there.
+
+    transformers switches the cache off where it checkpoints, for a layer that runs again would append to it again. Here each run of
+    a layer has a cache that begins with what was there before, and what it appended is a result, through which gradients flow.
+    """
+    layers = policy.full.model.language_model.layers
+
+    def run(number, forward, hidden, **rest):
+        def again(hidden, *before):
+            own = LayerCache(before)
+            out = forward(hidden, **rest | {"past_key_values": own})
+            return out, *own.keys_values
+        before = (cache.layers[number].keys, cache.layers[number].values) if cache.get_seq_length(number) else ()
+        out, keys, values = checkpoint(again, hidden, *before, use_reentrant=False)
+        cache.layers[number:] = [*DynamicCache([(keys, values)]).layers, *cache.layers[number + 1:]]
+        return out
+    for number, layer in enumerate(layers):
+        layer.forward = partial(run, number, layer.forward)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
 
 
 def next_logprobs(policy: Policy, hidden: torch.Tensor) -> torch.Tensor:
@@ -244,9 +321,95 @@ class Completions:
     lengths: torch.Tensor   # (R,), the end-of-sequence token included
     finished: torch.Tensor  # (R,), False where max_new_tokens cut the completion
 
+    @classmethod
+    def join(cls, parts: Sequence["Completions"]) -> "Completions":
+        """Those of several waves, padded to one length."""
+        longest = max(part.tokens.shape[1] for part in parts)
+        padded = ([pad(getattr(part, name), (0, longest - part.tokens.shape[1])) for part in parts] for name in ("tokens", "logprobs"))
+        return cls(*map(torch.cat, padded), torch.cat([part.lengths for part in parts]), torch.cat([part.finished for part in parts]))
+
     @property
     def mask(self) -> torch.Tensor:
         return torch.arange(self.tokens.shape[1], device=self.tokens.device) < self.lengths[:, None]
+
+
+class OwnTokens:
+    """Keys and values of R completions so far, per layer; those of their prompts stay in the Prefix, once for the whole group.
+
+    Buffers grow by blocks: concatenating would copy all of them at every token.
+    """
+    BLOCK = 64
+
+    def __init__(self):
+        self.length, self.stores = 0, []  # per layer (2, R, kv heads, capacity, head dim)
+
+    def update(self, keys, values, layer: int, *_, **__):
+        if layer == len(self.stores):
+            self.stores.append(keys.new_empty(2, *keys.shape[:2], 0, keys.shape[3]))
+        if self.length == self.stores[layer].shape[3]:
+            self.stores[layer] = torch.cat([self.stores[layer], keys.new_empty(2, *keys.shape[:2], self.BLOCK, keys.shape[3])], 3)
+        store = self.stores[layer]
+        store[0, :, :, self.length], store[1, :, :, self.length] = keys[:, :, 0], values[:, :, 0]
+        return store[:, :, :, :self.length + 1].unbind()
+
+    def get_seq_length(self, *_) -> int:
+        return self.length
+
+    def keep(self, rows: torch.Tensor):
+        self.stores = [store[:, rows] for store in self.stores]
+
+
+@dataclass
+class Sharing:
+    """Which of R rows belong to which of P prompts, with S places for each prompt."""
+    table: torch.Tensor  # (P, S): the rows of each prompt, then any row
+    place: torch.Tensor  # (R,): where a row stands in the flattened table
+
+    @classmethod
+    def of(cls, owner: torch.Tensor, prompts: int) -> "Sharing":
+        counts = torch.bincount(owner, minlength=prompts)
+        most, first = int(counts.max()), counts.cumsum(0) - counts
+        place = owner * most + torch.arange(len(owner), device=owner.device) - first[owner]
+        table = place.new_zeros(prompts * most).scatter(0, place, torch.arange(len(owner), device=owner.device))
+        return cls(table.view(prompts, most), place)
+
+    def gather(self, rows: torch.Tensor) -> torch.Tensor:
+        """(R, heads, n, size) -> (P, heads, S * n, size): what meets a prompt's keys or values, all rows together."""
+        return rows[self.table].transpose(1, 2).flatten(2, 3)
+
+    def scatter(self, together: torch.Tensor) -> torch.Tensor:
+        """Back again."""
+        return together.unflatten(2, (self.table.shape[1], -1)).transpose(1, 2).flatten(0, 1)[self.place]
+
+
+def attend(module, query, key, value, mask, scaling: float, prefix: Prefix, sharing: Sharing, **_):
+    """Attention of one new token per row to its prompt and to its own completion: query (R, heads, 1, d), key, value (R, kv heads, t, d).
+
+    The keys and values of a prompt are read once for all its rows, and nowhere is there a copy of them for each.
+    """
+    prompt_keys, prompt_values = prefix.keys_values[module.layer_idx]  # (P, kv heads, L, d)
+    query = scaling * query.view(len(query), key.shape[1], -1, query.shape[3])  # the heads that share a kv head side by side
+    before = sharing.scatter(sharing.gather(query) @ prompt_keys.transpose(2, 3) + prefix.bias)
+    weights = torch.cat([before, query @ key.transpose(2, 3)], -1).softmax(-1, dtype=torch.float32).to(query.dtype)
+    before, own = weights.split([before.shape[3], key.shape[2]], -1)
+    seen = sharing.scatter(sharing.gather(before) @ prompt_values) + own @ value
+    return seen.view(len(query), 1, -1, query.shape[3]), None
+
+
+AttentionInterface.register("shared_prefix", attend)  # without a mask of its own: transformers then prepares none
+
+
+def decode_step(policy: Policy, prefix: Prefix, sharing: Sharing, own: OwnTokens, tokens: torch.Tensor, position: torch.Tensor):
+    """Hidden states (R, hidden) of one more token (R, 1) in each row, at `position` (R,)."""
+    text = policy.full.model.language_model
+    usual, text.config._attn_implementation = text.config._attn_implementation, "shared_prefix"
+    try:
+        hidden = text(input_ids=tokens, position_ids=position[:, None].expand(3, -1, -1), past_key_values=own, use_cache=True,
+                      prefix=prefix, sharing=sharing).last_hidden_state
+    finally:
+        text.config._attn_implementation = usual
+    own.length += 1
+    return hidden[:, 0]
 
 
 @torch.no_grad()
@@ -261,10 +424,9 @@ def generate(policy: Policy, prefix: Prefix, max_new_tokens: int, draws: torch.T
     out = Completions(torch.full((rows, max_new_tokens), policy.tokenizer.pad_token_id, device=device),
                       torch.zeros(rows, max_new_tokens, device=device), torch.full((rows,), max_new_tokens, device=device),
                       torch.zeros(rows, dtype=torch.bool, device=device))
-    cache = DynamicCache(prefix.keys_values)
-    cache.batch_repeat_interleave(group)
-    mask, position = prefix.mask.repeat_interleave(group, 0), prefix.next_position.repeat_interleave(group)
-    hidden, alive = prefix.last_hidden.repeat_interleave(group, 0), torch.arange(rows, device=device)
+    owner = torch.arange(rows, device=device) // group
+    own, alive, sharing = OwnTokens(), torch.arange(rows, device=device), Sharing.of(owner, len(prefix.mask))
+    hidden, position = prefix.last_hidden[owner], prefix.next_position[owner]
     for t in range(max_new_tokens):
         logprobs = next_logprobs(policy, hidden)
         if draws is None:
@@ -277,15 +439,33 @@ def generate(policy: Policy, prefix: Prefix, max_new_tokens: int, draws: torch.T
         if ended.any():
             out.finished[alive[ended]], out.lengths[alive[ended]] = True, t + 1
             stay = (~ended).nonzero()[:, 0]
-            alive, token, mask, position = alive[stay], token[stay], mask[stay], position[stay]
-            cache.batch_select_indices(stay)
+            alive, token = alive[stay], token[stay]
+            own.keep(stay)
+            sharing = Sharing.of(owner[alive], len(prefix.mask)) if len(alive) else None
         if not len(alive) or t == max_new_tokens - 1:
             break
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-        hidden = decode_step(policy, cache, token, mask, position + t)[:, -1]
+        hidden = decode_step(policy, prefix, sharing, own, token, position[alive] + t)
     longest = int(out.lengths.max())
     out.tokens, out.logprobs = out.tokens[:, :longest], out.logprobs[:, :longest]
     return out
+
+
+def waves(policy: Policy, lengths: Sequence[int], group: int, max_new_tokens: int, cache_gb: float) -> Iterator[slice]:
+    """Runs of prompts of these lengths, in order, that can be sampled together, `group` completions of each; at least one prompt.
+
+    A token costs its keys and values; one of a prompt also, while it is encoded, about three times the width of a layer.
+    """
+    text, size = policy.full.config.text_config, policy.dtype.itemsize
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    cached = 2 * text.num_hidden_layers * text.num_key_value_heads * head * size
+    start, longest = 0, 0
+    for stop, length in enumerate(lengths):
+        longest = max(longest, length)
+        each = longest * (cached + 3 * text.intermediate_size * size) + group * max_new_tokens * cached
+        if stop > start and (stop + 1 - start) * each > cache_gb * 1e9:
+            yield slice(start, stop)
+            start, longest = stop, length
+    yield slice(start, len(lengths))
 
 
 # Loss
@@ -331,7 +511,8 @@ def token_loss(logprobs, old_logprobs, advantages, reference, config: Config) ->
     return loss, clipped * advantages < ratio * advantages
 
 
-def score_tokens(policy: Policy, prefix: Prefix, rows: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def score_tokens(policy: Policy, prefix: Prefix, rows: torch.Tensor, tokens: torch.Tensor,
+                 checkpoint_layers: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """log p and entropy (no gradient), in nats, of each completion token (R, T), given the prompts `rows` (R,) of `prefix`.
 
     The vocabulary's logits exist only for one chunk of positions at a time; the backward pass computes them again.
@@ -340,7 +521,10 @@ def score_tokens(policy: Policy, prefix: Prefix, rows: torch.Tensor, tokens: tor
     if tokens.shape[1] > 1:
         cache = DynamicCache([(k[rows], v[rows]) for k, v in prefix.keys_values])
         mask = torch.cat([prefix.mask[rows], prefix.mask.new_ones(len(rows), tokens.shape[1] - 1)], 1)
-        behind = decode_step(policy, cache, tokens[:, :-1], mask, prefix.next_position[rows])
+        positions = prefix.next_position[rows, None] + torch.arange(tokens.shape[1] - 1, device=tokens.device)
+        with checkpointed(policy, cache) if checkpoint_layers else nullcontext():
+            behind = policy.full.model(input_ids=tokens[:, :-1], attention_mask=mask, position_ids=positions.expand(3, -1, -1),
+                                       past_key_values=cache, use_cache=True).last_hidden_state
         hidden = torch.cat([hidden, behind], 1)  # (R, T, hidden): position t predicts token t
 
     def chunk(hidden, target):
@@ -349,7 +533,8 @@ def score_tokens(policy: Policy, prefix: Prefix, rows: torch.Tensor, tokens: tor
             entropy = torch.special.entr(logprobs.exp()).sum(-1)
         return logprobs.gather(1, target[:, None])[:, 0], entropy
 
-    parts = [checkpoint(chunk, h, t, use_reentrant=False) for h, t in zip(hidden.flatten(0, 1).split(1024), tokens.flatten().split(1024))]
+    size = max(1, CHUNK_BYTES // (4 * policy.full.get_input_embeddings().num_embeddings))
+    parts = [checkpoint(chunk, h, t, use_reentrant=False) for h, t in zip(hidden.flatten(0, 1).split(size), tokens.flatten().split(size))]
     logprobs, entropy = (torch.cat(column).view(tokens.shape) for column in zip(*parts))
     return logprobs, entropy
 
@@ -367,6 +552,15 @@ class Batch:
     reference: torch.Tensor | None  # (P * G, T) log-probabilities under the base
 
 
+def passes(rows: Sequence[int], lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
+    """Rows in order of falling length, cut so that one pass has at most that many tokens with its padding, or one row."""
+    rows = sorted(rows, key=lambda row: -lengths[row])
+    while rows:
+        count = max(1, tokens // lengths[rows[0]])
+        yield rows[:count]
+        rows = rows[count:]
+
+
 def accumulate_gradients(policy: Policy, batch: Batch, config: Config) -> dict[str, float]:
     """Add the gradient of the whole step's loss to the adapter's `.grad`; returns sums over tokens for the log."""
     done, group = batch.completions, len(batch.advantages) // len(batch.prompts)
@@ -374,15 +568,14 @@ def accumulate_gradients(policy: Policy, batch: Batch, config: Config) -> dict[s
     sums = dict.fromkeys(("loss", "entropy", "kl", "clipped", "tokens"), 0.0)
     spread = batch.advantages.view(-1, group).abs().amax(1) > 0
     active = [p for p in range(len(batch.prompts)) if spread[p] or batch.reference is not None]
-    for some in (active[i:i + config.prompts_per_pass] for i in range(0, len(active), config.prompts_per_pass)):
-        graph = encode_prompts(policy, [batch.prompts[p] for p in some], [batch.features[p] for p in some])
+    lengths = done.lengths.tolist()
+    for some in passes(active, [len(prompt.input_ids) for prompt in batch.prompts], config.tokens_per_pass):
+        graph = encode_prompts(policy, [batch.prompts[p] for p in some], [batch.features[p] for p in some], config.checkpoint)
         leaves = graph.as_leaves()
-        all_rows = torch.tensor([p * group + i for p in some for i in range(group)], device=policy.device)
-        owners = torch.arange(len(some), device=policy.device).repeat_interleave(group)
-        for rows, owner in zip(all_rows.split(config.micro_batch), owners.split(config.micro_batch)):
-            length = int(done.lengths[rows].max())
+        for rows in passes([p * group + i for p in some for i in range(group)], lengths, config.tokens_per_pass):
+            length, owner = lengths[rows[0]], torch.tensor([some.index(row // group) for row in rows], device=policy.device)
             mask, tokens = done.mask[rows, :length], done.tokens[rows, :length]
-            logprobs, entropy = score_tokens(policy, leaves, owner, tokens)
+            logprobs, entropy = score_tokens(policy, leaves, owner, tokens, config.checkpoint)
             logprobs = logprobs.masked_fill(~mask, 0)  # padding may be a banned token: -inf, and 0 * inf is no number
             reference = None if batch.reference is None else batch.reference[rows, :length].masked_fill(~mask, 0)
             losses, clipped = token_loss(logprobs, done.logprobs[rows, :length], batch.advantages[rows, None], reference, config)
@@ -410,23 +603,34 @@ def grade_completions(policy: Policy, questions: Sequence[Question], done: Compl
     return texts, grades, rewards.view(len(questions), group)
 
 
+@torch.no_grad()
+def score_base(policy: Policy, prompts: Sequence[Prompt], features, done: Completions, config: Config) -> torch.Tensor:
+    """log p of each token (P * G, T) under the base, which is the policy with its adapter off."""
+    logprobs, group, lengths = torch.zeros_like(done.logprobs), len(done.tokens) // len(prompts), done.lengths.tolist()
+    with policy.model.disable_adapter():
+        for some in passes(range(len(prompts)), [len(prompt.input_ids) for prompt in prompts], config.tokens_per_pass):
+            prefix = encode_prompts(policy, [prompts[p] for p in some], [features[p] for p in some])
+            for rows in passes([p * group + i for p in some for i in range(group)], lengths, config.tokens_per_pass):
+                owner = torch.tensor([some.index(row // group) for row in rows], device=policy.device)
+                logprobs[rows, :lengths[rows[0]]] = score_tokens(policy, prefix, owner, done.tokens[rows, :lengths[rows[0]]])[0]
+    return logprobs
+
+
 def roll_out(policy: Policy, questions: Sequence[Question], step: int, seed: int, config: Config) -> tuple[Batch, dict, list[dict]]:
     """Sample a step's completions and grade them: the batch to learn from, its log row, and readable samples."""
     start, group = time.perf_counter(), config.group_size
     prompts = [policy.encode(question) for question in questions]
     features = look(policy, prompts)
-    draws = np.stack([uniforms(seed, step, q["id"], i, config.max_new_tokens) for q in questions for i in range(group)])
-    with torch.no_grad():
-        prefix = encode_prompts(policy, prompts, features)
-    done = generate(policy, prefix, config.max_new_tokens, torch.from_numpy(draws).to(policy.device))
+    draws = torch.from_numpy(np.stack([uniforms(seed, step, q["id"], i, config.max_new_tokens) for q in questions for i in range(group)]))
+    lengths, parts = [len(prompt.input_ids) for prompt in prompts], []
+    with torch.no_grad(), unpacked(policy, merged=True):
+        for wave in waves(policy, lengths, group, config.max_new_tokens, config.cache_gb):
+            rows = slice(wave.start * group, wave.stop * group)
+            prefix = encode_prompts(policy, prompts[wave], features[wave])
+            parts.append(generate(policy, prefix, config.max_new_tokens, draws[rows].to(policy.device)))
+    done = Completions.join(parts)
     texts, grades, rewards = grade_completions(policy, questions, done)
-    reference = None
-    if config.kl:
-        with torch.no_grad(), policy.model.disable_adapter():
-            base = encode_prompts(policy, prompts, features)
-            owners = torch.arange(len(prompts), device=policy.device).repeat_interleave(group)
-            reference = torch.cat([score_tokens(policy, base, owner, tokens)[0] for owner, tokens in zip(
-                owners.split(config.micro_batch), done.tokens.split(config.micro_batch))])
+    reference = score_base(policy, prompts, features, done, config) if config.kl else None
     advantages = group_advantages(rewards, scale=config.loss != "dr_grpo").flatten()
     n = len(texts)
     row = {"reward": rewards.mean().item(), "correct": sum(g.correct for g in grades) / n,
@@ -444,7 +648,8 @@ def learn(policy: Policy, optimizer: torch.optim.Optimizer, batch: Batch, config
     """`updates_per_batch` optimizer steps on a batch; returns the log row's part."""
     start = time.perf_counter()
     for _ in range(config.updates_per_batch):
-        sums = accumulate_gradients(policy, batch, config)
+        with unpacked(policy):
+            sums = accumulate_gradients(policy, batch, config)
         parameters = [p for p in policy.model.parameters() if p.requires_grad]
         norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm).item()
         if not math.isfinite(norm):
@@ -683,10 +888,10 @@ def check_config(config: Config):
         raise UserError(f"--loss {config.loss} is unknown: choose from {' '.join(LOSSES)}")
     if config.group_size < 2:
         raise UserError(f"--group_size {config.group_size} leaves nothing to compare a completion with: choose at least 2")
-    for name in ("steps", "prompts_per_step", "max_new_tokens", "lora_rank", "micro_batch", "prompts_per_pass", "updates_per_batch"):
+    for name in ("steps", "prompts_per_step", "max_new_tokens", "lora_rank", "tokens_per_pass", "updates_per_batch"):
         if getattr(config, name) < 1:
             raise UserError(f"--{name} {getattr(config, name)} is too small: choose at least 1")
-    for name in ("learning_rate", "max_grad_norm"):
+    for name in ("learning_rate", "max_grad_norm", "cache_gb"):
         if not getattr(config, name) > 0:
             raise UserError(f"--{name} {getattr(config, name)} would change no weight: choose a positive number")
     if "clean" in config.corruption:

@@ -26,8 +26,6 @@ from tqdm import tqdm
 
 Policy, Question, UserError, option = train.Policy, prepare.Question, prepare.UserError, prepare.option
 
-BATCH_SIZE = {"tiny": 320, "3b": 16, "7b": 8}  # prompts decoded together
-
 
 @dataclass
 class Config:
@@ -36,7 +34,7 @@ class Config:
     benchmarks: list[str] = option([], "sources of stage 1 [all benchmarks of the study]")
     corruptions: list[str] = option([], "inputs: clean, or names of stage 2 [all there are]")
     limit: int = option(None, "questions per benchmark, spread over its groups [all]")
-    batch_size: int = option(None, "prompts decoded together: lower it when memory is short [preset]")
+    cache_gb: float = option(None, "memory for the questions answered together: lower it first [preset of stage 3]")
     max_new_tokens: int = option(None, "tokens; a longer answer is cut [most of the runs' own]")
 
 
@@ -100,7 +98,7 @@ def kept(file: Path, questions: Mapping[str, Question], origin: dict) -> list[di
     return rows
 
 
-def evaluate(policy: Policy, table: Dataset, rows: Sequence[int], path: Path, origin: dict, batch_size: int, name: str) -> list[dict]:
+def evaluate(policy: Policy, table: Dataset, rows: Sequence[int], path: Path, origin: dict, cache_gb: float, name: str) -> list[dict]:
     """Answer the questions `rows` of a table into `path`, batch by batch; `origin` stands in every line.
 
     Whole batches go to a .part file beside it as they are made: an interrupted evaluation continues there. Answers that
@@ -115,13 +113,17 @@ def evaluate(policy: Policy, table: Dataset, rows: Sequence[int], path: Path, or
         if any(verdicts.get(row["id"], row) != row for row in there):  # the grader has changed
             prepare.write_jsonl(path, [verdicts.get(row["id"], row) for row in there])
         return done
-    done = done[:len(done) // batch_size * batch_size]  # the last batch may be half written
+    lengths = table["prompt_tokens"][:]
+    batches = list(train.waves(policy, [lengths[row] for row in rows], 1, origin["max_new_tokens"], cache_gb))
+    done = done[:max((batch.stop for batch in batches if batch.stop <= len(done)), default=0)]  # the last batch may be half written
     prepare.write_jsonl(part, done)
-    for start in tqdm(range(len(done), len(rows), batch_size), desc=name, leave=False, disable=None):
-        batch = [table[row] for row in rows[start:start + batch_size]]
-        new = [row | origin for row in answer(policy, batch, origin["max_new_tokens"])]
-        prepare.append_jsonl(part, new)
-        done += new
+    with train.unpacked(policy, merged=True), tqdm(total=len(rows), initial=len(done), desc=name, leave=False, disable=None) as bar:
+        for batch in batches:
+            if batch.stop > len(done):
+                new = [row | origin for row in answer(policy, [table[row] for row in rows[batch]], origin["max_new_tokens"])]
+                prepare.append_jsonl(part, new)
+                done += new
+                bar.update(len(new))
     part.replace(path)
     return done
 
@@ -166,10 +168,10 @@ def main(config: Config) -> dict[tuple[str, str, str], list[dict]]:
     """Evaluate; returns the rows of each answers file by (policy, source, clean or corruption)."""
     data = Path(config.data)
     study = prepare.load_study(data)
-    for name in ("limit", "batch_size", "max_new_tokens"):
-        if getattr(config, name) is not None and getattr(config, name) < 1:
-            raise UserError(f"--{name} {getattr(config, name)} is too small: choose at least 1")
-    batch_size = config.batch_size or BATCH_SIZE[study["preset"]]
+    for name, least in (("limit", 1), ("cache_gb", 1e-9), ("max_new_tokens", 1)):
+        if getattr(config, name) is not None and getattr(config, name) < least:
+            raise UserError(f"--{name} {getattr(config, name)} is too small: choose at least {least}")
+    cache_gb = config.cache_gb or train.PRESETS[study["preset"]]["cache_gb"]
     policies, inputs, answers = find_policies(config, study), find_inputs(config, study), {}
     trained = [json.loads((folder / "config.json").read_text())["settings"]["max_new_tokens"] for folder, _ in policies.values() if folder]
     max_new_tokens = config.max_new_tokens or max(trained, default=train.PRESETS[study["preset"]]["max_new_tokens"])
@@ -185,7 +187,7 @@ def main(config: Config) -> dict[tuple[str, str, str], list[dict]]:
                 policy = train.load_policy(prepare.model_path(data, study), study["max_pixels"], adapter)
             path = data / "answers" / policy_name / source / f"{name}.jsonl"
             origin = {"made_from": made_from | questions, "max_new_tokens": max_new_tokens}
-            done = evaluate(policy, table, rows, path, origin, batch_size, f"{policy_name} {source} {name}")
+            done = evaluate(policy, table, rows, path, origin, cache_gb, f"{policy_name} {source} {name}")
             answers[policy_name, source, name] = done
         right = {(source, name): sum(row["correct"] for row in rows) / len(rows)
                  for (who, source, name), rows in answers.items() if who == policy_name}

@@ -25,7 +25,7 @@ from scipy.stats import chisquare
 from conftest import VISION, sharpen, tiny_model
 
 KINDS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
-STEP = dict(prompts_per_step=4, group_size=4, max_new_tokens=12, micro_batch=8, prompts_per_pass=2, lora_rank=4, learning_rate=1e-2)
+STEP = dict(prompts_per_step=4, group_size=4, max_new_tokens=12, tokens_per_pass=96, cache_gb=1.0, lora_rank=4, learning_rate=1e-2)
 RUN = {"steps": 4, "conditions": ["mixed"], "corruption": ["blank", "removed"]}  # some prompts of a step have no picture
 
 
@@ -202,8 +202,8 @@ def padded(rows, width):
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "nf4"])
-def test_gradient_of_the_shared_prompt_is_that_of_whole_sequences(train, policies, kind):
-    """For each loss, with and without KL, the clip active, whatever the micro-batch and the prompts in a pass."""
+def test_gradient_of_the_shared_prompt_is_that_of_whole_sequences(train, policies, kind, monkeypatch):
+    """For each loss, with and without KL, the clip active, however the step is cut into passes and chunks, checkpointed or not."""
     policy = policies(kind)
     completions, batch = hand_made_batch(train, policy)
     prompts = [batch.prompts[i // 3] for i in range(len(completions))]
@@ -214,7 +214,7 @@ def test_gradient_of_the_shared_prompt_is_that_of_whole_sequences(train, policie
         reference = [plain_logprobs(policy, *pair) for pair in zip(prompts, completions)]
     assert max((a - b).abs().max() for a, b in zip(reference, logprobs)) > 0.1  # the adapter does something
     batch.completions.logprobs = padded(old, 7)
-    cuts = [(m, p) for m in ((3,) if kind == "nf4" else (1, 3, 8)) for p in (1, len(QUESTIONS))]
+    cuts = [(t, c, b) for t in (1, 21, 500) for c in (False, True) for b in ((2**26,) if kind == "nf4" else (2**26, 4 * 576 * 5))]
     worst = 0.0
     for loss in train.LOSSES:
         for kl in (0.0, 0.1):
@@ -222,9 +222,10 @@ def test_gradient_of_the_shared_prompt_is_that_of_whole_sequences(train, policie
             loss_value = paper_loss(config, logprobs, old, batch.advantages, reference if kl else None)
             truth = dict(zip(trainable(policy), torch.autograd.grad(loss_value, list(trainable(policy).values()), retain_graph=True)))
             step = dataclasses.replace(batch, reference=padded(reference, 7) if kl else None)
-            for micro_batch, prompts_per_pass in cuts:
-                config.micro_batch, config.prompts_per_pass = micro_batch, prompts_per_pass
-                gradient, sums = shared_gradient(train, policy, step, config)
+            for config.tokens_per_pass, config.checkpoint, chunk in cuts:
+                monkeypatch.setattr(train, "CHUNK_BYTES", chunk)
+                with train.unpacked(policy) if config.checkpoint else contextlib.nullcontext():
+                    gradient, sums = shared_gradient(train, policy, step, config)
                 worst = max(worst, largest_error(gradient, truth))
                 assert sums["loss"] == pytest.approx(loss_value.item(), rel=1e-4)
     print(f"{kind}: largest relative error of a gradient {worst:.1e}")
@@ -246,7 +247,7 @@ def test_what_stands_behind_the_end_of_sequence_is_not_trained(train, policies):
     completions, batch = hand_made_batch(train, policy)
     batch.completions.logprobs = torch.full_like(batch.completions.logprobs, -5.0)
     batch.reference = torch.full_like(batch.completions.logprobs, -6.0)
-    config = train.Config(kl=0.1, micro_batch=8, prompts_per_pass=4, max_new_tokens=10)
+    config = train.Config(kl=0.1, tokens_per_pass=80, max_new_tokens=10)
     gradient, sums = shared_gradient(train, policy, batch, config)
     done = batch.completions
     behind = ~done.mask
@@ -267,7 +268,7 @@ def test_the_end_of_sequence_is_trained(train, policies):
     eos = policy.eos[:1, None]
     done = train.Completions(eos, torch.full((1, 1), -5.0), torch.ones(1, dtype=torch.long), torch.ones(1, dtype=torch.bool))
     batch = train.Batch(batch.prompts[:1], batch.features[:1], done, torch.ones(1), None)
-    gradient, _ = shared_gradient(train, policy, batch, train.Config(micro_batch=1, prompts_per_pass=1, max_new_tokens=10, clip_high=1e9))
+    gradient, _ = shared_gradient(train, policy, batch, train.Config(tokens_per_pass=1, max_new_tokens=10, clip_high=1e9))
     before = plain_logprobs(policy, batch.prompts[0], eos[0].tolist()).item()
     with torch.no_grad():
         for name, parameter in trainable(policy).items():
@@ -285,10 +286,10 @@ def test_equal_rewards_cost_nothing(train, policies, monkeypatch):
     batch.completions.logprobs = torch.full_like(batch.completions.logprobs, -5.0)
     batch.advantages[3:9] = 0
     encoded, encode = [], train.encode_prompts
-    monkeypatch.setattr(train, "encode_prompts", lambda policy, prompts, seen: encoded.extend(prompts) or encode(policy, prompts, seen))
-    config = train.Config(micro_batch=8, prompts_per_pass=4, max_new_tokens=10, loss="grpo")
+    monkeypatch.setattr(train, "encode_prompts", lambda policy, prompts, *rest: encoded.extend(prompts) or encode(policy, prompts, *rest))
+    config = train.Config(tokens_per_pass=80, max_new_tokens=10, loss="grpo")
     gradient, sums = shared_gradient(train, policy, batch, config)
-    assert encoded == [batch.prompts[0], batch.prompts[3]]
+    assert encoded == [batch.prompts[3], batch.prompts[0]]  # the longer first
     assert sums["tokens"] == sum(map(len, completions[:3] + completions[9:]))
     value = paper_loss(config, [plain_logprobs(policy, batch.prompts[i // 3], row) for i, row in enumerate(completions)],
                        [torch.full((len(row),), -5.0) for row in completions], batch.advantages, None)
@@ -318,7 +319,7 @@ def often_ending(policies):
 def test_sampled_tokens_and_their_logprobs_are_those_of_a_plain_forward(train, policies, kind):
     """Each token is where its number falls in the cumulative distribution; its log-probability is the training forward's."""
     policy = dataclasses.replace(policies(kind), eos=torch.arange(100, 160))
-    config = train.Config(group_size=5, max_new_tokens=6, micro_batch=4, kl=0.1)
+    config = train.Config(group_size=5, max_new_tokens=6, tokens_per_pass=24, cache_gb=1.0, kl=0.1)
     batch, row, _ = train.roll_out(policy, QUESTIONS, 5, 3, config)
     done, worst = batch.completions, 0.0
     prefix = train.encode_prompts(policy, batch.prompts, batch.features)
@@ -346,9 +347,12 @@ def test_sampled_tokens_and_their_logprobs_are_those_of_a_plain_forward(train, p
 
 
 def test_completions_do_not_depend_on_what_else_is_in_the_batch(train, often_ending):
-    config = train.Config(group_size=4, max_new_tokens=12)
+    config = train.Config(group_size=4, max_new_tokens=12, cache_gb=1.0)
     together = train.roll_out(often_ending, QUESTIONS, 2, 0, config)[0].completions
     backwards = train.roll_out(often_ending, QUESTIONS[::-1], 2, 0, config)[0].completions
+    in_waves = train.roll_out(often_ending, QUESTIONS, 2, 0, dataclasses.replace(config, cache_gb=1e-9))[0].completions
+    assert (in_waves.tokens * in_waves.mask == together.tokens * together.mask).all() and (in_waves.lengths == together.lengths).all()
+    assert ((in_waves.logprobs - together.logprobs) * together.mask).abs().max() < 1e-5 and (in_waves.finished == together.finished).all()
     for i, q in enumerate(QUESTIONS):
         alone = train.roll_out(often_ending, [q], 2, 0, dataclasses.replace(config, group_size=2))[0].completions
         for g in range(4):
@@ -358,6 +362,29 @@ def test_completions_do_not_depend_on_what_else_is_in_the_batch(train, often_end
             if g < 2:
                 assert row == alone.tokens[g, :alone.lengths[g]].tolist()
     assert len(set(together.lengths.tolist())) > 3
+
+
+@given(lengths=st.lists(st.integers(1, 300), min_size=1, max_size=20), group=st.integers(1, 8), new=st.integers(1, 50), cache_gb=st.floats(1e-9, 0.05))
+@settings(max_examples=100, deadline=None)
+def test_waves_hold_every_prompt_once_and_keep_the_ceiling(train, policies, lengths, group, new, cache_gb):
+    """Each is as long as it can be: one prompt more would not fit."""
+    text = policies("qwen2_5_vl").full.config.text_config
+    cached = 2 * 3 * 2 * 16 * 4  # keys and values, layers, kv heads, head dim, bytes
+    cost = lambda some: len(some) * (max(some) * (cached + 3 * text.intermediate_size * 4) + group * new * cached)
+    found = list(train.waves(policies("qwen2_5_vl"), lengths, group, new, cache_gb))
+    assert [n for wave in found for n in range(len(lengths))[wave]] == [*range(len(lengths))]
+    for wave in found:
+        assert wave.stop - wave.start == 1 or cost(lengths[wave]) <= cache_gb * 1e9
+        assert wave.stop == len(lengths) or cost(lengths[wave.start:wave.stop + 1]) > cache_gb * 1e9
+
+
+@given(lengths=st.lists(st.integers(1, 60), min_size=1, max_size=30), tokens=st.integers(1, 400))
+def test_passes_hold_every_row_once_and_keep_the_budget(train, lengths, tokens):
+    found = list(train.passes(range(len(lengths)), lengths, tokens))
+    assert sorted(row for rows in found for row in rows) == [*range(len(lengths))]
+    for rows in found:
+        assert len(rows) == 1 or len(rows) * max(lengths[row] for row in rows) <= tokens
+        assert lengths[rows[0]] == max(lengths[row] for row in rows)  # what the loop takes as their length
 
 
 def test_numbers_are_uniform_and_change_with_each_argument(train):
@@ -570,7 +597,7 @@ def test_saved_adapter_is_plain_peft(train, base_folder, policies, tmp_path):
 def test_sampled_logprobs_are_the_training_forwards_on_a_card(train, base_folder):
     """The kernels of rollout and update differ, and compute in 16 bits: a ratio off by a few per cent stays inside the clip."""
     policy = stir(train.load_policy(str(base_folder), 112 * 112, lora_rank=4))
-    config = train.Config(group_size=4, max_new_tokens=12, micro_batch=4, prompts_per_pass=2)
+    config = train.Config(group_size=4, max_new_tokens=12, tokens_per_pass=48, cache_gb=1.0)
     batch, _, _ = train.roll_out(policy, QUESTIONS, 1, 0, config)
     owners = torch.arange(4, device=policy.device).repeat_interleave(4)
     with torch.no_grad():
@@ -698,7 +725,7 @@ def test_share_of_equal_groups(train, prepare, policies, monkeypatch):
     seen = iter(range(1000))
     monkeypatch.setattr(prepare, "grade", lambda text, q: prepare.Grade(
         correct=q["id"] in ("one", "two") and next(seen) % 2 == 0, well_formed=True, answer=None))
-    batch, row, _ = train.roll_out(policies("qwen2_5_vl"), QUESTIONS, 1, 0, train.Config(group_size=3, max_new_tokens=3))
+    batch, row, _ = train.roll_out(policies("qwen2_5_vl"), QUESTIONS, 1, 0, train.Config(group_size=3, max_new_tokens=3, cache_gb=1.0))
     assert row["equal_groups"] == 0.5
     assert [bool(group.any()) for group in batch.advantages.view(4, 3)] == [True, False, True, False]
 
@@ -731,7 +758,7 @@ def test_preflight_takes_the_worst_question_and_leaves_nothing(train, prepare, p
         longest = staticmethod(lambda: QUESTIONS[1])
 
     before = state_hashes(policy.model)
-    train.preflight(policy, Fixed, train.Config(group_size=4, max_new_tokens=8, micro_batch=4, prompts_per_pass=1, kl=0.1))
+    train.preflight(policy, Fixed, train.Config(group_size=4, max_new_tokens=8, tokens_per_pass=32, cache_gb=1.0, kl=0.1))
     assert all(parameter.grad is None for parameter in policy.model.parameters()) and state_hashes(policy.model) == before
     prompt, count = policy.encode(QUESTIONS[1]), sum(p.numel() for p in trainable(policy).values())
     tokens = prompt.input_ids.count(policy.full.config.image_token_id)
@@ -743,7 +770,7 @@ def test_preflight_refuses_what_would_fail_later(train, prepare, policies, monke
     class Fixed:
         longest = staticmethod(lambda: QUESTIONS[1])
 
-    config = train.Config(group_size=2, max_new_tokens=2, micro_batch=4, prompts_per_pass=1)
+    config = train.Config(group_size=2, max_new_tokens=2, tokens_per_pass=8, cache_gb=1.0)
     policy, encode = policies("qwen2_5_vl"), prepare.encode
 
     def short(*arguments):
@@ -847,7 +874,7 @@ def test_longest_question_is_the_one_with_most_pixels(train, prepare, study_fold
     ({"mixed_fraction": 0.0}, "mixed_fraction 0.0"),
     ({"mixed_fraction": 1.0}, "mixed_fraction 1.0"),
     ({"steps": 0}, "steps 0"),
-    ({"micro_batch": -1}, "micro_batch -1"),
+    ({"tokens_per_pass": -1}, "tokens_per_pass -1"),
     ({"updates_per_batch": 0}, "updates_per_batch 0"),
     ({"learning_rate": 0.0}, "learning_rate 0.0"),
     ({"max_grad_norm": math.nan}, "max_grad_norm nan"),
@@ -890,7 +917,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run(train, prepare, policies):
     policy = policies("qwen2_5_vl")
     _, batch = hand_made_batch(train, policy)
     batch.advantages[0] = torch.inf
-    config = train.Config(micro_batch=8, prompts_per_pass=4, max_new_tokens=10, updates_per_batch=1)
+    config = train.Config(tokens_per_pass=80, max_new_tokens=10, updates_per_batch=1)
     before = state_hashes(policy.model)
     with pytest.raises(prepare.UserError, match="the gradient is"):
         train.learn(policy, torch.optim.AdamW(trainable(policy).values()), batch, config)
