@@ -25,7 +25,6 @@ run     python 03_train_grpo.py                       # all three conditions, se
 """
 import hashlib
 import importlib
-import io
 import json
 import math
 import random
@@ -46,7 +45,6 @@ import bitsandbytes as bnb
 import numpy as np
 import psutil
 import torch
-from PIL import Image
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
@@ -170,6 +168,11 @@ def load_policy(model: str, max_pixels: int, adapter: Path | None = None, lora_r
                   torch.tensor(banned, device=device))
 
 
+def adapted(x, weight, bias, down, up, scaling: float) -> torch.Tensor:
+    """A linear layer with its LoRA, as PEFT computes it, the adapter in its own precision."""
+    return linear(x, weight, bias) + linear(scaling * linear(x.to(down.dtype), down), up).to(x.dtype)
+
+
 @contextmanager
 def unpacked(policy: Policy, merged: bool = False):
     """The 4-bit weights as plain ones for a while, if a quarter of the free memory holds them: a small batch mostly unpacks.
@@ -177,22 +180,27 @@ def unpacked(policy: Policy, merged: bool = False):
     `merged` adds the adapter to them, for sampling: one product per layer instead of three. Only in fp32, where the sum is exact to
     1e-7; in 16 bits it would round most of the adapter away, and the sampler would be another policy than the one that learns.
     """
-    linears = [module for module in policy.full.modules() if isinstance(module, bnb.nn.Linear4bit)]
-    adapted = [module for module in policy.full.modules() if isinstance(module, LoraLayer)] if merged and policy.dtype == torch.float32 else []
+    modules, merged = list(policy.full.modules()), merged and policy.dtype == torch.float32
+    packed = [module for module in modules if isinstance(module, bnb.nn.Linear4bit)]
     free = torch.cuda.mem_get_info()[0] if policy.device.type == "cuda" else psutil.virtual_memory().available
-    if 4 * sum(policy.dtype.itemsize * math.prod(module.weight.quant_state.shape) for module in linears) > free:
-        linears, adapted = [], []
+    if 4 * sum(policy.dtype.itemsize * math.prod(module.weight.quant_state.shape) for module in packed) > free:
+        modules, packed = [], []
+    weights = {module: bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state) for module in packed}
+    lora = [module for module in modules if isinstance(module, LoraLayer)]
     try:
-        for module in linears:
-            weight = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
-            module.forward = partial(linear, weight=weight, bias=module.bias)
-        for module in adapted:
-            base = module.base_layer
-            weight = vars(base)["forward"].keywords["weight"] if base in linears else base.weight
-            module.forward = partial(linear, weight=weight + module.get_delta_weight("default"), bias=base.bias)
+        for module in packed:  # those without an adapter
+            module.forward = partial(linear, weight=weights[module], bias=module.bias)
+        for module in lora:
+            base, name = module.base_layer, module.active_adapters[0]
+            weight = weights.get(base, base.weight)
+            if merged:
+                module.forward = partial(linear, weight=weight + module.get_delta_weight(name), bias=base.bias)
+            else:
+                module.forward = partial(adapted, weight=weight, bias=base.bias, down=module.lora_A[name].weight,
+                                         up=module.lora_B[name].weight, scaling=module.scaling[name])
         yield
     finally:
-        for module in [*linears, *adapted]:
+        for module in [*packed, *lora]:
             vars(module).pop("forward", None)
 
 
@@ -364,6 +372,7 @@ class Sharing:
     """Which of R rows belong to which of P prompts, with S places for each prompt."""
     table: torch.Tensor  # (P, S): the rows of each prompt, then any row
     place: torch.Tensor  # (R,): where a row stands in the flattened table
+    full: bool           # every prompt has S rows: the table is the rows in order, and nothing needs to be copied
 
     @classmethod
     def of(cls, owner: torch.Tensor, prompts: int) -> "Sharing":
@@ -371,15 +380,17 @@ class Sharing:
         most, first = int(counts.max()), counts.cumsum(0) - counts
         place = owner * most + torch.arange(len(owner), device=owner.device) - first[owner]
         table = place.new_zeros(prompts * most).scatter(0, place, torch.arange(len(owner), device=owner.device))
-        return cls(table.view(prompts, most), place)
+        return cls(table.view(prompts, most), place, len(owner) == prompts * most)
 
     def gather(self, rows: torch.Tensor) -> torch.Tensor:
         """(R, heads, n, size) -> (P, heads, S * n, size): what meets a prompt's keys or values, all rows together."""
-        return rows[self.table].transpose(1, 2).flatten(2, 3)
+        table = rows.unflatten(0, self.table.shape) if self.full else rows[self.table]
+        return table.transpose(1, 2).flatten(2, 3)
 
     def scatter(self, together: torch.Tensor) -> torch.Tensor:
         """Back again."""
-        return together.unflatten(2, (self.table.shape[1], -1)).transpose(1, 2).flatten(0, 1)[self.place]
+        rows = together.unflatten(2, (self.table.shape[1], -1)).transpose(1, 2).flatten(0, 1)
+        return rows if self.full else rows[self.place]
 
 
 def attend(module, query, key, value, mask, scaling: float, prefix: Prefix, sharing: Sharing, **_):
@@ -515,11 +526,12 @@ def score_tokens(policy: Policy, prefix: Prefix, rows: torch.Tensor, tokens: tor
                  checkpoint_layers: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """log p and entropy (no gradient), in nats, of each completion token (R, T), given the prompts `rows` (R,) of `prefix`.
 
-    The vocabulary's logits exist only for one chunk of positions at a time; the backward pass computes them again.
+    The vocabulary's logits exist only for one chunk of positions at a time; where there are several, the backward pass makes them again.
     """
     hidden = prefix.last_hidden[rows][:, None]
     if tokens.shape[1] > 1:
-        cache = DynamicCache([(k[rows], v[rows]) for k, v in prefix.keys_values])
+        each = lambda tensor: tensor[rows] if len(tensor) > 1 else tensor.expand(len(rows), -1, -1, -1)
+        cache = DynamicCache([(each(k), each(v)) for k, v in prefix.keys_values])
         mask = torch.cat([prefix.mask[rows], prefix.mask.new_ones(len(rows), tokens.shape[1] - 1)], 1)
         positions = prefix.next_position[rows, None] + torch.arange(tokens.shape[1] - 1, device=tokens.device)
         with checkpointed(policy, cache) if checkpoint_layers else nullcontext():
@@ -530,11 +542,12 @@ def score_tokens(policy: Policy, prefix: Prefix, rows: torch.Tensor, tokens: tor
     def chunk(hidden, target):
         logprobs = next_logprobs(policy, hidden)
         with torch.no_grad():
-            entropy = torch.special.entr(logprobs.exp()).sum(-1)
+            entropy = -(logprobs.exp() * logprobs.clamp(min=-1e4)).sum(-1)  # 0 * -inf is no number
         return logprobs.gather(1, target[:, None])[:, 0], entropy
 
     size = max(1, CHUNK_BYTES // (4 * policy.full.get_input_embeddings().num_embeddings))
-    parts = [checkpoint(chunk, h, t, use_reentrant=False) for h, t in zip(hidden.flatten(0, 1).split(size), tokens.flatten().split(size))]
+    pieces = list(zip(hidden.flatten(0, 1).split(size), tokens.flatten().split(size)))
+    parts = [chunk(*piece) if len(pieces) == 1 else checkpoint(chunk, *piece, use_reentrant=False) for piece in pieces]
     logprobs, entropy = (torch.cat(column).view(tokens.shape) for column in zip(*parts))
     return logprobs, entropy
 
@@ -693,14 +706,10 @@ class Questions:
         self.ids = [first["id"][:][row] for row in self.rows]
 
     def longest(self) -> Question:
-        """The question that takes most memory, by the size of its pictures and text; no picture is decoded for it."""
-        def size(place: tuple[str, int]) -> float:
-            row = raw[place[0]][place[1]]
-            pixels = sum(math.prod(Image.open(io.BytesIO(image["bytes"])).size) for image in row["images"])
-            return pixels / 28**2 + len(row["problem"]) / 4  # about one token for 28 x 28 pixels, and for 4 letters
-        raw = {name: prepare.undecoded(table) for name, table in self.tables.items()}
-        name, row = max(((name, row) for name in self.tables for row in self.rows), key=size)
-        return self.tables[name][row]
+        """The one of most tokens, under the first of its inputs."""
+        table = next(iter(self.tables.values()))
+        lengths = table["prompt_tokens"][:]
+        return table[max(self.rows, key=lengths.__getitem__)]
 
     def at(self, step: int, count: int) -> list[Question]:
         chosen = []

@@ -38,7 +38,7 @@ from transformers import TrainerCallback
 SHAPES = {"short": (56, 40, 40), "long": (448, 280, 64), "very_long": (896, 1050, 64)}
 
 
-def make_policy(shape: str, folder: Path, seed: int = 0):
+def make_policy(shape: str, folder: Path, rank: int, seed: int = 0):
     """The embedded architecture with random weights, saved and loaded as NF4 with an adapter."""
     tokenizer = prepare.make_tokenizer(seed)
     torch.manual_seed(seed)
@@ -46,8 +46,8 @@ def make_policy(shape: str, folder: Path, seed: int = 0):
     image_processor = prepare.Qwen2VLImageProcessorPil(size={"shortest_edge": 28 * 28, "longest_edge": side * side})
     for part in (prepare.make_model(tokenizer), tokenizer, image_processor):
         part.save_pretrained(folder)
-    policy = train.load_policy(str(folder), side * side, lora_rank=16)
-    policy.eos = torch.tensor([-1])  # no token: completions take all their tokens
+    policy = train.load_policy(str(folder), side * side, lora_rank=rank)
+    policy.eos = torch.tensor([-1], device=policy.device)  # no token: completions take all their tokens
     return policy
 
 
@@ -71,7 +71,7 @@ def our_step(policy, optimizer, questions, step: int, config) -> None:
 
 
 def trl_trainer(policy, questions, shape: str, config, steps: int, folder: Path, callback):
-    """TRL's trainer on the same model object: its adapter, its optimizer, its own tokenisation and generation."""
+    """TRL's trainer on that model: its own tokenisation, generation, loss and optimizer."""
     from datasets import Dataset
     from transformers import Qwen2_5_VLProcessor
     from trl import GRPOConfig, GRPOTrainer
@@ -95,8 +95,12 @@ def trl_trainer(policy, questions, shape: str, config, steps: int, folder: Path,
         lr_scheduler_type="constant", beta=0.0, loss_type="dapo", epsilon=config.clip_low, epsilon_high=config.clip_high, bf16=False,
         gradient_checkpointing=False, save_strategy="no", report_to=[], logging_steps=1000, disable_tqdm=True, dataloader_pin_memory=False,
         use_cpu=policy.device.type == "cpu", optim="adamw_torch", weight_decay=0.0)
-    return GRPOTrainer(model=policy.model, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=processor,
-                       reward_funcs=lambda completions, **_: [float(next(turn) % 2) for _ in completions], callbacks=[callback])
+    trainer = GRPOTrainer(model=policy.model, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=processor,
+                          reward_funcs=lambda completions, **_: [float(next(turn) % 2) for _ in completions], callbacks=[callback])
+    for parameter in policy.model.parameters():  # it makes the adapter of a quantised model bfloat16, which is slow on a CPU
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(policy.dtype)
+    return trainer
 
 
 def memory_mb(field: str) -> float:
@@ -143,7 +147,7 @@ def main():
     config = train.Config(**train.PRESETS["tiny"] | {"prompts_per_step": options.prompts, "group_size": options.group,
                                                      "tokens_per_pass": options.micro_batch * new, "max_new_tokens": new})
     with tempfile.TemporaryDirectory() as folder:
-        policy = make_policy(options.shape, Path(folder))
+        policy = make_policy(options.shape, Path(folder), config.lora_rank)
         questions = make_questions(options.shape, options.prompts, policy)
         optimizer = torch.optim.AdamW([p for p in policy.model.parameters() if p.requires_grad], lr=config.learning_rate, weight_decay=0.0)
         if options.memory:
@@ -164,7 +168,8 @@ def main():
             our_step(policy, optimizer, questions, len(ours), config)
             ours.append(time.perf_counter() - start)
         watch = Watch(between)
-        trl_trainer(policy, questions, options.shape, config, options.rounds + 1, Path(folder), watch).train()
+        other = train.load_policy(folder, policy.image_processor.size["longest_edge"], lora_rank=config.lora_rank)
+        trl_trainer(other, questions, options.shape, config, options.rounds + 1, Path(folder), watch).train()
         trl, ours = watch.seconds[1:], ours[1:]  # the first of each warms up
         ratios = [b / a for a, b in zip(ours, trl)]
     mb = {side: json.loads(subprocess.run([sys.executable, __file__, *sys.argv[1:], "--memory", side], check=True, capture_output=True,

@@ -854,14 +854,10 @@ def test_schedule_is_epochs_cut_in_steps(train, n, seed, count, step):
     assert set(whole) <= set(range(n))
 
 
-def test_longest_question_is_the_one_with_most_pixels(train, prepare, study_folder):
-    table = prepare.Dataset.from_list([{**q, "images": [prepare.png(image) for image in q["images"]]} for q in QUESTIONS])
-    table = table.cast_column("images", prepare.List(prepare.ImageFeature()))
+def test_longest_question_is_the_one_of_most_tokens(train, policies, study_folder):
     questions = questions_of(train, study_folder, "standard")
-    questions.tables, questions.rows = {"clean": table}, [0, 1, 2, 3]
-    assert questions.longest()["problem"] == QUESTIONS[1]["problem"]
-    questions.rows = [0, 2, 3]
-    assert questions.longest()["problem"] == QUESTIONS[2]["problem"]  # of several pictures, their sum
+    lengths = [len(policies("nf4").encode(questions.tables["clean"][row]).input_ids) for row in questions.rows]
+    assert len(policies("nf4").encode(questions.longest()).input_ids) == max(lengths) > min(lengths)
 
 
 # Bad input
