@@ -404,7 +404,7 @@ def attend(module, query, key, value, mask, scaling: float, prefix: Prefix, shar
     weights = torch.cat([before, query @ key.transpose(2, 3)], -1).softmax(-1, dtype=torch.float32).to(query.dtype)
     before, own = weights.split([before.shape[3], key.shape[2]], -1)
     seen = sharing.scatter(sharing.gather(before) @ prompt_values) + own @ value
-    return seen.view(len(query), 1, -1, query.shape[3]), None
+    return seen.reshape(len(query), 1, -1, query.shape[3]), None
 
 
 AttentionInterface.register("shared_prefix", attend)  # without a mask of its own: transformers then prepares none
