@@ -20,7 +20,7 @@ Where this departs from textbook GRPO, and why:
 
 reads   data/study.json, data/questions/TRAIN.parquet, data/corrupted/TRAIN/NAME.parquet, data/model/ (preset tiny)
 writes  data/policies/RUN/: adapter_model.safetensors, adapter_config.json, config.json, train.jsonl, rollouts.jsonl
-run     python 03_train_grpo.py                       # all three conditions, seed 0: 4 minutes on 2 CPU cores
+run     python 03_train_grpo.py                       # all three conditions, seed 0: 2 minutes on 2 CPU cores
         python 03_train_grpo.py --conditions hallucination --corruption blank misleading --seeds 0 1 2
 """
 import hashlib
