@@ -113,18 +113,29 @@ class Config:
 def run(main: Callable, config_class: type, description: str):
     """Parse the command line and run a stage; bad input ends with one sentence and exit code 2, Ctrl-C with 130."""
     parser = HfArgumentParser(config_class, description=description, allow_abbrev=False)
-    (config,) = parser.parse_args_into_dataclasses()
+    config, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # about calls that other libraries make
     if not sys.stderr.isatty():  # bars are for a terminal
         disable_progress_bars()
         logging.disable_progress_bar()
     try:
+        if unknown:
+            raise UserError(f"{unknown[0]} is no option: see --help")
         main(config)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        elsewhere = f" (with --data {config.data})" if config.data != "data" and ".py" in str(error) and "--data" not in str(error) else ""
+        print(f"error: {error}{elsewhere}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped: the same command continues", file=sys.stderr)
         sys.exit(130)
+
+
+def check_least(config, least: float, *names: str):
+    """Stop if one of these options, where it is given, is smaller."""
+    for name in names:
+        if getattr(config, name) is not None and not getattr(config, name) >= least:  # so that nan is caught too
+            raise UserError(f"--{name} {getattr(config, name)} is too small: choose at least {least}")
 
 
 def sha256(path: Path) -> str:
@@ -521,8 +532,9 @@ def search_choice(text: str, choices: Sequence[str], nearest: bool) -> str | Non
     """The choice that free text claims as the answer, else by MMMU's rule, else by MathVista's.
 
     MMMU: the last letter in brackets, else (here: what the last sentence states, else) the last lone letter, else (here: the choice
-    with whose text it begins, else) the last whose text occurs, else a random one (here: none). MathVista (`nearest`): the choice nearest to the answer that an LLM extracts
-    (here: to the last sentence, of "Therefore, x is 5" to the 5).
+    with whose text it begins, else) the last whose text occurs, else a random one (here: none). MathVista (`nearest`): the choice
+    nearest to the answer that an LLM extracts (here: to the last sentence, of "Therefore, x is 5" to the 5). Both take the last of
+    several; here two that are claimed, or joined by "or", are none.
     """
     bare = bare_choice(text, choices)
     if bare or not text.strip():
@@ -644,7 +656,8 @@ def values_of(text: str) -> list[tuple] | None:
         values = [tuple(evaluate(part.rpartition("=")[2], point) for point in (0, 1)) for part in parts[:20]]
     except (ValueError, ArithmeticError, RecursionError):
         return None
-    return values if bracketed or ":" in text or len(values) == 1 else sorted(values, key=lambda pair: (complex(pair[0]).real, complex(pair[0]).imag))
+    ordered = bracketed or ":" in text or len(values) == 1
+    return values if ordered else sorted(values, key=lambda pair: (complex(pair[0]).real, complex(pair[0]).imag))
 
 
 def evaluate(text: str, point: int):
@@ -1094,7 +1107,8 @@ def from_easyr1(problem, images, answer, id=None, category=None):  # geometry3k'
 
 def from_mathvista(pid, question, decoded_image, choices, unit, precision, answer, answer_type, metadata, query):
     """`query` is its own prompt: hint, question, unit, choices. A gold choice is given by its text."""
-    return record(question, [decoded_image], letter(answer, choices or []), some(choices) if answer_type == "text" else choices, answer_type, query, id=pid, unit=unit,
+    choices = some(choices) if answer_type == "text" else choices or []
+    return record(question, [decoded_image], letter(answer, choices), choices, answer_type, query, id=pid, unit=unit,
                   precision=None if precision is None else int(precision), group=metadata["task"])
 
 
@@ -1252,8 +1266,8 @@ def fit(picture: Image.Image, image_processor) -> Image.Image:
 def difference_hash(picture: Image.Image) -> int:
     """256 bits: whether brightness falls, by more than noise, from each cell of a 17 x 16 grid to the next.
 
-    A picture saved again as JPEG, or at half its size, differs in less than a quarter of the bits that are set in the one with fewer (99
-    of 100 diagrams), one of two random triangles in more than 8 tenths of them; two drawings that differ only in a label look alike.
+    Pictures count as like where they differ in a quarter, at most, of the bits that are set in the one with fewer: relative, for a
+    sparse drawing sets few. Saved again as JPEG, or at half its size, a picture is; so are drawings that differ in a label alone.
     """
     cells = picture.convert("L").resize((17, 16), Image.Resampling.BOX).tobytes()
     return sum((cells[i] > cells[i + 1] + 2) << i for i in range(17 * 16) if i % 17 < 16)
@@ -1382,9 +1396,7 @@ def check_config(config: Config) -> dict[str, Path]:
     for name in config.benchmarks:
         if name in SOURCES and SOURCES[name].test is None:
             raise UserError(f"--benchmarks {name} has no test split: it is for --train")
-    for name in ("limit", "max_pixels", "max_prompt_tokens"):
-        if getattr(config, name) is not None and getattr(config, name) < 1:
-            raise UserError(f"--{name} {getattr(config, name)} is too small: choose at least 1")
+    check_least(config, 1, "limit", "max_pixels", "max_prompt_tokens")
     if Path(config.data).is_file():
         raise UserError(f"{config.data} is a file: choose a folder with --data")
     return local
@@ -1414,7 +1426,8 @@ def load_model_parts(model: str, max_pixels: int) -> tuple:
     except Exception:  # none, or a broken one
         placeholders = 0
     if placeholders != 1:
-        raise UserError(f"{model} has no chat template for pictures: copy chat_template.jinja or tokenizer_config.json of the published one there")
+        raise UserError(f"{model} has no chat template for pictures: copy chat_template.jinja or tokenizer_config.json "
+                        "of the published model there")
     if max_pixels < side**2:
         raise UserError(f"--max_pixels {max_pixels} is less than one image token: choose at least {side**2}")
     return tokenizer, image_processor
@@ -1424,11 +1437,12 @@ MADE_FROM = "made_from.json"  # beside the embedded model: its recipe
 
 
 def hash_model(data: Path, model: str) -> dict[str, str]:
-    """What identifies a model, its processors included: file, relative to `data` where it lies there -> sha256; of a hub model, its name -> commit."""
+    """What identifies a model and its processors: file, relative to `data` where it lies there -> sha256; of a hub model, name -> commit."""
     if model != "embedded" and not Path(model).is_dir():
         return {f"hub:{model}": AutoConfig.from_pretrained(model, trust_remote_code=False)._commit_hash or "unknown"}
     folder = data / "model" if model == "embedded" else Path(model).resolve()
-    files = sorted(file for file in folder.iterdir() if file.suffix in (".safetensors", ".json", ".jinja", ".txt") and file.name != MADE_FROM)
+    kinds = (".safetensors", ".json", ".jinja", ".txt")
+    files = sorted(file for file in folder.iterdir() if file.suffix in kinds and file.name != MADE_FROM)
     return {f"model/{file.name}" if model == "embedded" else str(file): sha256(file) for file in files}
 
 
@@ -1439,6 +1453,7 @@ def embedded_model(data: Path, seed: int, max_pixels: int):
     if note.exists() and json.loads(note.read_text()) == recipe:
         print(f"{data / 'model'}: up to date")
         return
+    print(f"{data / 'model'}: learning for three minutes, and again after a change of this file, --seed, --max_pixels or packages", flush=True)
     with replacing(data / "model") as part:
         make_embedded_model(part, seed, max_pixels)
         (part / note.name).write_text(json.dumps(recipe))

@@ -430,6 +430,7 @@ def wrap(text: str, font: ImageFont.FreeTypeFont, width: int, most: int) -> list
 def main(config: Config) -> dict[str, int]:
     """Damage every source; returns the number of rows of each file."""
     data, names = Path(config.data), list(dict.fromkeys(config.corruptions))
+    prepare.check_least(config, 0, "preview_rows")
     for name in names:
         parse_corruption(name)  # before any work is done
     study = prepare.load_study(data)

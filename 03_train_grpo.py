@@ -26,6 +26,7 @@ run     python 03_train_grpo.py                       # all three conditions, se
 import hashlib
 import importlib
 import json
+import logging
 import math
 import random
 import resource
@@ -40,6 +41,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 prepare = importlib.import_module("01_prepare")  # before torch: it says how its threads wait
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # before it is imported: on a CPU it asks for a package that the kit does without
 
 import bitsandbytes as bnb
 import numpy as np
@@ -58,16 +60,16 @@ Prompt, Question, UserError, option = prepare.Prompt, prepare.Question, prepare.
 
 CHUNK_BYTES = 2**26  # of logits in fp32: 110 positions of a vocabulary of 151,936
 LOSSES = ("dapo", "grpo", "dr_grpo")
-NOT_SETTINGS = ("data", "conditions", "seeds", "steps", "sample_every", "tokens_per_pass", "cache_gb", "checkpoint")  # change no step beyond rounding
+NOT_SETTINGS = ("data", "conditions", "seeds", "steps", "sample_every", "tokens_per_pass", "cache_gb", "checkpoint")  # change rounding alone
 CONDITIONS = ("standard", "hallucination", "mixed")
 LANGUAGE_LINEARS = r".*language_model\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj"
 REAL = {  # beside each: what the paper's trainer, EasyR1, takes as its default on eight cards
     "steps": 500,            # 4,000 questions, 1.9 epochs of geometry3k; there 15 epochs
-    "prompts_per_step": 8,   # there 512, in 4 updates of 128: days on one card
+    "prompts_per_step": 8,   # there 512, in 4 updates of 128
     "group_size": 8,         # there 5; more completions make up for fewer prompts
-    "max_new_tokens": 1024,  # there 2,048, which few answers on geometry3k need
+    "max_new_tokens": 1024,  # there 2,048; what is cut is counted in the log
     "learning_rate": 1e-5,   # there 1e-6 on all weights, and as here on LoRA
-    "lora_rank": 32,         # there none, and the vision tower learns too: 40 GB at least
+    "lora_rank": 32,         # there none, and the vision tower learns too: 40 GB for the 3B, by its own guide
     "tokens_per_pass": 4096,
     "cache_gb": 2.0,         # 3B: 36,864 bytes a token, so that 64 completions of 1,024 take two waves; no change of results
     "checkpoint": True,
@@ -99,7 +101,7 @@ class Config:
     kl: float = option(0.0, "weight of the k3 estimate of KL(policy || base), per token (EasyR1: 0.01)")
     updates_per_batch: int = option(1, "optimizer steps on the same completions")
     max_grad_norm: float = option(1.0, "larger gradients are scaled down to it")
-    tokens_per_pass: int = option(None, "tokens, padding included, in one pass of the update, but at least one row: lower it first [preset]")
+    tokens_per_pass: int = option(None, "tokens, padding included, in one pass of the update, at least one row: lower it first [preset]")
     cache_gb: float = option(None, "memory for prompts and completions while sampling; a step that needs more is sampled in waves [preset]")
     checkpoint: bool = option(None, "keep only each layer's input for the backward pass, and run the layer again there [preset]")
     sample_every: int = option(20, "steps between two completions shown on the terminal; all samples go to rollouts.jsonl")
@@ -574,6 +576,12 @@ def passes(rows: Sequence[int], lengths: Sequence[int], tokens: int) -> Iterator
         rows = rows[count:]
 
 
+def completions_of(some: list[int], group: int, lengths: Sequence[int], tokens: int) -> Iterator[tuple[list[int], torch.Tensor, int]]:
+    """The completions of some prompts in passes: rows, where in `some` each one's prompt stands, and the length of the longest."""
+    for rows in passes([p * group + i for p in some for i in range(group)], lengths, tokens):
+        yield rows, torch.tensor([some.index(row // group) for row in rows]), lengths[rows[0]]
+
+
 def accumulate_gradients(policy: Policy, batch: Batch, config: Config) -> dict[str, float]:
     """Add the gradient of the whole step's loss to the adapter's `.grad`; returns sums over tokens for the log."""
     done, group = batch.completions, len(batch.advantages) // len(batch.prompts)
@@ -585,10 +593,9 @@ def accumulate_gradients(policy: Policy, batch: Batch, config: Config) -> dict[s
     for some in passes(active, [len(prompt.input_ids) for prompt in batch.prompts], config.tokens_per_pass):
         graph = encode_prompts(policy, [batch.prompts[p] for p in some], [batch.features[p] for p in some], config.checkpoint)
         leaves = graph.as_leaves()
-        for rows in passes([p * group + i for p in some for i in range(group)], lengths, config.tokens_per_pass):
-            length, owner = lengths[rows[0]], torch.tensor([some.index(row // group) for row in rows], device=policy.device)
+        for rows, owner, length in completions_of(some, group, lengths, config.tokens_per_pass):
             mask, tokens = done.mask[rows, :length], done.tokens[rows, :length]
-            logprobs, entropy = score_tokens(policy, leaves, owner, tokens, config.checkpoint)
+            logprobs, entropy = score_tokens(policy, leaves, owner.to(policy.device), tokens, config.checkpoint)
             logprobs = logprobs.masked_fill(~mask, 0)  # padding may be a banned token: -inf, and 0 * inf is no number
             reference = None if batch.reference is None else batch.reference[rows, :length].masked_fill(~mask, 0)
             losses, clipped = token_loss(logprobs, done.logprobs[rows, :length], batch.advantages[rows, None], reference, config)
@@ -623,9 +630,8 @@ def score_base(policy: Policy, prompts: Sequence[Prompt], features, done: Comple
     with policy.model.disable_adapter():
         for some in passes(range(len(prompts)), [len(prompt.input_ids) for prompt in prompts], config.tokens_per_pass):
             prefix = encode_prompts(policy, [prompts[p] for p in some], [features[p] for p in some])
-            for rows in passes([p * group + i for p in some for i in range(group)], lengths, config.tokens_per_pass):
-                owner = torch.tensor([some.index(row // group) for row in rows], device=policy.device)
-                logprobs[rows, :lengths[rows[0]]] = score_tokens(policy, prefix, owner, done.tokens[rows, :lengths[rows[0]]])[0]
+            for rows, owner, length in completions_of(some, group, lengths, config.tokens_per_pass):
+                logprobs[rows, :length] = score_tokens(policy, prefix, owner.to(policy.device), done.tokens[rows, :length])[0]
     return logprobs
 
 
@@ -897,12 +903,9 @@ def check_config(config: Config):
         raise UserError(f"--loss {config.loss} is unknown: choose from {' '.join(LOSSES)}")
     if config.group_size < 2:
         raise UserError(f"--group_size {config.group_size} leaves nothing to compare a completion with: choose at least 2")
-    for name in ("steps", "prompts_per_step", "max_new_tokens", "lora_rank", "tokens_per_pass", "updates_per_batch"):
-        if getattr(config, name) < 1:
-            raise UserError(f"--{name} {getattr(config, name)} is too small: choose at least 1")
-    for name in ("learning_rate", "max_grad_norm", "cache_gb"):
-        if not getattr(config, name) > 0:
-            raise UserError(f"--{name} {getattr(config, name)} would change no weight: choose a positive number")
+    prepare.check_least(config, 1, "steps", "prompts_per_step", "max_new_tokens", "lora_rank", "tokens_per_pass", "updates_per_batch")
+    prepare.check_least(config, 1e-9, "learning_rate", "max_grad_norm", "cache_gb")
+    prepare.check_least(config, 0, "kl", "clip_low", "clip_high", "sample_every")
     if "clean" in config.corruption:
         raise UserError("--corruption clean damages nothing: for clean questions use --conditions standard")
     if not 0 < config.mixed_fraction < 1:

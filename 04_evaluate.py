@@ -168,9 +168,8 @@ def main(config: Config) -> dict[tuple[str, str, str], list[dict]]:
     """Evaluate; returns the rows of each answers file by (policy, source, clean or corruption)."""
     data = Path(config.data)
     study = prepare.load_study(data)
-    for name, least in (("limit", 1), ("cache_gb", 1e-9), ("max_new_tokens", 1)):
-        if getattr(config, name) is not None and getattr(config, name) < least:
-            raise UserError(f"--{name} {getattr(config, name)} is too small: choose at least {least}")
+    prepare.check_least(config, 1, "limit", "max_new_tokens")
+    prepare.check_least(config, 1e-9, "cache_gb")
     cache_gb = config.cache_gb or train.PRESETS[study["preset"]]["cache_gb"]
     policies, inputs, answers = find_policies(config, study), find_inputs(config, study), {}
     trained = [json.loads((folder / "config.json").read_text())["settings"]["max_new_tokens"] for folder, _ in policies.values() if folder]

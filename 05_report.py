@@ -908,6 +908,8 @@ def render(data: Path, study: Mapping, panels: Sequence[Panel], r: dict, most: i
 def main(config: Config) -> dict:
     """Measure, draw and write; returns what results.json holds."""
     data, notes, checked = Path(config.data), [], {}
+    prepare.check_least(config, 1, "resamples")
+    prepare.check_least(config, 0, "gallery")
     study = prepare.load_study(data)
     panels = load_panels(data, study, config.resamples, notes, checked)
     runs = sorted({policy for panel in panels for policy in panel.answers if (data / "policies" / policy / "config.json").exists()})

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: MIT
 """The whole study at its smallest: five stages hand on real files, and what stage 4 recorded any user of PEFT can get again."""
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
 from peft import PeftModel
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
-from conftest import CORRUPTIONS, run_stages
+from conftest import CORRUPTIONS, ROOT, run_stages
 
 RUNS = ["hallucination-blank-s0", "mixed-blank-s0", "standard-s0"]
 
@@ -71,3 +73,17 @@ def test_plain_peft_gives_the_recorded_answers(study, prepare, run):
                              max_new_tokens=24, do_sample=False, suppress_tokens=[*vision, *unused],
                              eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
         assert tokenizer.decode(out[0, ids.shape[1]:], skip_special_tokens=True) == row["response"]
+
+
+@pytest.mark.parametrize("stage, options, says", [
+    ("01_prepare", "--bench shapes", "error: --bench is no option: see --help"),
+    ("02_corrupt", "--preview_rows -1", "error: --preview_rows -1 is too small: choose at least 0"),
+    ("03_train_grpo", "--loss ppo", "error: --loss ppo is unknown: choose from dapo grpo dr_grpo"),
+    ("04_evaluate", "--policies nope", "error: {data}/policies/nope holds no finished policy: choose from base, {runs}, or run 03_train_grpo.py (with --data {data})"),
+    ("05_report", "--resamples -5", "error: --resamples -5 is too small: choose at least 1")])
+def test_a_mistake_on_the_command_line_is_one_sentence(study, stage, options, says):
+    """As a user meets it: nothing else on stderr, no traceback, exit code 2."""
+    data, *_ = study
+    command = [sys.executable, str(ROOT / f"{stage}.py"), "--data", str(data), *options.split()]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr.strip()) == (2, says.format(data=data, runs=", ".join(RUNS)))
