@@ -530,9 +530,10 @@ def score_tokens(policy: Policy, prefix: Prefix, rows: torch.Tensor, tokens: tor
 
     The vocabulary's logits exist only for one chunk of positions at a time; where there are several, the backward pass makes them again.
     """
-    hidden = prefix.last_hidden[rows][:, None]
+    # index_select, for the backward pass of plain indexing adds up in the order in which threads arrive
+    hidden = prefix.last_hidden.index_select(0, rows)[:, None]
     if tokens.shape[1] > 1:
-        each = lambda tensor: tensor[rows] if len(tensor) > 1 else tensor.expand(len(rows), -1, -1, -1)
+        each = lambda tensor: tensor.index_select(0, rows) if len(tensor) > 1 else tensor.expand(len(rows), -1, -1, -1)
         cache = DynamicCache([(each(k), each(v)) for k, v in prefix.keys_values])
         mask = torch.cat([prefix.mask[rows], prefix.mask.new_ones(len(rows), tokens.shape[1] - 1)], 1)
         positions = prefix.next_position[rows, None] + torch.arange(tokens.shape[1] - 1, device=tokens.device)

@@ -242,6 +242,18 @@ def test_gradient_of_the_shared_prompt_is_that_of_whole_sequences(train, policie
     assert sums["entropy"] == pytest.approx(sum(entropy).item(), rel=1e-3)
 
 
+def test_the_gradient_is_the_same_to_the_bit_each_time(train, policies):
+    """At the size of the default study, where threads share the work: sums in the order of their arrival would differ in the last bit."""
+    policy, rng = policies("nf4"), np.random.default_rng(0)
+    allowed = np.setdiff1d(np.arange(576), policy.banned.numpy())
+    prompts = [policy.encode(q) for q in QUESTIONS * 2]
+    tokens = torch.from_numpy(rng.choice(allowed, (64, 24)))
+    done = train.Completions(tokens, torch.full(tokens.shape, -6.0), torch.from_numpy(rng.integers(1, 25, 64)), torch.ones(64, dtype=torch.bool))
+    batch = train.Batch(prompts, train.look(policy, prompts), done, torch.from_numpy(rng.standard_normal(64)).float(), None)
+    gradients = [shared_gradient(train, policy, batch, train.Config(tokens_per_pass=4096, max_new_tokens=24))[0] for _ in range(6)]
+    assert all(torch.equal(gradients[0][name], again[name]) for again in gradients[1:] for name in again)
+
+
 def test_what_stands_behind_the_end_of_sequence_is_not_trained(train, policies):
     policy = policies("qwen2_5_vl")
     completions, batch = hand_made_batch(train, policy)
