@@ -40,7 +40,7 @@ from operator import add, mul, sub, truediv
 from pathlib import Path
 from types import SimpleNamespace
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch: threads that wait by spinning make a shared core 100 times slower
+os.environ.setdefault("GOMP_SPINCOUNT", "2500")  # before torch: threads that wait by spinning make a shared core 100 times slower
 
 import numpy as np
 import pyarrow as pa

@@ -33,7 +33,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from functools import cached_property, partial
@@ -130,12 +130,19 @@ class Policy:
     def dtype(self) -> torch.dtype:
         return self.full.get_input_embeddings().weight.dtype
 
+    def use(self, adapter: str | None):
+        """Answer as the policy of that adapter from now on; None: as the base."""
+        if adapter is not None:
+            self.model.set_adapter(adapter)
+        if isinstance(self.model, PeftModel):
+            (self.model.enable_adapter_layers if adapter is not None else self.model.disable_adapter_layers)()
+
     def encode(self, question: Question) -> Prompt:
         return prepare.encode(question, self.tokenizer, self.image_processor)
 
 
-def load_policy(model: str, max_pixels: int, adapter: Path | None = None, lora_rank: int = 0, seed: int = 0) -> Policy:
-    """The base in NF4 with a saved adapter, with a fresh one of `lora_rank`, or (neither given) alone.
+def load_policy(model: str, max_pixels: int, adapters: Mapping[str, Path] = {}, lora_rank: int = 0, seed: int = 0) -> Policy:
+    """The base in NF4 with saved adapters, with a fresh one of `lora_rank`, or (neither given) alone.
 
     Vision tower and lm_head stay as they are: quantising them saves little and costs accuracy. Weights come from
     safetensors only, code never from the model's folder. The model stays in train mode (all dropout is 0), because
@@ -150,23 +157,26 @@ def load_policy(model: str, max_pixels: int, adapter: Path | None = None, lora_r
         dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
                              bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=["model.visual", "lm_head"])
-    base = AutoModelForImageTextToText.from_pretrained(
+    full = policy = AutoModelForImageTextToText.from_pretrained(
         model, quantization_config=nf4, dtype=dtype, device_map={"": device}, use_safetensors=True, trust_remote_code=False)
-    base.requires_grad_(False)
-    if adapter is not None:
-        base = PeftModel.from_pretrained(base, adapter)
-    elif lora_rank:
+    full.requires_grad_(False)
+    patches = full.model.visual.patch_embed.proj  # a convolution that never overlaps is a product, and twice as fast as one
+    patches.forward = lambda pixels: linear(pixels.flatten(1), patches.weight.flatten(1), patches.bias)
+    for name, folder in adapters.items():
+        if policy is full:
+            policy = PeftModel.from_pretrained(full, folder, adapter_name=name)
+        else:
+            policy.load_adapter(folder, adapter_name=name)
+    if lora_rank:
         torch.manual_seed(seed)  # of the adapter's random half
-        base = get_peft_model(base, LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, lora_dropout=0.0, bias="none",
-                                               target_modules=LANGUAGE_LINEARS, task_type="CAUSAL_LM"))
+        policy = get_peft_model(full, LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, lora_dropout=0.0, bias="none",
+                                                 target_modules=LANGUAGE_LINEARS, task_type="CAUSAL_LM"))
     tokenizer, image_processor = prepare.load_processors(model, max_pixels)
-    full = base.get_base_model() if isinstance(base, PeftModel) else base
-    vocabulary = full.get_input_embeddings().num_embeddings
     names = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
-    banned = [*tokenizer.convert_tokens_to_ids(names), *range(len(tokenizer), vocabulary)]
+    banned = [*tokenizer.convert_tokens_to_ids(names), *range(len(tokenizer), full.get_input_embeddings().num_embeddings)]
     eos = full.generation_config.eos_token_id
     eos = [eos] if isinstance(eos, int) else list(eos or [])
-    return Policy(base.train(), tokenizer, image_processor, torch.tensor(sorted({tokenizer.eos_token_id, *eos}), device=device),
+    return Policy(policy.train(), tokenizer, image_processor, torch.tensor(sorted({tokenizer.eos_token_id, *eos}), device=device),
                   torch.tensor(banned, device=device))
 
 
@@ -176,34 +186,46 @@ def adapted(x, weight, bias, down, up, scaling: float) -> torch.Tensor:
 
 
 @contextmanager
-def unpacked(policy: Policy, merged: bool = False):
+def unpacked(policy: Policy):
     """The 4-bit weights as plain ones for a while, if a quarter of the free memory holds them: a small batch mostly unpacks.
 
-    `merged` adds the adapter to them, for sampling: one product per layer instead of three. Only in fp32, where the sum is exact to
-    1e-7; in 16 bits it would round most of the adapter away, and the sampler would be another policy than the one that learns.
+    In fp32 the adapter is added to them, W + s B A: one product per layer instead of three. The gradient of that sum gathers over all
+    passes and goes through it once, on leaving. In 16 bits the sum would round most of the adapter away: there the two stay apart.
     """
-    modules, merged = list(policy.full.modules()), merged and policy.dtype == torch.float32
+    modules = list(policy.full.modules())
     packed = [module for module in modules if isinstance(module, bnb.nn.Linear4bit)]
     free = torch.cuda.mem_get_info()[0] if policy.device.type == "cuda" else psutil.virtual_memory().available
     if 4 * sum(policy.dtype.itemsize * math.prod(module.weight.quant_state.shape) for module in packed) > free:
         modules, packed = [], []
-    weights = {module: bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state) for module in packed}
-    lora = [module for module in modules if isinstance(module, LoraLayer)]
+    plain = {module: bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state) for module in packed}
+    lora, sums = [module for module in modules if isinstance(module, LoraLayer)], []
     try:
-        for module in packed:  # those without an adapter
-            module.forward = partial(linear, weight=weights[module], bias=module.bias)
+        for module in packed:
+            module.forward = partial(linear, weight=plain[module], bias=module.bias)
         for module in lora:
             base, name = module.base_layer, module.active_adapters[0]
-            weight = weights.get(base, base.weight)
-            if merged:
-                module.forward = partial(linear, weight=weight + module.get_delta_weight(name), bias=base.bias)
+            weight, down, up, scaling = plain.get(base, base.weight), module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name]
+            if module.disable_adapters:
+                module.forward = partial(linear, weight=weight, bias=base.bias)
+            elif policy.dtype == torch.float32:
+                whole = weight + scaling * (up @ down)
+                leaf = whole.detach().requires_grad_(whole.requires_grad)
+                module.forward = partial(linear, weight=leaf, bias=base.bias)
+                sums.append((whole, leaf))
             else:
-                module.forward = partial(adapted, weight=weight, bias=base.bias, down=module.lora_A[name].weight,
-                                         up=module.lora_B[name].weight, scaling=module.scaling[name])
+                module.forward = partial(adapted, weight=weight, bias=base.bias, down=down, up=up, scaling=scaling)
         yield
+        carry_back([whole for whole, _ in sums], [leaf for _, leaf in sums])
     finally:
         for module in [*packed, *lora]:
             vars(module).pop("forward", None)
+
+
+def carry_back(roots: Sequence[torch.Tensor], leaves: Sequence[torch.Tensor]):
+    """Carry the gradients that gathered in `leaves` on into the graphs that their values came from."""
+    pairs = [(root, leaf.grad) for root, leaf in zip(roots, leaves) if root.requires_grad and leaf.grad is not None]
+    if pairs:
+        torch.autograd.backward(*zip(*pairs))
 
 
 # Encoding: pictures once a step, prompts once a group
@@ -609,8 +631,7 @@ def accumulate_gradients(policy: Policy, batch: Batch, config: Config) -> dict[s
             if reference is not None:
                 difference = (reference - logprobs.detach()) * mask
                 sums["kl"] += (difference.exp() - difference - 1).sum().item()
-        roots = [(root, leaf.grad) for root, leaf in zip(graph.tensors(), leaves.tensors()) if root.requires_grad and leaf.grad is not None]
-        torch.autograd.backward(*zip(*roots))
+        carry_back(graph.tensors(), leaves.tensors())
     return sums
 
 
@@ -628,7 +649,7 @@ def grade_completions(policy: Policy, questions: Sequence[Question], done: Compl
 def score_base(policy: Policy, prompts: Sequence[Prompt], features, done: Completions, config: Config) -> torch.Tensor:
     """log p of each token (P * G, T) under the base, which is the policy with its adapter off."""
     logprobs, group, lengths = torch.zeros_like(done.logprobs), len(done.tokens) // len(prompts), done.lengths.tolist()
-    with policy.model.disable_adapter():
+    with policy.model.disable_adapter(), unpacked(policy):
         for some in passes(range(len(prompts)), [len(prompt.input_ids) for prompt in prompts], config.tokens_per_pass):
             prefix = encode_prompts(policy, [prompts[p] for p in some], [features[p] for p in some])
             for rows, owner, length in completions_of(some, group, lengths, config.tokens_per_pass):
@@ -643,7 +664,7 @@ def roll_out(policy: Policy, questions: Sequence[Question], step: int, seed: int
     features = look(policy, prompts)
     draws = torch.from_numpy(np.stack([uniforms(seed, step, q["id"], i, config.max_new_tokens) for q in questions for i in range(group)]))
     lengths, parts = [len(prompt.input_ids) for prompt in prompts], []
-    with torch.no_grad(), unpacked(policy, merged=True):
+    with torch.no_grad(), unpacked(policy):
         for wave in waves(policy, lengths, group, config.max_new_tokens, config.cache_gb):
             rows = slice(wave.start * group, wave.stop * group)
             prefix = encode_prompts(policy, prompts[wave], features[wave])
@@ -710,7 +731,8 @@ class Questions:
         self.rows = [row for row, split in enumerate(first["split"]) if split == "train"]
         if not self.rows:
             raise UserError(f"{data / prepare.input_path(source, 'clean')} has no training questions: run 01_prepare.py --train SOURCE")
-        self.ids = [first["id"][:][row] for row in self.rows]
+        ids = first["id"][:]
+        self.ids = [ids[row] for row in self.rows]
 
     def longest(self) -> Question:
         """The one of most tokens, under the first of its inputs."""
@@ -775,7 +797,7 @@ def keep_rows(path: Path, steps: int):
 
 
 def preflight(policy: Policy, questions: Questions, config: Config) -> None:
-    """One update at the worst size before step 1: memory, picture tokens, trainable parameters."""
+    """One update at the worst size before step 1: memory, picture tokens, trainable parameters, and the plan of a step."""
     trainable = sum(p.numel() for p in policy.model.parameters() if p.requires_grad)
     if not trainable:
         raise UserError("no parameter is trainable: the adapter found no linear layer in the language model")
@@ -792,11 +814,14 @@ def preflight(policy: Policy, questions: Questions, config: Config) -> None:
                        torch.ones(rows, dtype=torch.bool, device=policy.device))
     advantages = torch.linspace(-1, 1, rows, device=policy.device)
     reference = torch.zeros_like(done.logprobs) - 1 if config.kl else None
-    accumulate_gradients(policy, Batch([prompt], features, done, advantages, reference), config)
+    with unpacked(policy):
+        accumulate_gradients(policy, Batch([prompt], features, done, advantages, reference), config)
     for parameter in policy.model.parameters():
         parameter.grad = None
-    print(f"preflight: {trainable / 1e6:.2f} M trainable parameters, longest prompt {len(prompt.input_ids)} tokens "
-          f"({tokens} of the picture), peak {peak_gb(policy):.2f} GB")
+    cut = list(waves(policy, [len(prompt.input_ids)] * config.prompts_per_step, rows, length, config.cache_gb))
+    print(f"preflight: {trainable / 1e6:.2f} M trainable parameters, longest prompt {len(prompt.input_ids)} tokens ({tokens} of the picture); "
+          f"a step of such samples {cut[0].stop * rows} completions at a time and learns from {max(1, config.tokens_per_pass // length)}; "
+          f"peak {peak_gb(policy):.2f} GB")
 
 
 def peak_gb(policy: Policy) -> float:

@@ -10,10 +10,11 @@ writes  data/answers/POLICY/SOURCE/NAME.jsonl, a line per graded answer; NAME is
 run     python 04_evaluate.py                     # all policies and inputs: about 3 minutes on 2 CPU cores
         python 04_evaluate.py --policies base standard-s0 --corruptions clean blank --limit 100
 """
+import functools
 import importlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,14 +71,13 @@ def gold_logprobs(policy: Policy, prefix: train.Prefix, questions: Sequence[Ques
     return [row[len(h):len(h) + len(g)].sum().item() for row, h, g in zip(logprobs, heads, golds)]
 
 
-def answer(policy: Policy, questions: Sequence[Question], max_new_tokens: int) -> list[dict]:
-    """Greedy answers to a batch of questions, graded: rows of the answers file."""
-    prompts = [policy.encode(question) for question in questions]
-    with torch.no_grad():
-        prefix = train.encode_prompts(policy, prompts, train.look(policy, prompts))
-    done = train.generate(policy, prefix, max_new_tokens)
-    responses, grades, _ = train.grade_completions(policy, questions, done)
-    golds = gold_logprobs(policy, prefix, questions, responses)
+def answer(policy: Policy, questions: Sequence[Question], prompts: Sequence[prepare.Prompt], features, max_new_tokens: int) -> list[dict]:
+    """Greedy answers to a batch of questions, graded: rows of the answers file. `features` of the pictures as `train.look` returns them."""
+    with torch.no_grad(), train.unpacked(policy):
+        prefix = train.encode_prompts(policy, prompts, features)
+        done = train.generate(policy, prefix, max_new_tokens)
+        responses, grades, _ = train.grade_completions(policy, questions, done)
+        golds = gold_logprobs(policy, prefix, questions, responses)
     return [{"id": question["id"], "group": question["group"], "needs_image": question["needs_image"], "response": response,
              "answer": grade.answer, "gold": question["answer"], "correct": grade.correct, "well_formed": grade.well_formed,
              "truncated": not finished, "tokens": length, "gold_logprob": round(gold, 4)}
@@ -98,33 +98,54 @@ def kept(file: Path, questions: Mapping[str, Question], origin: dict) -> list[di
     return rows
 
 
-def evaluate(policy: Policy, table: Dataset, rows: Sequence[int], path: Path, origin: dict, cache_gb: float, name: str) -> list[dict]:
-    """Answer the questions `rows` of a table into `path`, batch by batch; `origin` stands in every line.
-
-    Whole batches go to a .part file beside it as they are made: an interrupted evaluation continues there. Answers that
-    were made from something else than `origin` are made again.
-    """
-    part, texts = path.with_name(path.name + ".part"), table.remove_columns("images")
-    questions = {question["id"]: question for question in (texts[row] for row in rows)}
-    done = max((kept(file, questions, origin) for file in (path, part)), key=len)
-    if len(done) == len(rows):
-        verdicts = {row["id"]: row for row in done}
-        there = prepare.read_jsonl(path)
+def finished(path: Path, questions: Mapping[str, Question], origin: dict) -> list[dict]:
+    """The answers that `path`, or the .part file of an evaluation that was interrupted, already has; under the verdicts of today's grader."""
+    done = max((kept(file, questions, origin) for file in (path, part_of(path))), key=len)
+    if len(done) == len(questions) and path.exists():
+        verdicts, there = {row["id"]: row for row in done}, prepare.read_jsonl(path)
         if any(verdicts.get(row["id"], row) != row for row in there):  # the grader has changed
             prepare.write_jsonl(path, [verdicts.get(row["id"], row) for row in there])
+    return done
+
+
+def part_of(path: Path) -> Path:
+    return path.with_name(path.name + ".part")
+
+
+def evaluate(load: Callable[[], Policy], table: Dataset, rows: Sequence[int], paths: Mapping[str, Path], origins: Mapping[str, dict],
+             cache_gb: float, title: str) -> dict[str, list[dict]]:
+    """Answer the questions `rows` of a table under every policy; `paths` and `origins` (it stands in every line) by policy.
+
+    Pictures are prepared, and seen by the frozen vision tower, once for all policies. Whole batches go to a .part file as they are
+    made: an interrupted evaluation continues there. Answers that were made from something else than their origin are made again.
+    """
+    texts = table.remove_columns("images")
+    questions = {question["id"]: question for question in (texts[row] for row in rows)}
+    done = {who: finished(path, questions, origins[who]) for who, path in paths.items()}
+    waiting = [who for who in paths if len(done[who]) < len(rows)]
+    if not waiting:
         return done
-    lengths = table["prompt_tokens"][:]
-    batches = list(train.waves(policy, [lengths[row] for row in rows], 1, origin["max_new_tokens"], cache_gb))
-    done = done[:max((batch.stop for batch in batches if batch.stop <= len(done)), default=0)]  # the last batch may be half written
-    prepare.write_jsonl(part, done)
-    with train.unpacked(policy, merged=True), tqdm(total=len(rows), initial=len(done), desc=name, leave=False, disable=None) as bar:
+    policy, lengths = load(), table["prompt_tokens"][:]
+    batches = list(train.waves(policy, [lengths[row] for row in rows], 1, origins[waiting[0]]["max_new_tokens"], cache_gb))
+    for who in waiting:  # the last batch may be half written
+        done[who] = done[who][:max((batch.stop for batch in batches if batch.stop <= len(done[who])), default=0)]
+        prepare.write_jsonl(part_of(paths[who]), done[who])
+    with tqdm(total=len(rows) * len(waiting), initial=sum(len(done[who]) for who in waiting), desc=title, leave=False, disable=None) as bar:
         for batch in batches:
-            if batch.stop > len(done):
-                new = [row | origin for row in answer(policy, [table[row] for row in rows[batch]], origin["max_new_tokens"])]
-                prepare.append_jsonl(part, new)
-                done += new
+            todo = [who for who in waiting if batch.stop > len(done[who])]
+            if not todo:
+                continue
+            asked = [table[row] for row in rows[batch]]
+            prompts = [policy.encode(question) for question in asked]
+            features = train.look(policy, prompts)
+            for who in todo:
+                policy.use(None if who == "base" else who)
+                new = [row | origins[who] for row in answer(policy, asked, prompts, features, origins[who]["max_new_tokens"])]
+                prepare.append_jsonl(part_of(paths[who]), new)
+                done[who] += new
                 bar.update(len(new))
-    part.replace(path)
+    for who in waiting:
+        part_of(paths[who]).replace(paths[who])
     return done
 
 
@@ -174,24 +195,21 @@ def main(config: Config) -> dict[tuple[str, str, str], list[dict]]:
     policies, inputs, answers = find_policies(config, study), find_inputs(config, study), {}
     trained = [json.loads((folder / "config.json").read_text())["settings"]["max_new_tokens"] for folder, _ in policies.values() if folder]
     max_new_tokens = config.max_new_tokens or max(trained, default=train.PRESETS[study["preset"]]["max_new_tokens"])
-    for policy_name, (adapter, made_from) in policies.items():
-        policy, start = None, time.perf_counter()
-        for source, name, questions in inputs:
-            table = prepare.read_questions(data / prepare.input_path(source, name), "run 02_corrupt.py")
-            tests = [row for row, split in enumerate(table["split"][:]) if split == "test"]
-            ids, groups = ([table[column][:][row] for row in tests] for column in ("id", "group"))
-            lengths = table["prompt_tokens"][:]  # longest first: what does not fit into memory shows at once; little padding
-            rows = sorted((tests[i] for i in prepare.stratified(ids, groups, config.limit)), key=lambda row: -lengths[row])
-            if policy is None:
-                policy = train.load_policy(prepare.model_path(data, study), study["max_pixels"], adapter)
-            path = data / "answers" / policy_name / source / f"{name}.jsonl"
-            origin = {"made_from": made_from | questions, "max_new_tokens": max_new_tokens}
-            done = evaluate(policy, table, rows, path, origin, cache_gb, f"{policy_name} {source} {name}")
-            answers[policy_name, source, name] = done
-        right = {(source, name): sum(row["correct"] for row in rows) / len(rows)
-                 for (who, source, name), rows in answers.items() if who == policy_name}
-        print(f"{policy_name}: " + ", ".join(f"{source} {name} {share:.1%}" for (source, name), share in right.items())
-              + f" ({time.perf_counter() - start:.0f} s)")
+    adapters = {who: folder for who, (folder, _) in policies.items() if folder}
+    load = functools.cache(lambda: train.load_policy(prepare.model_path(data, study), study["max_pixels"], adapters))
+    for source, name, questions in inputs:
+        start = time.perf_counter()
+        table = prepare.read_questions(data / prepare.input_path(source, name), "run 02_corrupt.py")
+        ids, groups, splits, lengths = (table[column][:] for column in ("id", "group", "split", "prompt_tokens"))
+        tests = [row for row, split in enumerate(splits) if split == "test"]
+        chosen = [tests[i] for i in prepare.stratified([ids[row] for row in tests], [groups[row] for row in tests], config.limit)]
+        chosen.sort(key=lambda row: -lengths[row])  # what does not fit into memory shows at once, and there is little padding
+        origins = {who: {"made_from": made_from | questions, "max_new_tokens": max_new_tokens} for who, (_, made_from) in policies.items()}
+        paths = {who: data / "answers" / who / source / f"{name}.jsonl" for who in policies}
+        done = evaluate(load, table, chosen, paths, origins, cache_gb, f"{source} {name}")
+        answers |= {(who, source, name): rows for who, rows in done.items()}
+        right = [f"{who} {sum(row['correct'] for row in rows) / len(rows):.1%}" for who, rows in done.items()]
+        print(f"{source} {name}, n = {len(chosen)}: {', '.join(right)} ({time.perf_counter() - start:.0f} s)")
     return answers
 
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Questions per second of stage 4 against `model.generate` of transformers: the same model, batch size and answers.
 
-Both greedily answer the clean test questions of a finished study with one of its policies, in the same batches, longest first; the
-rounds alternate. Grading and the likelihood of the gold answer, which stage 4 adds, are left out on both sides.
+Both greedily answer the clean test questions of a finished study under its policies, in the same batches, longest first; the rounds
+alternate. Stage 4 prepares a picture and runs the vision tower once for all policies; `generate` is called as its users call it, for
+each policy. Grading and the likelihood of the gold answer, which stage 4 adds, are left out on both sides.
 
     python 01_prepare.py && python tests/bench_evaluate.py --data data        # prints one JSON line
 """
@@ -22,35 +23,39 @@ train = importlib.import_module("03_train_grpo")
 import torch
 
 
-def ours(policy, questions, new: int) -> list[list[int]]:
-    with torch.no_grad(), train.unpacked(policy, merged=True):
+def ours(policy, questions, new: int, names: list[str]) -> list[list[int]]:
+    prompts, answers = [policy.encode(question) for question in questions], []
+    features = train.look(policy, prompts)
+    for name in names:
+        policy.use(None if name == "base" else name)
+        with torch.no_grad(), train.unpacked(policy):
+            done = train.generate(policy, train.encode_prompts(policy, prompts, features), new)
+        answers += [row[:length] for row, length in zip(done.tokens.tolist(), done.lengths.tolist())]
+    return answers
+
+
+def theirs(policy, questions, new: int, names: list[str]) -> list[list[int]]:
+    pad, ends, answers = policy.tokenizer.pad_token_id, set(policy.eos.tolist()), []
+    for name in names:
+        policy.use(None if name == "base" else name)
         prompts = [policy.encode(question) for question in questions]
-        done = train.generate(policy, train.encode_prompts(policy, prompts, train.look(policy, prompts)), new)
-    return [row[:length] for row, length in zip(done.tokens.tolist(), done.lengths.tolist())]
-
-
-def theirs(policy, questions, new: int) -> list[list[int]]:
-    prompts = [policy.encode(question) for question in questions]
-    length, pad = max(len(prompt.input_ids) for prompt in prompts), policy.tokenizer.pad_token_id
-    ids = torch.tensor([[pad] * (length - len(prompt.input_ids)) + prompt.input_ids for prompt in prompts], device=policy.device)
-    types = (ids == policy.full.config.image_token_id).int()
-    out = policy.model.generate(
-        input_ids=ids, attention_mask=(ids != pad).long(), mm_token_type_ids=types, max_new_tokens=new, do_sample=False,
-        pixel_values=torch.cat([prompt.pixel_values for prompt in prompts]).to(policy.device),
-        image_grid_thw=torch.cat([prompt.image_grid_thw for prompt in prompts]).to(policy.device),
-        suppress_tokens=policy.banned.tolist(), eos_token_id=policy.eos.tolist(), pad_token_id=pad)
-    ends = set(policy.eos.tolist())
-    answers = []
-    for row in out[:, length:].tolist():
-        stop = next((i + 1 for i, token in enumerate(row) if token in ends), len(row))
-        answers.append(row[:stop])
+        length = max(len(prompt.input_ids) for prompt in prompts)
+        ids = torch.tensor([[pad] * (length - len(prompt.input_ids)) + prompt.input_ids for prompt in prompts], device=policy.device)
+        types = (ids == policy.full.config.image_token_id).int()
+        out = policy.model.generate(
+            input_ids=ids, attention_mask=(ids != pad).long(), mm_token_type_ids=types, max_new_tokens=new, do_sample=False,
+            pixel_values=torch.cat([prompt.pixel_values for prompt in prompts]).to(policy.device),
+            image_grid_thw=torch.cat([prompt.image_grid_thw for prompt in prompts]).to(policy.device),
+            suppress_tokens=policy.banned.tolist(), eos_token_id=policy.eos.tolist(), pad_token_id=pad)
+        for row in out[:, length:].tolist():
+            answers.append(row[:next((i + 1 for i, token in enumerate(row) if token in ends), len(row))])
     return answers
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="data")
-    parser.add_argument("--policy", default="base", help="base, or a folder of DATA/policies")
+    parser.add_argument("--policies", nargs="+", help="base, or folders of DATA/policies [all]")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
@@ -58,24 +63,28 @@ def main():
     data = Path(options.data)
     study = prepare.load_study(data)
     new = train.PRESETS[study["preset"]]["max_new_tokens"]
-    adapter = None if options.policy == "base" else data / "policies" / options.policy
-    policy = train.load_policy(prepare.model_path(data, study), study["max_pixels"], adapter)
+    names = options.policies or ["base", *sorted(path.parent.name for path in (data / "policies").glob("*/config.json"))]
+    load = lambda: train.load_policy(prepare.model_path(data, study), study["max_pixels"],
+                                     {name: data / "policies" / name for name in names if name != "base"})
+    policies = {ours: load(), theirs: load()}
+    del policies[theirs].full.model.visual.patch_embed.proj.forward  # as transformers has it
     source = study["sources"]["benchmarks"][0]
     table = prepare.read_questions(data / prepare.input_path(source, "clean"), "run 01_prepare.py")
     questions = sorted((row for row in table if row["split"] == "test"), key=lambda row: -row["prompt_tokens"])
     batches = [questions[i:i + options.batch] for i in range(0, len(questions), options.batch)]
-    seconds, answers = {"ours": [], "generate": []}, {}
-    for _ in range(options.rounds + 1):
-        for name, answer in (("ours", ours), ("generate", theirs)):
+    seconds, answers = {ours: [], theirs: []}, {}
+    for _ in range(options.rounds + 1):  # the first warms up
+        for side, policy in policies.items():
             start = time.perf_counter()
-            answers[name] = [row for batch in batches for row in answer(policy, batch, new)]
-            seconds[name].append(time.perf_counter() - start)
-    mid = {name: statistics.median(times[1:]) for name, times in seconds.items()}
-    ratios = [b / a for a, b in zip(seconds["ours"][1:], seconds["generate"][1:])]
-    print(json.dumps({"policy": options.policy, "questions": len(questions), "batch": options.batch, "rounds": options.rounds, "max_new_tokens": new,
-                      "same_answers": sum(map(list.__eq__, answers["ours"], answers["generate"])),
-                      "ours_per_s": round(len(questions) / mid["ours"], 1), "generate_per_s": round(len(questions) / mid["generate"], 1),
-                      "ratio": round(mid["generate"] / mid["ours"], 2), "ratio_min": round(min(ratios), 2), "ratio_max": round(max(ratios), 2),
+            answers[side] = [row for batch in batches for row in side(policy, batch, new, names)]
+            seconds[side].append(time.perf_counter() - start)
+    mid = {side: statistics.median(times[1:]) for side, times in seconds.items()}
+    ratios = [b / a for a, b in zip(seconds[ours][1:], seconds[theirs][1:])]
+    count = len(answers[ours])
+    print(json.dumps({"policies": names, "answers": count, "batch": options.batch, "rounds": options.rounds, "max_new_tokens": new,
+                      "same_answers": sum(map(list.__eq__, answers[ours], answers[theirs])),
+                      "ours_per_s": round(count / mid[ours], 1), "generate_per_s": round(count / mid[theirs], 1),
+                      "ratio": round(mid[theirs] / mid[ours], 2), "ratio_min": round(min(ratios), 2), "ratio_max": round(max(ratios), 2),
                       "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads"}))
 
 

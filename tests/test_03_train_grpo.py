@@ -589,7 +589,7 @@ def test_saved_adapter_is_plain_peft(train, base_folder, policies, tmp_path):
 
     train.save_adapter(tmp_path, policies("nf4"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
-    ours = train.load_policy(str(base_folder), 112 * 112, adapter=tmp_path)
+    ours = train.load_policy(str(base_folder), 112 * 112, {"saved": tmp_path})
     assert not trainable(ours)
     prompts = [ours.encode(q) for q in QUESTIONS]
     with torch.no_grad():

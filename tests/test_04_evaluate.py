@@ -72,7 +72,7 @@ def test_gold_logprob_is_that_of_a_plain_forward(study, evaluate, prepare, train
     """One sequence a question, through the model's own forward: sum of log p over the gold's tokens, behind the policy's own reasoning."""
     data, answers, _ = study
     record = json.loads((data / "study.json").read_text())
-    policy = train.load_policy(str(data / "model"), record["max_pixels"], data / "policies" / "standard-s0")
+    policy = train.load_policy(str(data / "model"), record["max_pixels"], {"standard-s0": data / "policies" / "standard-s0"})
     questions = {q["id"]: q for q in prepare.read_questions(data / "questions" / "shapes.parquet", "")}
     for row in answers["standard-s0", "shapes", "clean"][::9]:
         prompt = policy.encode(questions[row["id"]])
