@@ -613,25 +613,26 @@ def accumulate_gradients(policy: Policy, batch: Batch, config: Config) -> dict[s
     spread = batch.advantages.view(-1, group).abs().amax(1) > 0
     active = [p for p in range(len(batch.prompts)) if spread[p] or batch.reference is not None]
     lengths = done.lengths.tolist()
-    for some in passes(active, [len(prompt.input_ids) for prompt in batch.prompts], config.tokens_per_pass):
-        graph = encode_prompts(policy, [batch.prompts[p] for p in some], [batch.features[p] for p in some], config.checkpoint)
-        leaves = graph.as_leaves()
-        for rows, owner, length in completions_of(some, group, lengths, config.tokens_per_pass):
-            mask, tokens = done.mask[rows, :length], done.tokens[rows, :length]
-            logprobs, entropy = score_tokens(policy, leaves, owner.to(policy.device), tokens, config.checkpoint)
-            logprobs = logprobs.masked_fill(~mask, 0)  # padding may be a banned token: -inf, and 0 * inf is no number
-            reference = None if batch.reference is None else batch.reference[rows, :length].masked_fill(~mask, 0)
-            losses, clipped = token_loss(logprobs, done.logprobs[rows, :length], batch.advantages[rows, None], reference, config)
-            loss = (losses * weights[rows, None] * mask).sum()
-            loss.backward()
-            sums["loss"] += loss.item()
-            sums["entropy"] += (entropy * mask).sum().item()
-            sums["clipped"] += (clipped & mask).sum().item()
-            sums["tokens"] += mask.sum().item()
-            if reference is not None:
-                difference = (reference - logprobs.detach()) * mask
-                sums["kl"] += (difference.exp() - difference - 1).sum().item()
-        carry_back(graph.tensors(), leaves.tensors())
+    with unpacked(policy):
+        for some in passes(active, [len(prompt.input_ids) for prompt in batch.prompts], config.tokens_per_pass):
+            graph = encode_prompts(policy, [batch.prompts[p] for p in some], [batch.features[p] for p in some], config.checkpoint)
+            leaves = graph.as_leaves()
+            for rows, owner, length in completions_of(some, group, lengths, config.tokens_per_pass):
+                mask, tokens = done.mask[rows, :length], done.tokens[rows, :length]
+                logprobs, entropy = score_tokens(policy, leaves, owner.to(policy.device), tokens, config.checkpoint)
+                logprobs = logprobs.masked_fill(~mask, 0)  # padding may be a banned token: -inf, and 0 * inf is no number
+                reference = None if batch.reference is None else batch.reference[rows, :length].masked_fill(~mask, 0)
+                losses, clipped = token_loss(logprobs, done.logprobs[rows, :length], batch.advantages[rows, None], reference, config)
+                loss = (losses * weights[rows, None] * mask).sum()
+                loss.backward()
+                sums["loss"] += loss.item()
+                sums["entropy"] += (entropy * mask).sum().item()
+                sums["clipped"] += (clipped & mask).sum().item()
+                sums["tokens"] += mask.sum().item()
+                if reference is not None:
+                    difference = (reference - logprobs.detach()) * mask
+                    sums["kl"] += (difference.exp() - difference - 1).sum().item()
+            carry_back(graph.tensors(), leaves.tensors())
     return sums
 
 
@@ -689,8 +690,7 @@ def learn(policy: Policy, optimizer: torch.optim.Optimizer, batch: Batch, config
     """`updates_per_batch` optimizer steps on a batch; returns the log row's part."""
     start = time.perf_counter()
     for _ in range(config.updates_per_batch):
-        with unpacked(policy):
-            sums = accumulate_gradients(policy, batch, config)
+        sums = accumulate_gradients(policy, batch, config)
         parameters = [p for p in policy.model.parameters() if p.requires_grad]
         norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm).item()
         if not math.isfinite(norm):
@@ -814,8 +814,7 @@ def preflight(policy: Policy, questions: Questions, config: Config) -> None:
                        torch.ones(rows, dtype=torch.bool, device=policy.device))
     advantages = torch.linspace(-1, 1, rows, device=policy.device)
     reference = torch.zeros_like(done.logprobs) - 1 if config.kl else None
-    with unpacked(policy):
-        accumulate_gradients(policy, Batch([prompt], features, done, advantages, reference), config)
+    accumulate_gradients(policy, Batch([prompt], features, done, advantages, reference), config)
     for parameter in policy.model.parameters():
         parameter.grad = None
     cut = list(waves(policy, [len(prompt.input_ids)] * config.prompts_per_step, rows, length, config.cache_gb))

@@ -151,6 +151,8 @@ def main():
         questions = make_questions(options.shape, options.prompts, policy)
         optimizer = torch.optim.AdamW([p for p in policy.model.parameters() if p.requires_grad], lr=config.learning_rate, weight_decay=0.0)
         if options.memory:
+            if options.memory == "trl":
+                del policy.full.model.visual.patch_embed.proj.forward
             trainer = trl_trainer(policy, questions, options.shape, config, 2, Path(folder), Watch()) if options.memory == "trl" else None
             before = memory_mb("VmRSS")
             forget_peak()
@@ -169,6 +171,7 @@ def main():
             ours.append(time.perf_counter() - start)
         watch = Watch(between)
         other = train.load_policy(folder, policy.image_processor.size["longest_edge"], lora_rank=config.lora_rank)
+        del other.full.model.visual.patch_embed.proj.forward  # as transformers has it
         trl_trainer(other, questions, options.shape, config, options.rounds + 1, Path(folder), watch).train()
         trl, ours = watch.seconds[1:], ours[1:]  # the first of each warms up
         ratios = [b / a for a, b in zip(ours, trl)]

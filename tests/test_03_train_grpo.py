@@ -13,6 +13,7 @@ import json
 import math
 import shutil
 import statistics
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 from scipy.stats import chisquare
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import VISION, sharpen, tiny_model
 
@@ -224,8 +226,9 @@ def test_gradient_of_the_shared_prompt_is_that_of_whole_sequences(train, policie
             step = dataclasses.replace(batch, reference=padded(reference, 7) if kl else None)
             for config.tokens_per_pass, config.checkpoint, chunk in cuts:
                 monkeypatch.setattr(train, "CHUNK_BYTES", chunk)
-                with train.unpacked(policy) if config.checkpoint else contextlib.nullcontext():
-                    gradient, sums = shared_gradient(train, policy, step, config)
+                free = 2**40 if config.checkpoint else 0  # where nothing is free, the weights stay packed
+                monkeypatch.setattr(train.psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
+                gradient, sums = shared_gradient(train, policy, step, config)
                 worst = max(worst, largest_error(gradient, truth))
                 assert sums["loss"] == pytest.approx(loss_value.item(), rel=1e-4)
     print(f"{kind}: largest relative error of a gradient {worst:.1e}")
@@ -289,6 +292,36 @@ def test_the_end_of_sequence_is_trained(train, policies):
         for name, parameter in trainable(policy).items():
             parameter += 0.01 * gradient[name]
     assert after > before + 1e-4
+
+
+class Logits(TorchDispatchMode):
+    """The most positions, of all tensors as wide as the vocabulary, that any operation returns; the head's own weight aside."""
+    def __init__(self, head):
+        super().__init__()
+        self.most, self.head, self.width = 0, head.data_ptr(), len(head)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **kwargs or {})
+        if isinstance(out, torch.Tensor) and out.dim() and out.shape[-1] == self.width and out.data_ptr() != self.head:
+            self.most = max(self.most, out.numel() // self.width)
+        return out
+
+
+@pytest.mark.parametrize("positions", [3, 16])
+def test_logits_never_take_more_than_a_chunk(train, policies, monkeypatch, positions):
+    """Forward and backward, over 4 completions of 20 tokens: no more positions at a time than CHUNK_BYTES says, and the same gradient."""
+    policy, gradients = policies("qwen2_5_vl"), []
+    prompts = [policy.encode(q) for q in QUESTIONS[:2]]
+    tokens = torch.randint(20, 200, (4, 20), generator=torch.Generator().manual_seed(0))
+    for chunk in (4 * 576 * positions, 2**26):
+        monkeypatch.setattr(train, "CHUNK_BYTES", chunk)
+        prefix = train.encode_prompts(policy, prompts, train.look(policy, prompts))
+        with Logits(policy.full.lm_head.weight) as logits:
+            logprobs, _ = train.score_tokens(policy, prefix, torch.tensor([0, 0, 1, 1]), tokens)
+            gradient = torch.autograd.grad(logprobs.sum(), list(trainable(policy).values()))
+        gradients.append(torch.cat([part.flatten() for part in gradient]))
+        assert logits.most == (positions if chunk < 2**26 else 80)
+    assert torch.allclose(*gradients, rtol=1e-4, atol=1e-6 * gradients[0].abs().max().item())
 
 
 def test_equal_rewards_cost_nothing(train, policies, monkeypatch):
@@ -770,19 +803,22 @@ def test_preflight_takes_the_worst_question_and_leaves_nothing(train, prepare, p
         longest = staticmethod(lambda: QUESTIONS[1])
 
     before = state_hashes(policy.model)
-    train.preflight(policy, Fixed, train.Config(group_size=4, max_new_tokens=8, tokens_per_pass=32, cache_gb=1.0, kl=0.1))
+    train.preflight(policy, Fixed, train.Config(prompts_per_step=3, group_size=4, max_new_tokens=8, tokens_per_pass=16, cache_gb=1.0, kl=0.1))
     assert all(parameter.grad is None for parameter in policy.model.parameters()) and state_hashes(policy.model) == before
     prompt, count = policy.encode(QUESTIONS[1]), sum(p.numel() for p in trainable(policy).values())
     tokens = prompt.input_ids.count(policy.full.config.image_token_id)
     says = f"{count / 1e6:.2f} M trainable parameters, longest prompt {len(prompt.input_ids)} tokens ({tokens} of the picture)"
-    assert says in capsys.readouterr().out
+    plan = "a step of such samples 12 completions at a time and learns from 2"
+    assert f"{says}; {plan};" in capsys.readouterr().out
+    train.preflight(policy, Fixed, train.Config(prompts_per_step=3, group_size=4, max_new_tokens=8, tokens_per_pass=4, cache_gb=1e-9))
+    assert "samples 4 completions at a time and learns from 1;" in capsys.readouterr().out
 
 
 def test_preflight_refuses_what_would_fail_later(train, prepare, policies, monkeypatch):
     class Fixed:
         longest = staticmethod(lambda: QUESTIONS[1])
 
-    config = train.Config(group_size=2, max_new_tokens=2, tokens_per_pass=8, cache_gb=1.0)
+    config = train.Config(prompts_per_step=2, group_size=2, max_new_tokens=2, tokens_per_pass=8, cache_gb=1.0)
     policy, encode = policies("qwen2_5_vl"), prepare.encode
 
     def short(*arguments):
