@@ -7,7 +7,7 @@ own. The difference of that between a clean and a blank picture is the visual in
 
 reads   data/study.json, data/questions/, data/corrupted/, data/policies/
 writes  data/answers/POLICY/SOURCE/NAME.jsonl, a line per graded answer; NAME is clean or a corruption
-run     python 04_evaluate.py                     # all policies and inputs: about 3 minutes on 2 CPU cores
+run     python 04_evaluate.py                     # all policies and inputs: about a minute on 2 CPU cores
         python 04_evaluate.py --policies base standard-s0 --corruptions clean blank --limit 100
 """
 import functools
