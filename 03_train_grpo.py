@@ -35,7 +35,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -51,7 +51,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch.nn.functional import linear, pad
+from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AttentionInterface, AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig, DynamicCache
@@ -60,7 +60,7 @@ Prompt, Question, UserError, option = prepare.Prompt, prepare.Question, prepare.
 
 CHUNK_BYTES = 2**26  # of logits in fp32: 110 positions of a vocabulary of 151,936
 LOSSES = ("dapo", "grpo", "dr_grpo")
-NOT_SETTINGS = ("data", "conditions", "seeds", "steps", "sample_every", "tokens_per_pass", "cache_gb", "checkpoint")  # change rounding alone
+NOT_SETTINGS = ("data", "conditions", "seeds", "steps", "sample_every", "tokens_per_pass", "cache_gb", "checkpoint")  # those that choose runs, or change rounding alone
 CONDITIONS = ("standard", "hallucination", "mixed")
 LANGUAGE_LINEARS = r".*language_model\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj"
 REAL = {  # beside each: what the paper's trainer, EasyR1, takes as its default on eight cards
@@ -70,15 +70,15 @@ REAL = {  # beside each: what the paper's trainer, EasyR1, takes as its default 
     "max_new_tokens": 1024,  # there 2,048; what is cut is counted in the log
     "learning_rate": 1e-5,   # there 1e-6 on all weights, and as here on LoRA
     "lora_rank": 32,         # there none, and the vision tower learns too: 40 GB for the 3B, by its own guide
-    "tokens_per_pass": 4096,
+    "tokens_per_pass": 8192,
     "cache_gb": 2.0,         # 3B: 36,864 bytes a token, so that 64 completions of 1,024 take two waves; no change of results
     "checkpoint": True,
 }
 PRESETS = {
     "tiny": {"steps": 100, "prompts_per_step": 8, "group_size": 8, "max_new_tokens": 40, "learning_rate": 1e-3,
-             "lora_rank": 16, "tokens_per_pass": 4096, "cache_gb": 0.25, "checkpoint": False},
+             "lora_rank": 16, "tokens_per_pass": 8192, "cache_gb": 0.25, "checkpoint": False},
     "3b": REAL,
-    "7b": REAL | {"tokens_per_pass": 2048},
+    "7b": REAL | {"tokens_per_pass": 4096},
 }
 
 
@@ -101,7 +101,7 @@ class Config:
     kl: float = option(0.0, "weight of the k3 estimate of KL(policy || base), per token (EasyR1: 0.01)")
     updates_per_batch: int = option(1, "optimizer steps on the same completions")
     max_grad_norm: float = option(1.0, "larger gradients are scaled down to it")
-    tokens_per_pass: int = option(None, "tokens, padding included, in one pass of the update, at least one row: lower it first [preset]")
+    tokens_per_pass: int = option(None, "tokens, padding and a completion's prompt included, in one pass of the update, at least one row: lower it first [preset]")
     cache_gb: float = option(None, "memory for prompts and completions while sampling; a step that needs more is sampled in waves [preset]")
     checkpoint: bool = option(None, "keep only each layer's input for the backward pass, and run the layer again there [preset]")
     sample_every: int = option(20, "steps between two completions shown on the terminal; all samples go to rollouts.jsonl")
@@ -117,6 +117,7 @@ class Policy:
     image_processor: object
     eos: torch.Tensor     # ids that end a completion
     banned: torch.Tensor  # ids never sampled: vision tokens, and rows of the vocabulary that no token uses
+    unpack: bool = True   # whether memory holds the 4-bit weights as plain ones while they are in use
 
     @property
     def full(self) -> torch.nn.Module:
@@ -133,7 +134,7 @@ class Policy:
     def use(self, adapter: str | None):
         """Answer as the policy of that adapter from now on; None: as the base."""
         if adapter is not None:
-            self.model.set_adapter(adapter)
+            self.model.set_adapter(module_name(adapter))
         if isinstance(self.model, PeftModel):
             (self.model.enable_adapter_layers if adapter is not None else self.model.disable_adapter_layers)()
 
@@ -152,21 +153,20 @@ def load_policy(model: str, max_pixels: int, adapters: Mapping[str, Path] = {}, 
     if kind not in prepare.FAMILIES:
         raise UserError(f"{model} is a {kind} model: this kit trains {', '.join(prepare.FAMILIES)}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.float32
-    if device.type == "cuda":
-        dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    # fp32 also on cards that only emulate bf16; in fp16 a token's share of the loss would underflow
+    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    dtype = torch.bfloat16 if native else torch.float32
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
                              bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=["model.visual", "lm_head"])
     full = policy = AutoModelForImageTextToText.from_pretrained(
         model, quantization_config=nf4, dtype=dtype, device_map={"": device}, use_safetensors=True, trust_remote_code=False)
     full.requires_grad_(False)
-    patches = full.model.visual.patch_embed.proj  # a convolution that never overlaps is a product, and twice as fast as one
-    patches.forward = lambda pixels: linear(pixels.flatten(1), patches.weight.flatten(1), patches.bias)
+    as_product(full.model.visual.patch_embed.proj)
     for name, folder in adapters.items():
         if policy is full:
-            policy = PeftModel.from_pretrained(full, folder, adapter_name=name)
+            policy = PeftModel.from_pretrained(full, folder, adapter_name=module_name(name))
         else:
-            policy.load_adapter(folder, adapter_name=name)
+            policy.load_adapter(folder, adapter_name=module_name(name))
     if lora_rank:
         torch.manual_seed(seed)  # of the adapter's random half
         policy = get_peft_model(full, LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, lora_dropout=0.0, bias="none",
@@ -176,48 +176,55 @@ def load_policy(model: str, max_pixels: int, adapters: Mapping[str, Path] = {}, 
     banned = [*tokenizer.convert_tokens_to_ids(names), *range(len(tokenizer), full.get_input_embeddings().num_embeddings)]
     eos = full.generation_config.eos_token_id
     eos = [eos] if isinstance(eos, int) else list(eos or [])
+    copies = 1 if dtype == torch.bfloat16 else 3  # plain, with the adapter added, and the gradient of that
+    size = copies * dtype.itemsize * sum(math.prod(module.weight.quant_state.shape) for module in full.modules() if is_packed(module))
+    free = torch.cuda.mem_get_info()[0] if device.type == "cuda" else psutil.virtual_memory().available
     return Policy(policy.train(), tokenizer, image_processor, torch.tensor(sorted({tokenizer.eos_token_id, *eos}), device=device),
-                  torch.tensor(banned, device=device))
+                  torch.tensor(banned, device=device), unpack=2 * size < free)
 
 
-def adapted(x, weight, bias, down, up, scaling: float) -> torch.Tensor:
-    """A linear layer with its LoRA, as PEFT computes it, the adapter in its own precision."""
-    return linear(x, weight, bias) + linear(scaling * linear(x.to(down.dtype), down), up).to(x.dtype)
+def module_name(adapter: str) -> str:
+    """How torch may call it: `hallucination-blur-0.05-s0` has a point, which separates modules."""
+    return adapter.replace(".", "_")
+
+
+def is_packed(module) -> bool:
+    return isinstance(module, bnb.nn.Linear4bit)
+
+
+def as_product(patches: torch.nn.Conv3d):
+    """A convolution whose windows do not overlap is a product, and twice as fast as one."""
+    patches.forward = lambda pixels: linear(pixels.flatten(1), patches.weight.flatten(1), patches.bias)
 
 
 @contextmanager
 def unpacked(policy: Policy):
-    """The 4-bit weights as plain ones for a while, if a quarter of the free memory holds them: a small batch mostly unpacks.
+    """The 4-bit weights as plain ones for a while, if memory holds them: a small batch mostly unpacks.
 
     In fp32 the adapter is added to them, W + s B A: one product per layer instead of three. The gradient of that sum gathers over all
     passes and goes through it once, on leaving. In 16 bits the sum would round most of the adapter away: there the two stay apart.
     """
-    modules = list(policy.full.modules())
-    packed = [module for module in modules if isinstance(module, bnb.nn.Linear4bit)]
-    free = torch.cuda.mem_get_info()[0] if policy.device.type == "cuda" else psutil.virtual_memory().available
-    if 4 * sum(policy.dtype.itemsize * math.prod(module.weight.quant_state.shape) for module in packed) > free:
-        modules, packed = [], []
-    plain = {module: bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state) for module in packed}
-    lora, sums = [module for module in modules if isinstance(module, LoraLayer)], []
+    changed, sums = [], []
     try:
-        for module in packed:
-            module.forward = partial(linear, weight=plain[module], bias=module.bias)
-        for module in lora:
-            base, name = module.base_layer, module.active_adapters[0]
-            weight, down, up, scaling = plain.get(base, base.weight), module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name]
-            if module.disable_adapters:
-                module.forward = partial(linear, weight=weight, bias=base.bias)
-            elif policy.dtype == torch.float32:
-                whole = weight + scaling * (up @ down)
+        for module in policy.full.modules() if policy.unpack else ():
+            if is_packed(module):
+                plain = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+                module.forward = partial(linear, weight=plain, bias=module.bias)
+                changed.append(module)
+        for module in policy.full.modules() if policy.unpack and policy.dtype == torch.float32 else ():
+            if isinstance(module, LoraLayer) and not module.disable_adapters:
+                base, name = module.base_layer, module.active_adapters[0]
+                plain = base.forward.keywords["weight"] if is_packed(base) else base.weight
+                whole = plain + module.scaling[name] * (module.lora_B[name].weight @ module.lora_A[name].weight)
                 leaf = whole.detach().requires_grad_(whole.requires_grad)
                 module.forward = partial(linear, weight=leaf, bias=base.bias)
+                vars(base).pop("forward", None)  # no second copy of the weight
                 sums.append((whole, leaf))
-            else:
-                module.forward = partial(adapted, weight=weight, bias=base.bias, down=down, up=up, scaling=scaling)
+                changed.append(module)
         yield
         carry_back([whole for whole, _ in sums], [leaf for _, leaf in sums])
     finally:
-        for module in [*packed, *lora]:
+        for module in changed:
             vars(module).pop("forward", None)
 
 
@@ -350,15 +357,17 @@ def uniforms(seed: int, step: int, question_id: str, completion: int, n: int) ->
 class Completions:
     tokens: torch.Tensor    # (R, T), padded on the right; row r belongs to prompt r // G
     logprobs: torch.Tensor  # (R, T), as seen while sampling
+    entropy: torch.Tensor   # (R, T), of the distribution that each token was drawn from, in nats
     lengths: torch.Tensor   # (R,), the end-of-sequence token included
     finished: torch.Tensor  # (R,), False where max_new_tokens cut the completion
 
     @classmethod
     def join(cls, parts: Sequence["Completions"]) -> "Completions":
-        """Those of several waves, padded to one length."""
-        longest = max(part.tokens.shape[1] for part in parts)
-        padded = ([pad(getattr(part, name), (0, longest - part.tokens.shape[1])) for part in parts] for name in ("tokens", "logprobs"))
-        return cls(*map(torch.cat, padded), torch.cat([part.lengths for part in parts]), torch.cat([part.finished for part in parts]))
+        """Those of several waves, cut to the longest."""
+        whole = cls(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)))
+        longest = int(whole.lengths.max())
+        whole.tokens, whole.logprobs, whole.entropy = (x[:, :longest] for x in (whole.tokens, whole.logprobs, whole.entropy))
+        return whole
 
     @property
     def mask(self) -> torch.Tensor:
@@ -452,13 +461,13 @@ def generate(policy: Policy, prefix: Prefix, max_new_tokens: int, draws: torch.T
     """Complete every prompt of `prefix` G times in one batch.
 
     `draws` (P * G, max_new_tokens), uniform in [0, 1), picks each token by the inverse of the cumulative distribution;
-    None takes the likeliest token, G = 1. A row that has ended leaves the batch.
+    None takes the likeliest token, G = 1. A row that has ended leaves the batch. T of what returns is `max_new_tokens`.
     """
     group = 1 if draws is None else len(draws) // len(prefix.mask)
     rows, device = len(prefix.mask) * group, policy.device
     out = Completions(torch.full((rows, max_new_tokens), policy.tokenizer.pad_token_id, device=device),
-                      torch.zeros(rows, max_new_tokens, device=device), torch.full((rows,), max_new_tokens, device=device),
-                      torch.zeros(rows, dtype=torch.bool, device=device))
+                      torch.zeros(rows, max_new_tokens, device=device), torch.zeros(rows, max_new_tokens, device=device),
+                      torch.full((rows,), max_new_tokens, device=device), torch.zeros(rows, dtype=torch.bool, device=device))
     owner = torch.arange(rows, device=device) // group
     own, alive, sharing = OwnTokens(), torch.arange(rows, device=device), Sharing.of(owner, len(prefix.mask))
     hidden, position = prefix.last_hidden[owner], prefix.next_position[owner]
@@ -470,6 +479,7 @@ def generate(policy: Policy, prefix: Prefix, max_new_tokens: int, draws: torch.T
             cdf = logprobs.double().exp().cumsum(-1)  # double: a sum over 150,000 tokens must not lose the small ones
             token = torch.searchsorted(cdf, draws[alive, t, None] * cdf[:, -1:], right=True).clamp(max=cdf.shape[1] - 1)
         out.tokens[alive, t], out.logprobs[alive, t] = token[:, 0], logprobs.gather(1, token)[:, 0]
+        out.entropy[alive, t] = -(logprobs.exp() * logprobs.clamp(min=-1e4)).sum(-1)  # 0 * -inf is no number
         ended = torch.isin(token[:, 0], policy.eos)
         if ended.any():
             out.finished[alive[ended]], out.lengths[alive[ended]] = True, t + 1
@@ -480,8 +490,6 @@ def generate(policy: Policy, prefix: Prefix, max_new_tokens: int, draws: torch.T
         if not len(alive) or t == max_new_tokens - 1:
             break
         hidden = decode_step(policy, prefix, sharing, own, token, position[alive] + t)
-    longest = int(out.lengths.max())
-    out.tokens, out.logprobs = out.tokens[:, :longest], out.logprobs[:, :longest]
     return out
 
 
@@ -531,24 +539,22 @@ def token_weights(lengths: torch.Tensor, loss: str, max_new_tokens: int) -> torc
     return torch.ones_like(lengths) / (len(lengths) * max_new_tokens)
 
 
-def token_loss(logprobs, old_logprobs, advantages, reference, config: Config) -> tuple[torch.Tensor, torch.Tensor]:
-    """Clipped surrogate per token plus the KL penalty, and where the clip acted; all (R, T), advantages (R, 1).
+def token_loss(logprobs, old_logprobs, advantages, reference, config: Config) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Clipped surrogate per token plus the KL penalty; where the clip acted; and k3; all (R, T), advantages (R, 1).
 
     -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) + kl * k3, r = exp(logprobs - old), k3 = exp(d) - d - 1 with
-    d = reference - logprobs (Schulman, "Approximating KL divergence", 2020): unbiased and never negative.
+    d = reference - logprobs (Schulman, "Approximating KL divergence", 2020): unbiased and never negative; 0 without a reference.
     """
     ratio = (logprobs - old_logprobs).exp()
     clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
-    loss = -torch.minimum(ratio * advantages, clipped * advantages)
-    if reference is not None:
-        difference = reference - logprobs
-        loss = loss + config.kl * (difference.exp() - difference - 1)
-    return loss, clipped * advantages < ratio * advantages
+    difference = torch.zeros_like(logprobs) if reference is None else reference - logprobs
+    k3 = difference.exp() - difference - 1
+    return -torch.minimum(ratio * advantages, clipped * advantages) + config.kl * k3, clipped * advantages < ratio * advantages, k3
 
 
 def score_tokens(policy: Policy, prefix: Prefix, rows: torch.Tensor, tokens: torch.Tensor,
-                 checkpoint_layers: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """log p and entropy (no gradient), in nats, of each completion token (R, T), given the prompts `rows` (R,) of `prefix`.
+                 checkpoint_layers: bool = False) -> torch.Tensor:
+    """log p, in nats, of each completion token (R, T), given the prompts `rows` (R,) of `prefix`.
 
     The vocabulary's logits exist only for one chunk of positions at a time; where there are several, the backward pass makes them again.
     """
@@ -565,16 +571,12 @@ def score_tokens(policy: Policy, prefix: Prefix, rows: torch.Tensor, tokens: tor
         hidden = torch.cat([hidden, behind], 1)  # (R, T, hidden): position t predicts token t
 
     def chunk(hidden, target):
-        logprobs = next_logprobs(policy, hidden)
-        with torch.no_grad():
-            entropy = -(logprobs.exp() * logprobs.clamp(min=-1e4)).sum(-1)  # 0 * -inf is no number
-        return logprobs.gather(1, target[:, None])[:, 0], entropy
+        return next_logprobs(policy, hidden).gather(1, target[:, None])[:, 0]
 
     size = max(1, CHUNK_BYTES // (4 * policy.full.get_input_embeddings().num_embeddings))
     pieces = list(zip(hidden.flatten(0, 1).split(size), tokens.flatten().split(size)))
     parts = [chunk(*piece) if len(pieces) == 1 else checkpoint(chunk, *piece, use_reentrant=False) for piece in pieces]
-    logprobs, entropy = (torch.cat(column).view(tokens.shape) for column in zip(*parts))
-    return logprobs, entropy
+    return torch.cat(parts).view(tokens.shape)
 
 
 # One step
@@ -599,9 +601,12 @@ def passes(rows: Sequence[int], lengths: Sequence[int], tokens: int) -> Iterator
         rows = rows[count:]
 
 
-def completions_of(some: list[int], group: int, lengths: Sequence[int], tokens: int) -> Iterator[tuple[list[int], torch.Tensor, int]]:
-    """The completions of some prompts in passes: rows, where in `some` each one's prompt stands, and the length of the longest."""
-    for rows in passes([p * group + i for p in some for i in range(group)], lengths, tokens):
+def completions_of(some: list[int], group: int, lengths: Sequence[int], prompt: int, tokens: int) -> Iterator[tuple]:
+    """The completions of some prompts in passes: rows, where in `some` each one's prompt stands, and the length of the longest.
+
+    Each row counts with the `prompt` tokens (padded) before it: their keys and values are copied for it.
+    """
+    for rows in passes([p * group + i for p in some for i in range(group)], [prompt + length for length in lengths], tokens):
         yield rows, torch.tensor([some.index(row // group) for row in rows]), lengths[rows[0]]
 
 
@@ -609,7 +614,7 @@ def accumulate_gradients(policy: Policy, batch: Batch, config: Config) -> dict[s
     """Add the gradient of the whole step's loss to the adapter's `.grad`; returns sums over tokens for the log."""
     done, group = batch.completions, len(batch.advantages) // len(batch.prompts)
     weights = token_weights(done.lengths, config.loss, config.max_new_tokens)
-    sums = dict.fromkeys(("loss", "entropy", "kl", "clipped", "tokens"), 0.0)
+    sums = dict.fromkeys(("loss", "kl", "clipped", "tokens"), 0.0)
     spread = batch.advantages.view(-1, group).abs().amax(1) > 0
     active = [p for p in range(len(batch.prompts)) if spread[p] or batch.reference is not None]
     lengths = done.lengths.tolist()
@@ -617,21 +622,15 @@ def accumulate_gradients(policy: Policy, batch: Batch, config: Config) -> dict[s
         for some in passes(active, [len(prompt.input_ids) for prompt in batch.prompts], config.tokens_per_pass):
             graph = encode_prompts(policy, [batch.prompts[p] for p in some], [batch.features[p] for p in some], config.checkpoint)
             leaves = graph.as_leaves()
-            for rows, owner, length in completions_of(some, group, lengths, config.tokens_per_pass):
+            for rows, owner, length in completions_of(some, group, lengths, graph.mask.shape[1], config.tokens_per_pass):
                 mask, tokens = done.mask[rows, :length], done.tokens[rows, :length]
-                logprobs, entropy = score_tokens(policy, leaves, owner.to(policy.device), tokens, config.checkpoint)
+                logprobs = score_tokens(policy, leaves, owner.to(policy.device), tokens, config.checkpoint)
                 logprobs = logprobs.masked_fill(~mask, 0)  # padding may be a banned token: -inf, and 0 * inf is no number
                 reference = None if batch.reference is None else batch.reference[rows, :length].masked_fill(~mask, 0)
-                losses, clipped = token_loss(logprobs, done.logprobs[rows, :length], batch.advantages[rows, None], reference, config)
-                loss = (losses * weights[rows, None] * mask).sum()
-                loss.backward()
-                sums["loss"] += loss.item()
-                sums["entropy"] += (entropy * mask).sum().item()
-                sums["clipped"] += (clipped & mask).sum().item()
-                sums["tokens"] += mask.sum().item()
-                if reference is not None:
-                    difference = (reference - logprobs.detach()) * mask
-                    sums["kl"] += (difference.exp() - difference - 1).sum().item()
+                losses, clipped, kl = token_loss(logprobs, done.logprobs[rows, :length], batch.advantages[rows, None], reference, config)
+                (losses * weights[rows, None] * mask).sum().backward()
+                for name, value in {"loss": losses * weights[rows, None], "kl": kl, "clipped": clipped, "tokens": mask}.items():
+                    sums[name] += (value.detach() * mask).sum().item()
             carry_back(graph.tensors(), leaves.tensors())
     return sums
 
@@ -653,8 +652,8 @@ def score_base(policy: Policy, prompts: Sequence[Prompt], features, done: Comple
     with policy.model.disable_adapter(), unpacked(policy):
         for some in passes(range(len(prompts)), [len(prompt.input_ids) for prompt in prompts], config.tokens_per_pass):
             prefix = encode_prompts(policy, [prompts[p] for p in some], [features[p] for p in some])
-            for rows, owner, length in completions_of(some, group, lengths, config.tokens_per_pass):
-                logprobs[rows, :length] = score_tokens(policy, prefix, owner.to(policy.device), done.tokens[rows, :length])[0]
+            for rows, owner, length in completions_of(some, group, lengths, prefix.mask.shape[1], config.tokens_per_pass):
+                logprobs[rows, :length] = score_tokens(policy, prefix, owner.to(policy.device), done.tokens[rows, :length])
     return logprobs
 
 
@@ -678,7 +677,7 @@ def roll_out(policy: Policy, questions: Sequence[Question], step: int, seed: int
     row = {"reward": rewards.mean().item(), "correct": sum(g.correct for g in grades) / n,
            "well_formed": sum(g.well_formed for g in grades) / n,
            "equal_groups": (rewards.amax(1) - rewards.amin(1) < 1e-6).float().mean().item(),
-           "length": done.lengths.float().mean().item(), "truncated": 1 - done.finished.float().mean().item(),
+           "entropy": (done.entropy.sum() / done.lengths.sum()).item(), "length": done.lengths.float().mean().item(), "truncated": 1 - done.finished.float().mean().item(),
            "rollout_s": time.perf_counter() - start}
     samples = [{"step": step, "id": questions[i // group]["id"], "completion": i % group, "response": texts[i],
                 "answer": grades[i].answer, "gold": questions[i // group]["answer"], "reward": round(rewards.flatten()[i].item(), 3)}
@@ -697,8 +696,8 @@ def learn(policy: Policy, optimizer: torch.optim.Optimizer, batch: Batch, config
             raise UserError(f"the gradient is {norm}: lower --learning_rate, or report the completions in rollouts.jsonl")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    tokens = max(sums["tokens"], 1)
-    return {"loss": sums["loss"], "entropy": sums["entropy"] / tokens, "kl": sums["kl"] / tokens, "clipped": sums["clipped"] / tokens,
+    tokens = sums["tokens"]  # of groups with unequal rewards; with --kl of all
+    return {"loss": sums["loss"], "kl": sums["kl"] / tokens if config.kl else None, "clipped": sums["clipped"] / tokens if tokens else None,
             "gradient_norm": norm, "update_s": time.perf_counter() - start}
 
 
@@ -735,10 +734,10 @@ class Questions:
         self.ids = [ids[row] for row in self.rows]
 
     def longest(self) -> Question:
-        """The one of most tokens, under the first of its inputs."""
-        table = next(iter(self.tables.values()))
-        lengths = table["prompt_tokens"][:]
-        return table[max(self.rows, key=lengths.__getitem__)]
+        """The one of most tokens, under any of its inputs."""
+        lengths = {(name, row): tokens for name, table in self.tables.items() for row, tokens in enumerate(table["prompt_tokens"][:])}
+        name, row = max(((name, row) for name in self.tables for row in self.rows), key=lengths.__getitem__)
+        return self.tables[name][row]
 
     def at(self, step: int, count: int) -> list[Question]:
         chosen = []
@@ -797,30 +796,32 @@ def keep_rows(path: Path, steps: int):
 
 
 def preflight(policy: Policy, questions: Questions, config: Config) -> None:
-    """One update at the worst size before step 1: memory, picture tokens, trainable parameters, and the plan of a step."""
-    trainable = sum(p.numel() for p in policy.model.parameters() if p.requires_grad)
+    """A whole step of the worst size before step 1, without the optimizer: the longest prompt each time, completions that never end.
+
+    It shows what memory and time a step can take at most, and that placeholders, features and trainable parameters are there.
+    """
+    trainable = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
     if not trainable:
         raise UserError("no parameter is trainable: the adapter found no linear layer in the language model")
-    prompt = policy.encode(questions.longest())
-    features = look(policy, [prompt])
-    tokens = sum(len(picture.tokens) for picture in features[0])
+    question, count, start = questions.longest(), config.prompts_per_step, time.perf_counter()
+    prompt = policy.encode(question)
+    tokens = sum(len(picture.tokens) for picture in look(policy, [prompt])[0])
     placeholders = prompt.input_ids.count(policy.full.config.image_token_id)
     if tokens != placeholders:
         raise UserError(f"{prompt.pictures} pictures have {placeholders} image tokens but {tokens} features: "
                         "the image processor is not the model's")
-    rows, length = config.group_size, config.max_new_tokens
-    done = Completions(torch.randint(100, (rows, length), device=policy.device, generator=torch.Generator(policy.device).manual_seed(0)),
-                       torch.full((rows, length), -1.0, device=policy.device), torch.full((rows,), length, device=policy.device),
-                       torch.ones(rows, dtype=torch.bool, device=policy.device))
-    advantages = torch.linspace(-1, 1, rows, device=policy.device)
-    reference = torch.zeros_like(done.logprobs) - 1 if config.kl else None
-    accumulate_gradients(policy, Batch([prompt], features, done, advantages, reference), config)
-    for parameter in policy.model.parameters():
+    endless = replace(policy, eos=torch.full_like(policy.eos, -1))
+    batch, row, _ = roll_out(endless, [question] * count, 0, 0, config)
+    batch.advantages = torch.linspace(-1, 1, len(batch.advantages), device=policy.device)
+    accumulate_gradients(endless, batch, config)
+    for parameter in trainable:
         parameter.grad = None
-    cut = list(waves(policy, [len(prompt.input_ids)] * config.prompts_per_step, rows, length, config.cache_gb))
-    print(f"preflight: {trainable / 1e6:.2f} M trainable parameters, longest prompt {len(prompt.input_ids)} tokens ({tokens} of the picture); "
-          f"a step of such samples {cut[0].stop * rows} completions at a time and learns from {max(1, config.tokens_per_pass // length)}; "
-          f"peak {peak_gb(policy):.2f} GB")
+    length = len(prompt.input_ids)
+    wave = next(waves(policy, [length] * count, config.group_size, config.max_new_tokens, config.cache_gb)).stop
+    rows = min(count * config.group_size, max(1, config.tokens_per_pass // (length + config.max_new_tokens)))
+    print(f"preflight: {sum(p.numel() for p in trainable) / 1e6:.2f} M trainable parameters, longest prompt {length} tokens ({tokens} of the "
+          f"picture); the largest step samples {wave * config.group_size} completions at a time, learns from {rows} at a time, and takes "
+          f"{time.perf_counter() - start:.1f} s and {peak_gb(policy):.2f} GB")
 
 
 def peak_gb(policy: Policy) -> float:
@@ -835,7 +836,7 @@ def one_line(run: str, row: dict, steps: int) -> str:
     tokens_per_s = row["completion_tokens"] / (row["rollout_s"] + row["update_s"])
     return (f"{run} {row['step']:4d}/{steps}  reward {row['reward']:.3f}  correct {row['correct']:.3f}  formed {row['well_formed']:.3f}  "
             f"flat {row['equal_groups']:.2f}  length {row['length']:5.1f}  cut {row['truncated']:.2f}  entropy {row['entropy']:.2f}  "
-            f"kl {row['kl']:.3f}  clip {row['clipped']:.3f}  grad {row['gradient_norm']:.2f}  "
+            + (f"kl {row['kl']:.3f}  " if row["kl"] is not None else "") + f"clip {row['clipped'] or 0:.3f}  grad {row['gradient_norm']:.2f}  "
             f"{row['rollout_s']:.2f}+{row['update_s']:.2f} s  {tokens_per_s:,.0f} tok/s  {row['peak_gb']:.2f} GB")
 
 
@@ -873,7 +874,7 @@ def train_run(study: dict, condition: str, seed: int, config: Config) -> dict:
         tqdm.write(one_line(run, row, config.steps))
     save_adapter(folder, policy)
     result = {"policy": run, "settings": settings | {"steps": config.steps}, "versions": prepare.versions(),
-              "device": torch.cuda.get_device_name() if policy.device.type == "cuda" else "cpu",
+              "device": torch.cuda.get_device_name() if policy.device.type == "cuda" else "cpu", "unpacked": policy.unpack,
               "peak_gb": round(peak_gb(policy), 3), "seconds": round(time.perf_counter() - start, 1)}
     with prepare.replacing(folder / "config.json") as part:  # last: it says that the run is whole
         part.write_text(json.dumps(result, indent=1))

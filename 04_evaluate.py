@@ -36,7 +36,7 @@ class Config:
     corruptions: list[str] = option([], "inputs: clean, or names of stage 2 [all there are]")
     limit: int = option(None, "questions per benchmark, spread over its groups [all]")
     cache_gb: float = option(None, "memory for the questions answered together: lower it first [preset of stage 3]")
-    max_new_tokens: int = option(None, "tokens; a longer answer is cut [most of the runs' own]")
+    max_new_tokens: int = option(None, "tokens; a longer answer is cut [the most that any run of the study had]")
 
 
 def answer_prefix(response: str) -> str:
@@ -57,27 +57,32 @@ def split_gold(response: str, gold: str, tokenizer) -> tuple[list[int], list[int
 
 
 @torch.no_grad()
-def gold_logprobs(policy: Policy, prefix: train.Prefix, questions: Sequence[Question], responses: Sequence[str]) -> list[float]:
+def gold_logprobs(policy: Policy, prefix: train.Prefix, questions: Sequence[Question], responses: Sequence[str], tokens: int) -> list[float]:
     """log p(gold answer | question, the policy's own reasoning), in nats, teacher-forced inside the policy's own box.
 
-    The reasoning is the greedy one, and stands for the sum over all that the policy might have reasoned.
+    The reasoning is the greedy one, and stands for the sum over all that the policy might have reasoned. `tokens` in one pass, with prompts.
     """
-    heads, golds = zip(*(split_gold(response, prepare.gold_texts(question)[0], policy.tokenizer)
-                         for question, response in zip(questions, responses)))
-    length = max(len(head) + len(gold) for head, gold in zip(heads, golds))
-    pad = policy.tokenizer.pad_token_id
-    tokens = torch.tensor([h + g + [pad] * (length - len(h) - len(g)) for h, g in zip(heads, golds)], device=policy.device)
-    logprobs, _ = train.score_tokens(policy, prefix, torch.arange(len(heads), device=policy.device), tokens)
-    return [row[len(h):len(h) + len(g)].sum().item() for row, h, g in zip(logprobs, heads, golds)]
+    pairs = [split_gold(response, prepare.gold_texts(question)[0], policy.tokenizer) for question, response in zip(questions, responses)]
+    lengths, out = [prefix.mask.shape[1] + len(head) + len(gold) for head, gold in pairs], [0.0] * len(pairs)
+    for rows in train.passes(range(len(pairs)), lengths, tokens):
+        whole = torch.full((len(rows), lengths[rows[0]] - prefix.mask.shape[1]), policy.tokenizer.pad_token_id)
+        for ids, row in zip(whole, rows):
+            ids[:lengths[row] - prefix.mask.shape[1]] = torch.tensor(sum(pairs[row], []))
+        logprobs = train.score_tokens(policy, prefix, torch.tensor(rows, device=policy.device), whole.to(policy.device))
+        for line, row in zip(logprobs, rows):
+            head, gold = pairs[row]
+            out[row] = line[len(head):len(head) + len(gold)].sum().item()
+    return out
 
 
-def answer(policy: Policy, questions: Sequence[Question], prompts: Sequence[prepare.Prompt], features, max_new_tokens: int) -> list[dict]:
+def answer(policy: Policy, questions: Sequence[Question], prompts: Sequence[prepare.Prompt], features, max_new_tokens: int,
+           tokens_per_pass: int) -> list[dict]:
     """Greedy answers to a batch of questions, graded: rows of the answers file. `features` of the pictures as `train.look` returns them."""
     with torch.no_grad(), train.unpacked(policy):
         prefix = train.encode_prompts(policy, prompts, features)
         done = train.generate(policy, prefix, max_new_tokens)
         responses, grades, _ = train.grade_completions(policy, questions, done)
-        golds = gold_logprobs(policy, prefix, questions, responses)
+        golds = gold_logprobs(policy, prefix, questions, responses, tokens_per_pass)
     return [{"id": question["id"], "group": question["group"], "needs_image": question["needs_image"], "response": response,
              "answer": grade.answer, "gold": question["answer"], "correct": grade.correct, "well_formed": grade.well_formed,
              "truncated": not finished, "tokens": length, "gold_logprob": round(gold, 4)}
@@ -98,14 +103,18 @@ def kept(file: Path, questions: Mapping[str, Question], origin: dict) -> list[di
     return rows
 
 
-def finished(path: Path, questions: Mapping[str, Question], origin: dict) -> list[dict]:
+def already_answered(path: Path, questions: Mapping[str, Question], origin: dict) -> list[dict]:
     """The answers that `path`, or the .part file of an evaluation that was interrupted, already has; under the verdicts of today's grader."""
-    done = max((kept(file, questions, origin) for file in (path, part_of(path))), key=len)
-    if len(done) == len(questions) and path.exists():
-        verdicts, there = {row["id"]: row for row in done}, prepare.read_jsonl(path)
+    part = part_of(path)
+    old, new = (kept(file, questions, origin) for file in (path, part))
+    if len(new) == len(questions) > len(old):  # killed before it was moved into place
+        part.replace(path)
+        return new
+    if len(old) == len(questions):
+        verdicts, there = {row["id"]: row for row in old}, prepare.read_jsonl(path)
         if any(verdicts.get(row["id"], row) != row for row in there):  # the grader has changed
             prepare.write_jsonl(path, [verdicts.get(row["id"], row) for row in there])
-    return done
+    return max(old, new, key=len)
 
 
 def part_of(path: Path) -> Path:
@@ -113,7 +122,7 @@ def part_of(path: Path) -> Path:
 
 
 def evaluate(load: Callable[[], Policy], table: Dataset, rows: Sequence[int], paths: Mapping[str, Path], origins: Mapping[str, dict],
-             cache_gb: float, title: str) -> dict[str, list[dict]]:
+             cache_gb: float, tokens_per_pass: int, title: str) -> dict[str, list[dict]]:
     """Answer the questions `rows` of a table under every policy; `paths` and `origins` (it stands in every line) by policy.
 
     Pictures are prepared, and seen by the frozen vision tower, once for all policies. Whole batches go to a .part file as they are
@@ -121,12 +130,12 @@ def evaluate(load: Callable[[], Policy], table: Dataset, rows: Sequence[int], pa
     """
     texts = table.remove_columns("images")
     questions = {question["id"]: question for question in (texts[row] for row in rows)}
-    done = {who: finished(path, questions, origins[who]) for who, path in paths.items()}
+    done = {who: already_answered(path, questions, origins[who]) for who, path in paths.items()}
     waiting = [who for who in paths if len(done[who]) < len(rows)]
     if not waiting:
         return done
-    policy, lengths = load(), table["prompt_tokens"][:]
-    batches = list(train.waves(policy, [lengths[row] for row in rows], 1, origins[waiting[0]]["max_new_tokens"], cache_gb))
+    policy, lengths, max_new_tokens = load(), table["prompt_tokens"][:], origins[waiting[0]]["max_new_tokens"]  # the same for all
+    batches = list(train.waves(policy, [lengths[row] for row in rows], 1, max_new_tokens, cache_gb))
     for who in waiting:  # the last batch may be half written
         done[who] = done[who][:max((batch.stop for batch in batches if batch.stop <= len(done[who])), default=0)]
         prepare.write_jsonl(part_of(paths[who]), done[who])
@@ -140,12 +149,12 @@ def evaluate(load: Callable[[], Policy], table: Dataset, rows: Sequence[int], pa
             features = train.look(policy, prompts)
             for who in todo:
                 policy.use(None if who == "base" else who)
-                new = [row | origins[who] for row in answer(policy, asked, prompts, features, origins[who]["max_new_tokens"])]
+                new = [row | origins[who] for row in answer(policy, asked, prompts, features, max_new_tokens, tokens_per_pass)]
                 prepare.append_jsonl(part_of(paths[who]), new)
                 done[who] += new
+                if batch.stop == len(rows):
+                    part_of(paths[who]).replace(paths[who])
                 bar.update(len(new))
-    for who in waiting:
-        part_of(paths[who]).replace(paths[who])
     return done
 
 
@@ -191,10 +200,10 @@ def main(config: Config) -> dict[tuple[str, str, str], list[dict]]:
     study = prepare.load_study(data)
     prepare.check_least(config, 1, "limit", "max_new_tokens")
     prepare.check_least(config, 1e-9, "cache_gb")
-    cache_gb = config.cache_gb or train.PRESETS[study["preset"]]["cache_gb"]
+    preset = train.PRESETS[study["preset"]]
     policies, inputs, answers = find_policies(config, study), find_inputs(config, study), {}
-    trained = [json.loads((folder / "config.json").read_text())["settings"]["max_new_tokens"] for folder, _ in policies.values() if folder]
-    max_new_tokens = config.max_new_tokens or max(trained, default=train.PRESETS[study["preset"]]["max_new_tokens"])
+    runs = [json.loads(path.read_text())["settings"]["max_new_tokens"] for path in (data / "policies").glob("*/config.json")]
+    max_new_tokens = config.max_new_tokens or max(runs, default=preset["max_new_tokens"])  # whichever policies are asked
     adapters = {who: folder for who, (folder, _) in policies.items() if folder}
     load = functools.cache(lambda: train.load_policy(prepare.model_path(data, study), study["max_pixels"], adapters))
     for source, name, questions in inputs:
@@ -206,7 +215,7 @@ def main(config: Config) -> dict[tuple[str, str, str], list[dict]]:
         chosen.sort(key=lambda row: -lengths[row])  # what does not fit into memory shows at once, and there is little padding
         origins = {who: {"made_from": made_from | questions, "max_new_tokens": max_new_tokens} for who, (_, made_from) in policies.items()}
         paths = {who: data / "answers" / who / source / f"{name}.jsonl" for who in policies}
-        done = evaluate(load, table, chosen, paths, origins, cache_gb, f"{source} {name}")
+        done = evaluate(load, table, chosen, paths, origins, config.cache_gb or preset["cache_gb"], preset["tokens_per_pass"], f"{source} {name}")
         answers |= {(who, source, name): rows for who, rows in done.items()}
         right = [f"{who} {sum(row['correct'] for row in rows) / len(rows):.1%}" for who, rows in done.items()]
         print(f"{source} {name}, n = {len(chosen)}: {', '.join(right)} ({time.perf_counter() - start:.0f} s)")

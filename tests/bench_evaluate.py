@@ -2,10 +2,9 @@
 """Questions per second of stage 4 against `model.generate` of transformers: the same model, batch size and answers.
 
 Both greedily answer the clean test questions of a finished study under its policies, in the same batches, longest first; the rounds
-alternate. Stage 4 prepares a picture and runs the vision tower once for all policies; `generate` is called as its users call it, for
-each policy. Grading and the likelihood of the gold answer, which stage 4 adds, are left out on both sides.
+alternate. Both prepare the pictures once; stage 4 also runs the vision tower once for all policies, `generate` for each. Grading and the likelihood of the gold answer, which stage 4 adds, are left out on both sides.
 
-    python 01_prepare.py && python tests/bench_evaluate.py --data data        # prints one JSON line
+    python tests/bench_evaluate.py --data data        # prints one JSON line
 """
 import argparse
 import importlib
@@ -36,17 +35,16 @@ def ours(policy, questions, new: int, names: list[str]) -> list[list[int]]:
 
 def theirs(policy, questions, new: int, names: list[str]) -> list[list[int]]:
     pad, ends, answers = policy.tokenizer.pad_token_id, set(policy.eos.tolist()), []
+    prompts = [policy.encode(question) for question in questions]
+    length = max(len(prompt.input_ids) for prompt in prompts)
+    ids = torch.tensor([[pad] * (length - len(prompt.input_ids)) + prompt.input_ids for prompt in prompts], device=policy.device)
+    inputs = {"input_ids": ids, "attention_mask": (ids != pad).long(), "mm_token_type_ids": (ids == policy.full.config.image_token_id).int(),
+              "pixel_values": torch.cat([prompt.pixel_values for prompt in prompts]).to(policy.device),
+              "image_grid_thw": torch.cat([prompt.image_grid_thw for prompt in prompts]).to(policy.device)}
     for name in names:
         policy.use(None if name == "base" else name)
-        prompts = [policy.encode(question) for question in questions]
-        length = max(len(prompt.input_ids) for prompt in prompts)
-        ids = torch.tensor([[pad] * (length - len(prompt.input_ids)) + prompt.input_ids for prompt in prompts], device=policy.device)
-        types = (ids == policy.full.config.image_token_id).int()
-        out = policy.model.generate(
-            input_ids=ids, attention_mask=(ids != pad).long(), mm_token_type_ids=types, max_new_tokens=new, do_sample=False,
-            pixel_values=torch.cat([prompt.pixel_values for prompt in prompts]).to(policy.device),
-            image_grid_thw=torch.cat([prompt.image_grid_thw for prompt in prompts]).to(policy.device),
-            suppress_tokens=policy.banned.tolist(), eos_token_id=policy.eos.tolist(), pad_token_id=pad)
+        out = policy.model.generate(**inputs, max_new_tokens=new, do_sample=False, suppress_tokens=policy.banned.tolist(),
+                                    eos_token_id=policy.eos.tolist(), pad_token_id=pad)
         for row in out[:, length:].tolist():
             answers.append(row[:next((i + 1 for i, token in enumerate(row) if token in ends), len(row))])
     return answers

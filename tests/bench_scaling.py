@@ -36,7 +36,8 @@ def measure(setting: dict, prompts: int, rounds: int) -> dict[str, float]:
     prepare.grade = lambda text, question: prepare.Grade(next(turn) % 2 == 1, True, None)
     bench.SHAPES["now"] = (448 if setting["prompt_tokens"] >= 280 else 224, setting["prompt_tokens"], setting["new_tokens"])
     config = train.Config(**train.PRESETS["tiny"] | {"prompts_per_step": prompts, "group_size": setting["group"],
-                                                     "tokens_per_pass": 8 * setting["new_tokens"], "max_new_tokens": setting["new_tokens"]})
+                                                     "max_new_tokens": setting["new_tokens"],
+                                                     "tokens_per_pass": 8 * (setting["prompt_tokens"] + 1 + setting["new_tokens"])})
     with tempfile.TemporaryDirectory() as folder:
         policy = bench.make_policy("now", Path(folder), config.lora_rank)
         questions = bench.make_questions("now", prompts, policy)

@@ -70,7 +70,7 @@ def our_step(policy, optimizer, questions, step: int, config) -> None:
     train.learn(policy, optimizer, batch, config)
 
 
-def trl_trainer(policy, questions, shape: str, config, steps: int, folder: Path, callback):
+def trl_trainer(policy, questions, shape: str, config, micro_batch: int, steps: int, folder: Path, callback):
     """TRL's trainer on that model: its own tokenisation, generation, loss and optimizer."""
     from datasets import Dataset
     from transformers import Qwen2_5_VLProcessor
@@ -87,7 +87,7 @@ def trl_trainer(policy, questions, shape: str, config, steps: int, folder: Path,
     rows = [{"prompt": [{"role": "user", "content": [
         {"type": "image"}, {"type": "text", "text": question["problem"].removeprefix("<image>") + "\n" + prepare.INSTRUCTION}]}],
         "images": question["images"]} for question in questions]
-    turn, micro_batch = itertools.count(), config.tokens_per_pass // new
+    turn = itertools.count()
     arguments = GRPOConfig(
         output_dir=str(folder), per_device_train_batch_size=micro_batch, num_generations=config.group_size,
         gradient_accumulation_steps=len(questions) * config.group_size // micro_batch, max_completion_length=new, max_steps=steps,
@@ -145,7 +145,8 @@ def main():
     prepare.grade = lambda text, question: prepare.Grade(next(turn) % 2 == 1, True, None)  # every group has both rewards
     new = SHAPES[options.shape][2]
     config = train.Config(**train.PRESETS["tiny"] | {"prompts_per_step": options.prompts, "group_size": options.group,
-                                                     "tokens_per_pass": options.micro_batch * new, "max_new_tokens": new})
+                                                     "tokens_per_pass": options.micro_batch * (SHAPES[options.shape][1] + 1 + new),
+                                                     "max_new_tokens": new})
     with tempfile.TemporaryDirectory() as folder:
         policy = make_policy(options.shape, Path(folder), config.lora_rank)
         questions = make_questions(options.shape, options.prompts, policy)
@@ -153,7 +154,7 @@ def main():
         if options.memory:
             if options.memory == "trl":
                 del policy.full.model.visual.patch_embed.proj.forward
-            trainer = trl_trainer(policy, questions, options.shape, config, 2, Path(folder), Watch()) if options.memory == "trl" else None
+            trainer = trl_trainer(policy, questions, options.shape, config, options.micro_batch, 2, Path(folder), Watch()) if options.memory == "trl" else None
             before = memory_mb("VmRSS")
             forget_peak()
             if trainer:
@@ -172,7 +173,7 @@ def main():
         watch = Watch(between)
         other = train.load_policy(folder, policy.image_processor.size["longest_edge"], lora_rank=config.lora_rank)
         del other.full.model.visual.patch_embed.proj.forward  # as transformers has it
-        trl_trainer(other, questions, options.shape, config, options.rounds + 1, Path(folder), watch).train()
+        trl_trainer(other, questions, options.shape, config, options.micro_batch, options.rounds + 1, Path(folder), watch).train()
         trl, ours = watch.seconds[1:], ours[1:]  # the first of each warms up
         ratios = [b / a for a, b in zip(ours, trl)]
     mb = {side: json.loads(subprocess.run([sys.executable, __file__, *sys.argv[1:], "--memory", side], check=True, capture_output=True,

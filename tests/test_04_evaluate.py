@@ -30,26 +30,49 @@ def test_batches_change_no_answer(study, evaluate, data, cache_gb):
     assert [row["gold_logprob"] for row in again] == pytest.approx([row["gold_logprob"] for row in study[1][key]], abs=1e-3)
 
 
-def test_an_interrupted_evaluation_continues_to_the_same_file(evaluate, data, monkeypatch):
-    whole = evaluate.main(config(evaluate, data, cache_gb=0.003))
-    path = data / "answers" / "base" / "shapes" / "clean.jsonl"
-    bytes_whole = path.read_bytes()
-    path.unlink()
+@pytest.mark.parametrize("call", range(6))
+def test_an_interrupted_evaluation_continues_to_the_same_files(evaluate, data, monkeypatch, whole_batches, call):
+    """Two policies, three batches, stopped at every call; the file under way loses half a line."""
+    whole, files, settings = whole_batches
     real, calls = evaluate.answer, []
 
     def interrupted(*arguments):
         calls.append(1)
-        if len(calls) == 3:
+        if len(calls) == call + 1:
             raise KeyboardInterrupt
         return real(*arguments)
     monkeypatch.setattr(evaluate, "answer", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        evaluate.main(config(evaluate, data, cache_gb=0.003))
-    part = path.with_name("clean.jsonl.part")
-    assert not path.exists() and 0 < len(part.read_text().splitlines()) < len(whole["base", "shapes", "clean"])
-    part.write_text(part.read_text()[:-40])  # a kill in the middle of a line
-    assert evaluate.main(config(evaluate, data, cache_gb=0.003)) == whole
-    assert path.read_bytes() == bytes_whole and not part.exists()
+        evaluate.main(config(evaluate, data, **settings))
+    there = list((data / "answers").glob("*/shapes/*"))
+    assert any(path.suffix == ".part" for path in there) and len(there) == 2
+    for part in (path for path in there if path.suffix == ".part" and path.stat().st_size):
+        part.write_text(part.read_text()[:-40])  # a kill in the middle of a line
+    assert evaluate.main(config(evaluate, data, **settings)) == whole
+    assert {path.relative_to(data): path.read_bytes() for path in (data / "answers").glob("*/*/*")} == files
+
+
+@pytest.fixture(scope="module")
+def whole_batches(study, evaluate, tmp_path_factory):
+    data = tmp_path_factory.mktemp("undisturbed") / "data"
+    shutil.copytree(study[0], data, ignore=shutil.ignore_patterns("answers", "report"))
+    settings = {"policies": ["base", "standard-s0"], "cache_gb": 0.006}
+    whole = evaluate.main(config(evaluate, data, **settings))
+    return whole, {path.relative_to(data): path.read_bytes() for path in (data / "answers").glob("*/*/*")}, settings
+
+
+def test_whole_answers_that_were_not_moved_into_place_are_moved(evaluate, data, monkeypatch):
+    """A kill between the last line and the move; beside it lies an older, shorter file."""
+    whole = evaluate.main(config(evaluate, data))
+    path = data / "answers" / "base" / "shapes" / "clean.jsonl"
+    lines = path.read_text()
+    for older in (None, "".join(lines.splitlines(True)[:2])):
+        path.rename(path.with_name("clean.jsonl.part"))
+        if older:
+            path.write_text(older)
+        monkeypatch.setattr(evaluate, "answer", None)  # nothing is answered anew
+        assert evaluate.main(config(evaluate, data)) == whole
+        assert path.read_text() == lines and not path.with_name("clean.jsonl.part").exists()
 
 
 def test_answers_made_from_other_input_are_made_again(evaluate, data, prepare):
@@ -118,6 +141,13 @@ def test_fewer_questions_leave_the_file_and_another_grader_gives_other_verdicts(
 def test_what_cannot_be_evaluated_is_named(evaluate, prepare, data, changes, says):
     with pytest.raises(prepare.UserError, match=says):
         evaluate.main(config(evaluate, data, **changes))
+
+
+def test_a_run_on_a_severity_has_a_point_in_its_name(evaluate, prepare, data):
+    old, new = (data / "policies" / name for name in ("standard-s0", "hallucination-blur-0.05-s0"))
+    old.rename(new)
+    done = evaluate.main(config(evaluate, data, policies=["base", new.name]))
+    assert done[new.name, "shapes", "clean"] != done["base", "shapes", "clean"]
 
 
 def test_stale_questions_and_policies_stop_with_the_stage_to_run(evaluate, prepare, corrupt, data):
