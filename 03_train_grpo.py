@@ -473,13 +473,14 @@ def generate(policy: Policy, prefix: Prefix, max_new_tokens: int, draws: torch.T
     hidden, position = prefix.last_hidden[owner], prefix.next_position[owner]
     for t in range(max_new_tokens):
         logprobs = next_logprobs(policy, hidden)
+        probabilities = logprobs.exp()
         if draws is None:
             token = logprobs.argmax(-1, keepdim=True)
         else:
-            cdf = logprobs.double().exp().cumsum(-1)  # double: a sum over 150,000 tokens must not lose the small ones
+            cdf = probabilities.cumsum(-1, dtype=torch.float64)  # a sum over 150,000 tokens must not lose the small ones
             token = torch.searchsorted(cdf, draws[alive, t, None] * cdf[:, -1:], right=True).clamp(max=cdf.shape[1] - 1)
         out.tokens[alive, t], out.logprobs[alive, t] = token[:, 0], logprobs.gather(1, token)[:, 0]
-        out.entropy[alive, t] = -(logprobs.exp() * logprobs.clamp(min=-1e4)).sum(-1)  # 0 * -inf is no number
+        out.entropy[alive, t] = torch.special.entr(probabilities).sum(-1)
         ended = torch.isin(token[:, 0], policy.eos)
         if ended.any():
             out.finished[alive[ended]], out.lengths[alive[ended]] = True, t + 1

@@ -37,8 +37,12 @@ SEVERITY = {"blur": 0.2, "occlude": 0.5}  # of stage 2's plain names
 BLIND_BEST = {"count": 0.42, "colour": 0.26, "more": 0.70, "both": 0.42}  # shapes: as often as a guess can be right
 SAYS = {"claims to see": r"\bI (?:can )?(?:see|observe)\b|\b(?:image|picture|figure|diagram) (?:shows|depicts|contains)\b",
         "sees nothing": r"\b(?:blank|no (?:image|picture)|(?:cannot|can't) see)\b",
+        "goes step by step": r"\b(?:step \d|steps?:|first(?:ly)?,|let's break|we need to)",
         "checks itself": r"\b(?:wait|let me (?:check|verify)|double.check|verify)\b",
+        "recalls a rule": r"\b(?:recall|remember|theorem|formula|by definition|we know that|states that)\b",
         "admits a guess": r"\b(?:guess(?:ing)?|probably|assum(?:e|ing))\b"}
+NO_PICTURE = ("blank", "removed")  # inputs without a picture
+COMMON = 5  # an answer that is right to fewer questions of its group is one of the others
 INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff\ufffe\uffff]")
 GALLERY_CHARACTERS = 2_500_000  # of pictures: the page stays below 5 MB
 
@@ -96,6 +100,26 @@ def estimate(replicates: np.ndarray, n: int) -> dict:
     return {"value": float(replicates[0]), "ci95": np.nanpercentile(replicates[1:], [2.5, 97.5]).tolist(), "n": n}
 
 
+def corrected(replicates: np.ndarray, n: int) -> dict:
+    """Value and 95% interval of a statistic that chance can only raise, or only lower, such as a distance between distributions.
+
+    The replicates are as far from the sample, on average, as the sample is from the truth: 2 x value - replicate (Efron and
+    Tibshirani, An Introduction to the Bootstrap, 1993, chapter 10); nothing below 0. Nearer to 0 than its width, where this
+    corrects too much, the interval reaches 0.
+    """
+    turned = np.maximum(0, 2 * replicates[0] - replicates[1:])
+    value, (low, high) = float(turned.mean()), np.percentile(turned, [2.5, 97.5]).tolist()
+    return {"value": value, "ci95": [low if value > high - low else 0.0, high], "n": n}
+
+
+def detectable(discordant: float, n: int) -> float:
+    """Smallest difference in accuracy that n paired questions show in 80 of 100 studies, at 5%: (1.96 + 0.84) sqrt(d / n).
+
+    d is the share of questions that only one of the two got right (Connor, Biometrics 1987, without its small correction).
+    """
+    return 2.8016 * math.sqrt(discordant / n)
+
+
 def form_part(weights: np.ndarray, strata: np.ndarray, correct: np.ndarray, formed: np.ndarray, formed_policy: np.ndarray) -> np.ndarray:
     """What the base would gain if only its answers were as well formed as the policy's: replicates (R,).
 
@@ -118,14 +142,14 @@ def form_part(weights: np.ndarray, strata: np.ndarray, correct: np.ndarray, form
     return ((weights * (formed_policy - formed)) @ strata * worth).sum(1)
 
 
-def split_gain(weights: np.ndarray, strata: np.ndarray, base: Mapping, policy: Mapping, without: str | None) -> dict:
+def split_gain(weights: np.ndarray, strata: np.ndarray, base: Mapping, policy: Mapping, withouts: Sequence[str]) -> dict:
     """A policy's gain over the base in accuracy, and what it is made of.
 
         total       accuracy(policy) - accuracy(base) on clean input
         format      `form_part` on clean input
-        image_free  the same difference on the input `without` a picture, less `form_part` there
+        image_free  the same difference on the first of the inputs `withouts` a picture, less `form_part` there
         visual      total - format - image_free
-        surviving   (format + image_free) / total; told only where total's interval is above 0
+        surviving   (format + image_free) / total, by input without a picture; told only where total's interval is above 0
 
     Whoever learns the form alone gets image_free = visual = 0; whoever learns to guess or to reason from the text alone
     gets visual = 0; whoever stops looking gets visual < 0. The visual part is gone when the picture is gone: it is better
@@ -133,21 +157,25 @@ def split_gain(weights: np.ndarray, strata: np.ndarray, base: Mapping, policy: M
     are drawn too.
     """
     n, gain, form = len(strata), {}, {}
-    for name in filter(None, ("clean", without)):
+    for name in ("clean", *withouts):
         (correct, formed), (correct_policy, formed_policy) = base[name], policy[name]
         gain[name] = (weights * (correct_policy - correct)).sum(1)
         form[name] = form_part(weights, strata, correct, formed, formed_policy)
     total, out = gain["clean"], {"total": estimate(gain["clean"], n), "format": estimate(form["clean"], n)}
-    unknown = lambda reason: out | {"surviving_share": {"value": None, "ci95": None, "n": n, "reason": reason}}
-    if without is None:
-        return unknown("no answers without a picture")
-    image_free = gain[without] - form[without]
-    out |= {"image_free": estimate(image_free, n), "visual": estimate(total - form["clean"] - image_free, n)}
-    if out["visual"]["value"] is None:
-        return unknown("the base has no well-formed answer")
-    if out["total"]["ci95"][0] <= 0:
-        return unknown("no gain is shown")
-    return out | {"surviving_share": estimate((form["clean"] + image_free) / np.where(total == 0, np.nan, total), n)}
+    parts = {name: {"image_free": estimate(gain[name] - form[name], n),
+                    "visual": estimate(total - form["clean"] - gain[name] + form[name], n)} for name in withouts}
+    out |= parts[withouts[0]] if withouts else {}
+    reason = None
+    if not withouts:
+        reason = "no answers without a picture"
+    elif out["visual"]["value"] is None:
+        reason = "the base has no well-formed answer"
+    elif out["total"]["ci95"][0] <= 0:
+        reason = "no gain is shown"
+    whole = np.where(total == 0, np.nan, total)
+    survives = lambda name: ({"value": None, "ci95": None, "n": n, "reason": reason} if reason else
+                             estimate((form["clean"] + gain[name] - form[name]) / whole, n))
+    return out | {"without": parts, "surviving_share": {name: survives(name) for name in withouts or ("blank",)}}
 
 
 def mean_of_some(weights: np.ndarray, x: np.ndarray) -> np.ndarray:
@@ -156,14 +184,18 @@ def mean_of_some(weights: np.ndarray, x: np.ndarray) -> np.ndarray:
         return weights @ x / weights.sum(1)
 
 
-def net_following(answers: np.ndarray, shown: np.ndarray, gold: np.ndarray, weights: np.ndarray) -> dict:
+def net_following(answers: np.ndarray, shown: np.ndarray, gold: np.ndarray) -> dict:
     """Share of answers that follow a swapped picture, less the share that fit the picture not shown.
 
     Where questions and pictures trade places, whoever never looks hits both equally often and gets 0; whoever always
-    looks gets 1. All (n,); an answer is a string or a number.
+    looks gets 1. All (n,); an answer is a string or a number. The interval of the difference f - k of two shares of the same
+    answers counts one answer more for each (Agresti and Min, Statistics in Medicine 2005): it holds near 1 too.
     """
-    follows, keeps = answers == shown, answers == gold
-    return {**estimate(mean_of_some(weights, 1.0 * follows - keeps), len(answers)), "follows": share(follows), "keeps": share(keeps)}
+    follows, keeps, n = answers == shown, answers == gold, len(answers)
+    f, k = follows.sum() + 0.5, keeps.sum() + 0.5
+    middle, half = (f - k) / (n + 2), 1.959963984540054 * math.sqrt(f + k - (f - k) ** 2 / (n + 2)) / (n + 2)
+    return {"value": float(follows.mean() - keeps.mean()), "ci95": [max(-1.0, middle - half), min(1.0, middle + half)], "n": n,
+            "follows": share(follows), "keeps": share(keeps)}
 
 
 # Answers
@@ -190,9 +222,21 @@ class Panel:
         return sorted({name for inputs in self.answers.values() for name in inputs}, key=input_order)
 
     @property
+    def withouts(self) -> list[str]:
+        """The inputs without a picture that all policies answered; the first is the one behind the parts of a gain."""
+        return [name for name in NO_PICTURE if all(name in inputs for inputs in self.answers.values())]
+
+    @property
     def without(self) -> str | None:
-        """The input without a picture that all policies answered."""
-        return next((name for name in ("blank", "removed") if all(name in inputs for inputs in self.answers.values())), None)
+        return next(iter(self.withouts), None)
+
+    def majority(self) -> list[str]:
+        """For each question the most frequent right answer of its group and type: what a blind guesser should say."""
+        keys = [(q["group"], q["answer_type"]) for q in self.questions]
+        counted = defaultdict(Counter)
+        for key, q in zip(keys, self.questions):
+            counted[key][q["answer"]] += 1
+        return [counted[key].most_common(1)[0][0] for key in keys]
 
     def column(self, policy: str, name: str, key: str) -> np.ndarray:
         return np.array([row[key] for row in self.answers[policy][name]], float)
@@ -201,6 +245,14 @@ class Panel:
         """Input -> (correct, formed), each (runs, n)."""
         return {name: tuple(np.stack([self.column(run, name, key) for run in runs]) for key in ("correct", "well_formed"))
                 for name in self.inputs if all(name in self.answers[run] for run in runs)}
+
+
+    def pooled(self, runs: Sequence[str], seed: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """The mean of `outcomes` over runs: (1, n) of one run, or (R, n) with the runs drawn again, as the questions are."""
+        if len(runs) == 1:
+            return self.outcomes(runs)
+        drawn = resample(len(runs), len(self.weights) - 1, seed, *runs)  # (R, k)
+        return {name: tuple(drawn @ x for x in pair) for name, pair in self.outcomes(runs).items()}
 
 
 def input_order(name: str) -> tuple:
@@ -240,9 +292,13 @@ def read_answers(data: Path, path: Path, checked: dict) -> list[dict]:
         wrong = [key for key, kind in kinds.items() if not isinstance(row, dict) or not isinstance(row.get(key), kind)]
         if wrong or prepare.input_path(path.parent.name, path.stem) not in row["made_from"]:
             raise UserError(f"{path} row {i + 1} has no proper {(wrong or ['made_from'])[0]}: {remedy}")
+        adapters = [Path(key).parent.name for key in row["made_from"] if key.endswith("adapter_model.safetensors")]
+        if adapters != [who for who in [path.parent.parent.name] if who != "base"]:
+            raise UserError(f"{path} row {i + 1} is by {(adapters or ['base'])[0]}, not by {path.parent.parent.name}: {remedy}")
         new = {key: digest for key, digest in row["made_from"].items() if checked.get(key) != digest}
         prepare.check_fresh(data, path, new, f"run 04_evaluate.py --data {data} again")
         checked |= new
+        row["made_from"] = None  # checked, and a kilobyte a row
     if len({row["id"] for row in rows}) != len(rows):
         raise UserError(f"{path} answers a question twice: {remedy}")
     return rows
@@ -265,6 +321,10 @@ def load_panels(data: Path, study: Mapping, resamples: int, notes: list[str], ch
                 raise UserError(f"{data / 'answers' / policy / source / 'clean.jsonl'} is missing: run 04_evaluate.py --data {data}")
         answers = {policy: {path.stem: read_answers(data, path, checked) for path in files[source][policy]}
                    for policy in sorted(files[source], key=policy_order)}
+        cuts = {row.get("max_new_tokens") for inputs in answers.values() for rows in inputs.values() for row in rows}
+        if len(cuts) > 1:
+            raise UserError(f"{data / 'answers'}: some answers to {source} were cut after {min(cuts)} tokens, others after {max(cuts)}: "
+                            f"run 04_evaluate.py --data {data} again, for all policies at once")
         panels.append(make_panel(data, source, answers, resamples, study["seed"]))
         missing = {path.parent.name for path in data.glob("policies/*/config.json")} - set(answers)
         notes += [f"{run} has no answers to {source}: 04_evaluate.py makes them" for run in sorted(missing)]
@@ -305,18 +365,22 @@ def measure(panel: Panel, policy: str) -> dict:
 
     Strict accuracy: share of questions that are right with the picture and not right without it. Visual information: mean
     over questions of log p(gold | picture) - log p(gold | no picture), each after the policy's own reasoning, in nats.
+    Unparsed: responses in which no answer was found. Length: tokens of a response.
     """
     inputs, without = panel.answers[policy], panel.without
-    asked = {name: inputs[name] for name in ("clean", without) if name}
+    asked = {name: inputs[name] for name in ("clean", *panel.withouts)}
     rows_of = lambda key: {value: [i for i, q in enumerate(panel.questions) if q[key] == value]
                            for value in sorted({q[key] for q in panel.questions} - {None}, key=str)}
     out = {"accuracy": {name: accuracy(inputs[name]) for name in sorted(inputs, key=input_order)},
-           "breakdown": {key: {str(value): {name: accuracy(rows[i] for i in chosen) for name, rows in asked.items()}
+           "breakdown": {key: {str(value): {name: accuracy(rows[i] for i in chosen) for name, rows in inputs.items()}
                                for value, chosen in rows_of(key).items()} for key in ("needs_image", "group")},
            "says": {name: {what: share(re.search(words, row["response"][:20_000], re.I) for row in rows) for what, words in SAYS.items()}
                     for name, rows in asked.items()},
            "answers": {name: {str(group): {text: share(rows[i]["answer"] == text for i in chosen) for text in frequent(panel, chosen)}
-                              for group, chosen in rows_of("group").items()} for name, rows in asked.items()}}
+                              for group, chosen in rows_of("group").items()} for name, rows in asked.items()},
+           "distribution": {name: distribution(panel, [row["answer"] for row in rows]) for name, rows in asked.items()},
+           "unparsed": {name: share(row["answer"] is None for row in rows) for name, rows in asked.items()},
+           "length": {name: {**estimate(panel.weights @ [row["tokens"] for row in rows], len(rows)), "unit": "tokens"} for name, rows in asked.items()}}
     for key in ("well_formed", "truncated"):
         out[key] = {name: share(row[key] for row in rows) for name, rows in asked.items()}
     if policy == "base":
@@ -330,7 +394,47 @@ def measure(panel: Panel, policy: str) -> dict:
         plain = lambda texts: np.array([(text or "").strip().casefold() for text in texts])
         rows = [inputs["mismatch"][i] for i in told]
         out["follows_picture"] = net_following(plain(row["answer"] for row in rows), plain(panel.shown[i] for i in told),
-                                               plain(panel.questions[i]["answer"] for i in told), panel.weights[:, told])
+                                               plain(panel.questions[i]["answer"] for i in told))
+    return out
+
+
+def one_hot(keys: Sequence) -> np.ndarray:
+    """(n, K), a column for each key in order of appearance."""
+    number = {key: k for k, key in enumerate(dict.fromkeys(keys))}
+    return np.eye(len(number))[[number[key] for key in keys]]
+
+
+def entropy(p: np.ndarray) -> np.ndarray:
+    """- sum p log2 p over the last axis, in bits."""
+    return -(p * np.log2(np.where(p > 0, p, 1))).sum(-1)
+
+
+def distribution(panel: Panel, texts: Sequence[str | None]) -> dict:
+    """How the given answers are distributed, beside the right ones.
+
+        total_variation  half the sum over groups and answers of |share given - share right|: 0 for the right distribution
+        leaning          share of answers that are the majority's (the most frequent right one of the group), less its share of the right ones
+        entropy          of the answers given within a group, its mean over questions, in bits; `entropy_right` of the right ones
+        letter_bias      total variation over the letters of choice questions, whatever the group
+
+    An answer that is right to fewer than `COMMON` questions of its group counts as one of the others.
+    """
+    golds, majority, weights, n = [q["answer"] for q in panel.questions], panel.majority(), panel.weights, len(texts)
+    groups = [(q["group"], q["answer_type"]) for q in panel.questions]
+    common = {key for key, count in Counter(zip(groups, golds)).items() if count >= COMMON}
+    both = one_hot([key if key in common else (key[0],) for column in (texts, golds) for key in zip(groups, column)])  # (2n, K)
+    given, right, within = weights @ both[:n], weights @ both[n:], entropy(weights @ one_hot(groups))  # (R, K), (R, K), (R,)
+    leaning = np.array([(text == most) * 1.0 - (gold == most) for text, most, gold in zip(texts, majority, golds)])
+    out = {"total_variation": corrected(np.abs(given - right).sum(1) / 2, n), "leaning": estimate(weights @ leaning, n),
+           "entropy": {**corrected(entropy(given) - within, n), "unit": "bits"},
+           "entropy_right": {**corrected(entropy(right) - within, n), "unit": "bits"}}
+    letters = [i for i, q in enumerate(panel.questions) if q["answer_type"] == "choice"]
+    if letters:
+        names = {golds[i] for i in letters}
+        both = one_hot([column[i] if column[i] in names else None for column in (texts, golds) for i in letters])
+        apart = weights[:, letters] @ (both[:len(letters)] - both[len(letters):])
+        with np.errstate(invalid="ignore"):
+            out["letter_bias"] = corrected(np.nan_to_num(np.abs(apart).sum(1) / 2 / weights[:, letters].sum(1)), len(letters))
     return out
 
 
@@ -350,20 +454,22 @@ def compare(panels: Sequence[Panel]) -> list[dict]:
                     one, two = (panel.column(name, "clean", "correct") for name in (policy, reference))
                     only = int((one > two).sum()), int((two > one).sum())
                     tests.append({"source": panel.source, "input": "clean", "policy": policy, "reference": reference, "p": mcnemar(*only),
-                                  "only_policy": only[0], "only_reference": only[1], **estimate(panel.weights @ (one - two), len(one))})
+                                  "only_policy": only[0], "only_reference": only[1], "detectable": detectable(sum(only) / len(one), len(one)),
+                                  **estimate(panel.weights @ (one - two), len(one))})
     for test, p in zip(tests, holm([test["p"] for test in tests])):
         test["p_holm"] = p
     return tests
 
 
-def collect(panels: Sequence[Panel], seed: int) -> dict:
+def collect(panels: Sequence[Panel], study: Mapping) -> dict:
     """results.json, apart from where it comes from. Runs that differ in their seed alone are also pooled.
 
     Pooled intervals draw the runs again as well as the questions; with few runs they still understate how runs differ.
     """
-    out = defaultdict(lambda: defaultdict(dict), gains={}, pooled={})
+    out, claims = defaultdict(lambda: defaultdict(dict), gains={}, pooled={}, card={}), []
     for panel in panels:
-        base, split = panel.outcomes(["base"]), lambda outcomes: split_gain(panel.weights, panel.strata, base, outcomes, panel.without)
+        base, split = panel.outcomes(["base"]), lambda outcomes: split_gain(panel.weights, panel.strata, base, outcomes, panel.withouts)
+        out["card"][panel.source] = card(panel)
         for policy in panel.answers:
             for key, value in measure(panel, policy).items():
                 out[key][policy][panel.source] = value
@@ -371,24 +477,140 @@ def collect(panels: Sequence[Panel], seed: int) -> dict:
             out["gains"].setdefault(policy, {})[panel.source] = gain = split(panel.outcomes([policy]))
             runs = [run for run in panel.answers if family(run) == family(policy)]
             if policy == runs[-1]:
-                drawn = resample(len(runs), len(panel.weights) - 1, seed, *runs)  # (R, k)
-                outcomes = {name: [drawn @ x for x in pair] for name, pair in panel.outcomes(runs).items()}
+                outcomes = panel.pooled(runs, study["seed"])
                 out["pooled"].setdefault(family(policy), {})[panel.source] = {
                     "runs": runs, "gains": split(outcomes) if len(runs) > 1 else gain,
                     "accuracy": {name: estimate((panel.weights * x).sum(1), len(panel.questions)) for name, (x, _) in outcomes.items()}}
+        claims += [entry for claim in CLAIMS for entry in judge(claim, panel, study)]
     sources = {panel.source: {"n": len(panel.questions), "left_out": panel.left_out, "policies": list(panel.answers),
                               "inputs": panel.inputs, "without_picture": panel.without} for panel in panels}
+    elsewhere = [not_asked(claim, study) for claim in CLAIMS if claim.benchmark and claim.benchmark not in sources]
     entries = check_measures() + [entry for panel in panels if panel.source == "shapes" for entry in check_shapes(panel)]
-    return {**out, "sources": sources, "tests": compare(panels),
+    return {**out, "sources": sources, "tests": compare(panels), "claims": claims + elsewhere,
             "instrument_check": {"passed": all(entry["passed"] for entry in entries), "entries": entries}}
+
+
+def card(panel: Panel) -> dict:
+    """What a benchmark is like, whoever answers: what blind guessing yields, and how much the base gets right without a picture.
+
+    `majority`: right answers of whoever always gives the most frequent right answer of a question's group and type. `one_choice`: the
+    mean share of a choice question that a blind choice gets. `unseen`: questions that the base gets right on some input without a picture.
+    """
+    questions, base = panel.questions, panel.answers["base"]
+    out = {"n": len(questions), "groups": len({q["group"] for q in questions}),
+           "types": {name: share(q["answer_type"] == name for q in questions) for name in sorted({q["answer_type"] for q in questions})},
+           "majority": share(most == q["answer"] for most, q in zip(panel.majority(), questions)),
+           "says_it_needs_the_picture": share(q["needs_image"] is not False for q in questions)}
+    options = [1 / len(q["choices"]) for q in questions if q["choices"]]
+    if options:
+        out["one_choice"] = float(np.mean(options))
+    for name in panel.withouts:
+        out[name] = accuracy(base[name])
+    if panel.withouts:
+        out["unseen"] = share(any(base[name][i]["correct"] for name in panel.withouts) for i in range(len(questions)))
+    return out
+
+
+# What was claimed, and how it is decided: all of it written down before any run
+
+
+@dataclass(frozen=True)
+class Claim:
+    """That accuracy `of`, a sum over policies and inputs with factors, lies between `low` and `high`."""
+    id: str
+    text: str
+    source: str
+    of: tuple[tuple[float, str, str], ...]  # factor, kind of policy, input: clean, or without a picture
+    low: float = 0.0
+    high: float = math.inf
+    benchmark: str | None = None            # None: any
+    preset: str | None = None
+
+
+def gain_of(kind: str, over: str = "base") -> tuple:
+    return (1.0, kind, "clean"), (-1.0, over, "clean")
+
+
+def published(benchmark: str, n: int, preset: str, base: float, **accuracies: float) -> list[Claim]:
+    """A row of the paper's table: gains as published, give or take two standard errors of their own, for one training run each."""
+    names = {"standard": "clean pictures", "hallucination-blank": "blank pictures", "hallucination-mismatch": "other questions' pictures"}
+    out = []
+    for kind, value in accuracies.items():
+        kind = kind.replace("_", "-")
+        gain, error = (value - base) / 100, 2 * math.sqrt(sum(p * (100 - p) for p in (base, value)) / 1e4 / n)
+        out.append(Claim(f"table-{benchmark}-{preset}-{kind}", f"{preset.upper()} on {benchmark}, trained on {names[kind]}: {100 * gain:+.2f} points",
+                         f"{PAPER}, main table: {base} to {value}", gain_of(kind), gain - error, gain + error, benchmark, preset))
+    return out
+
+
+PAPER, ARTICLE = "arXiv 2604.03179", "an article on that paper"
+CLAIMS = [
+    Claim("damaged-helps", "Training on damaged pictures alone improves on the base", f"{PAPER}, abstract", gain_of("hallucination")),
+    Claim("damaged-beats-clean", "It sometimes improves more than training on clean pictures", f"{PAPER}, abstract", gain_of("hallucination", "standard")),
+    Claim("damaged-at-least-half", "It gains at least half of what clean pictures gain: almost as much", f"{PAPER}, abstract",
+          ((1.0, "hallucination", "clean"), (-0.5, "standard", "clean"), (-0.5, "base", "clean"))),
+    Claim("clean-gains-blind", "Training on clean pictures also improves answers without one: the gain doesn't show that the picture is used",
+          f"{PAPER}, abstract", ((1.0, "standard", "without"), (-1.0, "base", "without"))),
+    Claim("mathvista-range", "Damaged pictures: 12 to 15 points on MathVista", ARTICLE, gain_of("hallucination"), 0.12, 0.15, "mathvista"),
+    Claim("mmmu-range", "Damaged pictures: 8 to 10 points on MMMU", ARTICLE, gain_of("hallucination"), 0.08, 0.10, "mmmu"),
+    Claim("scienceqa-better", "On ScienceQA damaged pictures do better than clean ones", ARTICLE, gain_of("hallucination", "standard"), benchmark="scienceqa"),
+    *published("mathvision", 3040, "3b", 18.19, standard=22.73, hallucination_blank=20.95, hallucination_mismatch=20.86),
+    *published("mathvista", 1000, "3b", 51.40, standard=58.40, hallucination_blank=56.40, hallucination_mismatch=58.00),
+    *published("mathvision", 3040, "7b", 27.70, standard=28.13, hallucination_blank=28.39, hallucination_mismatch=27.27),
+    *published("mathvista", 1000, "7b", 67.00, standard=70.00, hallucination_blank=68.50, hallucination_mismatch=71.40)]
+PROTOCOL = ("Theirs: Qwen2.5-VL, by all signs full fine-tuning, Geometry3K, 15 epochs, 5 completions at temperature 0.7, KL 0.01, one run, "
+            "another grader. Here: a 4-bit base with LoRA, the settings of each run under provenance, greedy answers.")
+
+
+def test_of(claim: Claim) -> str:
+    terms = " ".join(f"{factor:+g} {kind} ({asked})" for factor, kind, asked in claim.of)
+    bounds = "is above 0" if claim.high == math.inf else f"lies within {points(claim.low)} to {points(claim.high)} points"
+    return f"the 95% interval of the accuracy {terms} {bounds} (reproduced), or wholly outside (contradicted); paired bootstrap, runs drawn too"
+
+
+def judge(claim: Claim, panel: Panel, study: Mapping) -> list[dict]:
+    """The claim's verdict on one benchmark, for each kind of damage that was trained on; 95% each, not corrected for their number.
+
+    `n_decides`: questions at which an interval that shrinks with the root of n would no longer reach the nearest bound.
+    """
+    if claim.benchmark not in (None, panel.source) or claim.preset not in (None, study["preset"]):
+        return [not_asked(claim, study)] if claim.benchmark == panel.source else []
+    kinds, out = list(dict.fromkeys(map(family, panel.answers))), []
+    trained = [kind for kind in kinds if kind.startswith("hallucination")]
+    wanted = [kind for _, kind, _ in claim.of]
+    for damage in trained if "hallucination" in wanted else [None]:
+        terms = [(factor, damage if kind == "hallucination" else kind, panel.without if asked == "without" else asked)
+                 for factor, kind, asked in claim.of]
+        if not all(kind in kinds and asked for _, kind, asked in terms):
+            continue
+        runs = lambda kind: [run for run in panel.answers if family(run) == kind]
+        value = sum(factor * (panel.weights * panel.pooled(runs(kind), study["seed"])[asked][0]).sum(1) for factor, kind, asked in terms)
+        found = estimate(value, len(panel.questions))
+        (lower, upper), near = found["ci95"], min(abs(found["value"] - claim.low), abs(found["value"] - claim.high))
+        verdict = "reproduced" if lower > claim.low and upper < claim.high else "contradicted" if upper < claim.low or lower > claim.high else "undecided"
+        half = max(found["value"] - lower, upper - found["value"])
+        decides = math.ceil(found["n"] * (half / near) ** 2) if near > 0 and verdict == "undecided" else None
+        out.append(entry(claim, verdict, found["n"]) | {"benchmark": panel.source, "damage": damage, "found": found, "n_decides": decides})
+    return out or ([not_asked(claim, study)] if claim.benchmark else [entry(claim, "undecided", 0) | {"benchmark": panel.source, "reason": "not trained, or not asked"}])
+
+
+def entry(claim: Claim, verdict: str, n: int) -> dict:
+    return {"id": claim.id, "text": claim.text, "source": claim.source, "test": test_of(claim), "verdict": verdict, "n": n, "protocol": PROTOCOL}
+
+
+def not_asked(claim: Claim, study: Mapping) -> dict:
+    other = claim.preset not in (None, study["preset"])
+    return entry(claim, "undecided", 0) | {"benchmark": claim.benchmark, "reason": f"about preset {claim.preset}" if other else "not trained, or not asked"}
 
 
 # Does the instrument find the truth where it is known?
 
 WORLD = [(True, (0.4, 0.3, 0.2, 0.1), 0.4), (True, (0.7, 0.3), 0.9), (True, (0.25,) * 4, 0.6), (False, (0.1,) * 10, 0.7)]
 # groups of questions: whether they need the picture, how frequent each answer is, how often a base is well formed
+READABLE = 1 / 3  # share of malformed responses whose answer can be read all the same
 NOVICE = {"sees": 0.0, "reads": 0.3, "majority": False, "form": 1.0}  # form: exponent on a group's share of well-formed answers
 LEARNERS = {  # what a base is, what training changes, and the one part in which the whole gain must land
+    "answers at random, and learns nothing": ({"reads": 0.0}, {}, None),
     "learns nothing": ({"sees": 0.3}, {}, None),
     "learns the form alone": ({"sees": 0.3}, {"form": 0.1}, "format"),
     "learns to look at 6 pictures in 10": ({}, {"sees": 0.6}, "visual"),
@@ -410,39 +632,64 @@ def simulate(rng: np.random.Generator, gold: np.ndarray, donor: np.ndarray, sees
         if shown is not None:
             answer = np.where(needs & (rng.random(n) < sees), shown, answer)
         formed = rng.random(n) < formed_share**form
-        out[name] = answer, 1.0 * ((answer == gold) & formed)[None], 1.0 * formed[None]
+        readable = formed | (rng.random(n) < READABLE)
+        out[name] = np.where(readable, answer, -1), 1.0 * ((answer == gold) & readable)[None], 1.0 * formed[None]
     return out
 
 
 def expected_accuracy(sees, reads, majority, form) -> float:
-    """Of such a policy on clean input, in closed form: well formed, and known or guessed."""
-    return float(np.mean([f**form * (k + (1 - k) * (w[0] if majority else 1 / len(w)))
+    """Of such a policy on clean input, in closed form: readable, and known or guessed."""
+    return float(np.mean([(f**form + (1 - f**form) * READABLE) * (k + (1 - k) * (w[0] if majority else 1 / len(w)))
                           for needs, w, f in WORLD for k in [sees if needs else reads]]))
 
 
-def check_measures(n: int = 4000) -> list[dict]:
+def expected_strict(sees, reads, majority, form) -> float:
+    """Right with the picture and not without: seen and readable, and the blank picture's own draws fail."""
+    out = []
+    for needs, w, f in WORLD:
+        readable, guess = f**form + (1 - f**form) * READABLE, lambda k: [k + (1 - k) * (i == 0 if majority else 1 / len(w)) for i in range(len(w))]
+        with_, without = guess(sees if needs else reads), guess(0.0 if needs else reads)  # by which answer is right
+        out.append(sum(p * readable * a * (1 - readable * b) for p, a, b in zip(w, with_, without)))
+    return float(np.mean(out))
+
+
+def expected_leaning(sees, reads, majority, form) -> float:
+    """On the blank picture: share of answers that are the majority's, less its share of the right ones."""
+    return float(np.mean([(f**form + (1 - f**form) * READABLE) * (k * w[0] + (1 - k) * (1.0 if majority else 1 / len(w))) - w[0]
+                          for needs, w, f in WORLD for k in [0.0 if needs else reads]]))
+
+
+def check_measures(n: int = 4000, resamples: int = 500, seed: int = 1) -> list[dict]:
     """Simulated policies of known truth, through the same functions as the real ones.
 
-    A measurement passes within one width of its 95% interval, four standard errors, of the truth.
+    A measurement passes within one width of its 95% interval, four standard errors, of the truth, and if that width is below 15 points.
     """
-    rng, group = np.random.default_rng(1), np.arange(n) % len(WORLD)
+    rng, group = np.random.default_rng(seed), np.arange(n) % len(WORLD)
     gold, donor = (np.array([rng.choice(len(WORLD[g][1]), p=WORLD[g][1]) for g in group]) for _ in range(2))
-    weights, entries = resample(n, 500, "check"), []
+    weights, entries = resample(n, resamples, "check", seed), []
 
     def check(what, found, truth):
         width = found["ci95"][1] - found["ci95"][0]
-        entries.append({"check": what, "truth": truth, **found, "passed": bool(abs(found["value"] - truth) <= width)})
+        value = next(found[key] for key in ("value", "share") if key in found)
+        entries.append({"check": what, "truth": truth, **found, "value": value, "passed": bool(abs(value - truth) <= width < 0.15)})
+    questions = [{"group": int(g), "answer_type": "integer", "answer": int(answer)} for g, answer in zip(group, gold)]
+    panel = Panel("simulated", questions, {}, weights, [None] * n, 0)
+    panel.majority = lambda: np.zeros(n, int)  # which is so in truth, if not in every sample
     for learner, (was, change, part) in LEARNERS.items():
         before, after = NOVICE | was, NOVICE | was | change
-        base, policy = ({name: x[1:] for name, x in simulate(rng, gold, donor, **settings).items()} for settings in (before, after))
-        found = split_gain(weights, np.eye(len(WORLD))[group], base, policy, "blank")
+        told, learnt = (simulate(rng, gold, donor, **settings) for settings in (before, after))
+        base, policy = ({name: x[1:] for name, x in each.items()} for each in (told, learnt))
+        found = split_gain(weights, np.eye(len(WORLD))[group], base, policy, ["blank"])
         for name in ("total", *PARTS):
             truth = expected_accuracy(**after) - expected_accuracy(**before) if name in ("total", part) else 0.0
             check(f"{learner}: {name.replace('_', '-')}", found[name], truth)
+        strict = policy["clean"][0][0] * (1 - policy["blank"][0][0])
+        check(f"{learner}: strict accuracy", share(strict), expected_strict(**after))
+        check(f"{learner}: leaning to the majority", distribution(panel, learnt["blank"][0])["leaning"], expected_leaning(**after))
     swapped = (group < 3) & (gold != donor)
     for sees in (0.0, 0.6, 0.95):
-        answers = simulate(rng, gold, donor, **NOVICE | {"sees": sees})["mismatch"][0]
-        found = net_following(*(x[swapped] for x in (answers, donor, gold)), weights[:, swapped])
+        answers = simulate(rng, gold, donor, **NOVICE | {"sees": sees, "form": 0.0})["mismatch"][0]
+        found = net_following(*(x[swapped] for x in (answers, donor, gold)))
         check(f"looks at {sees:.0%} of swapped pictures", found, sees)
     return entries
 
@@ -498,7 +745,7 @@ def verdict(name: str, source: str, gain: Mapping) -> str:
     """One policy's gain in words; what it claims, an interval shows."""
     said = {part: f"{points(gain[part]['value'])} points {interval(gain[part]['ci95'], points)}" for part in ("total", "visual")
             if part in gain and gain[part]["value"] is not None}
-    (low, high), surviving = gain["total"]["ci95"], gain["surviving_share"]
+    (low, high), surviving = gain["total"]["ci95"], next(iter(gain["surviving_share"].values()))
     if low <= 0 <= high:
         visual = gain.get("visual", {}).get("ci95")
         return (f"{name} cannot be told from the base on {source}: {said['total']}, n = {gain['total']['n']}."
@@ -508,10 +755,12 @@ def verdict(name: str, source: str, gain: Mapping) -> str:
         return text
     if surviving["value"] is None:
         return f"{text} How much of it needs the picture cannot be told: {surviving['reason']}."
-    text += f" {percent(surviving['value'])} {interval(surviving['ci95'])} of that is form or right without the picture too;"
-    if gain["visual"]["ci95"][0] > 0:
+    text += " Form, or right without the picture too, is " + " or ".join(
+        f"{percent(x['value'])} {interval(x['ci95'])} of that ({name})" for name, x in gain["surviving_share"].items()) + ";"
+    visual = [part["visual"]["ci95"] for part in gain["without"].values()]  # each input without a picture has to agree
+    if all(low > 0 for low, _ in visual):
         return f"{text} {said['visual']} need it."
-    less = "it leans less on the picture than the base does" if gain["visual"]["ci95"][1] < 0 else "no part can be shown to need it"
+    less = "it leans less on the picture than the base does" if all(high < 0 for _, high in visual) else "no part can be shown to need it"
     return f"{text} {less}: {said['visual']}."
 
 
@@ -545,40 +794,72 @@ def matrix_table(r: Mapping, source: str) -> dict:
 
 
 def gain_table(r: Mapping, source: str) -> dict:
+    rows = labelled(r, source, "gains")
+    names = list(dict.fromkeys(name for _, gain in rows for name in gain["surviving_share"]))
     return table(f"{source}: gain over the base in points with 95% intervals (paired bootstrap), n = {r['sources'][source]['n']}",
-                 ["policy", "total", "format", "image-free", "visual", "needs no picture"], [
-        (name, [cell(gain.get(part), points) for part in ("total", *PARTS)] + [cell(gain["surviving_share"])])
-        for name, gain in labelled(r, source, "gains")])
+                 ["policy", "total", "format", "image-free", "visual", *(f"survives without the picture ({name})" for name in names)], [
+        (name, [cell(gain.get(part), points) for part in ("total", *PARTS)] + [cell(gain["surviving_share"].get(x)) for x in names])
+        for name, gain in rows])
 
 
 def tests_table(r: Mapping) -> dict:
     said = lambda t: "no difference shown" if t["p_holm"] >= 0.05 else "better" if t["value"] > 0 else "worse"
     rows = [(f"{t['policy']} against {t['reference']}, {t['source']}", [cell(t, points, n=True), *((text, "") for text in (
-        t["only_policy"], t["only_reference"], f"{t['p']:.2g}", f"{t['p_holm']:.2g}", said(t)))]) for t in r["tests"]]
-    return table(f"McNemar's exact test; p corrected for all {len(rows)} comparisons shown (Holm); differences in points, 95% intervals",
-                 ["comparison", "difference", "only it right", "only the other", "p", "p, Holm", "so"], rows)
+        t["only_policy"], t["only_reference"], f"{t['p']:.2g}", f"{t['p_holm']:.2g}", points(t["detectable"]).strip("+"), said(t)))]) for t in r["tests"]]
+    return table(f"McNemar's exact test; p corrected for all {len(rows)} comparisons shown (Holm); differences in points, 95% intervals; n can show: the smallest difference found in 80 of 100 studies like this",
+                 ["comparison", "difference", "only it right", "only the other", "p", "p, Holm", "n can show", "so"], rows)
+
+
+def number(x: float) -> str:
+    return f"{x:+.2f}".replace("-", "\N{MINUS SIGN}")
 
 
 def source_tables(r: Mapping, source: str) -> list[dict]:
-    """Dependence on the picture; and folded: by group, words in responses, answers against the right ones."""
-    about, columns = r["sources"][source], {
-        "strict accuracy": "strict", "visual information, nats": "visual_information", "follows a swapped picture": "follows_picture",
-        "well formed": "well_formed", "cut short": "truncated"}
+    """Dependence on the picture; and folded: how answers are distributed, by group, words, answers against the right ones."""
+    about = r["sources"][source]
+    looks_at = {"strict accuracy": "strict", "visual information, nats": "visual_information", "follows a swapped picture": "follows_picture",
+                "well formed": "well_formed", "no answer found": "unparsed", "cut short": "truncated", "tokens": "length"}
+    form = lambda key: {"visual_information": number, "length": lambda x: f"{x:.1f}"}.get(key, percent)
     found = lambda key, policy: (x := r.get(key, {}).get(policy, {}).get(source)) and x.get("clean", x)
-    form = lambda key: (lambda x: f"{x:+.2f}".replace("-", "\N{MINUS SIGN}")) if key == "visual_information" else percent
-    looking = [(policy, [cell(found(key, policy), form(key), n=True) for key in columns.values()]) for policy in about["policies"]]
-    asked = [(policy, name) for policy in about["policies"] for name in ("clean", about["without_picture"]) if name]
+    looking = [(policy, [cell(found(key, policy), form(key), n=True) for key in looks_at.values()]) for policy in about["policies"]]
+    asked = [(policy, name) for policy in about["policies"] for name in r["distribution"][policy][source]]
     heads = ["", *(f"{policy}, {name}" for policy, name in asked)]
+    spread = {"distance from the right answers (total variation)": "total_variation", "leaning to the majority's answer": "leaning",
+              "distance of the letters": "letter_bias", "entropy, bits": "entropy", "entropy of the right answers, bits": "entropy_right"}
+    spreads = [(what, [cell(r["distribution"][policy][source][name].get(key), number if "entropy" in key else percent) for policy, name in asked])
+               for what, key in spread.items()]
     groups = [({"needs_image": "needs the picture: "}.get(key, "") + value, [cell(r["breakdown"][policy][source][key][value][name], n=True)
               for policy, name in asked]) for key, values in r["breakdown"]["base"][source].items() for value in values]
     words = [(what, [cell(r["says"][policy][source][name][what]) for policy, name in asked]) for what in SAYS]
     given = [(f"{group}: {text}", [cell(right, n=True), *(cell(r["answers"][policy][source][name][group][text]) for policy, name in asked)])
              for group, rights in r["gold"]["base"][source].items() for text, right in rights.items()]
-    return [table(f"{source}, 95% intervals", ["policy", *columns], looking),
+    return [table(f"{source}, 95% intervals", ["policy", *looks_at], looking),
+            table(f"{source}: 95% intervals, n = {about['n']}", heads, spreads, "How answers are distributed"),
             table(f"{source}: right answers, 95% intervals", heads, groups, "By group, and by whether the picture is needed"),
             table(f"{source}: responses with such words, 95% intervals, n = {about['n']}", heads, words, "What the responses say"),
             table(f"{source}: how often each answer is right, and is given, 95% intervals; the most frequent right ones of each group",
                   ["", "right", *heads[1:]], given, "Answers given, against the right ones")]
+
+
+def card_table(r: Mapping) -> dict:
+    """One line a benchmark: what it asks for, and what blind answers are worth."""
+    shares = {"always the majority's answer": "majority", "base, blank": "blank", "base, removed": "removed", "base, either": "unseen",
+              "said to need the picture": "says_it_needs_the_picture"}
+    rows = [(source, [(str(x["n"]), ""), (str(x["groups"]), ""), (", ".join(f"{name} {percent(y['share'])}" for name, y in x["types"].items()), ""),
+                      (percent(x["one_choice"]) if "one_choice" in x else "\N{EN DASH}", ""), *(cell(x.get(key)) for key in shares.values())])
+            for source, x in r["card"].items()]
+    return table("right without looking, 95% intervals; n questions", ["benchmark", "n", "groups", "answers", "a blind choice", *shares], rows)
+
+
+def claims_table(r: Mapping) -> dict:
+    rows = []
+    for c in r["claims"]:
+        decides = f"n = {c['n_decides']:,} would decide" if c.get("n_decides") else c.get("reason", "")
+        mark = {"reproduced": "\N{CHECK MARK} ", "contradicted": "\N{BALLOT X} "}.get(c["verdict"], "? ")
+        where = " ".join(filter(None, (c["benchmark"], f"({c['damage']})" if c.get("damage") else "")))
+        rows.append((c["text"], [(c["source"], ""), (where or "any", ""), cell(c.get("found"), points, n=True), (mark + c["verdict"], decides)]))
+    return table("differences of accuracy in points, 95% intervals; each verdict stands alone, they are not corrected for their number",
+                 ["claim", "who says so", "on", "found here", "verdict"], rows)
 
 
 def check_table(r: Mapping) -> dict:
@@ -800,7 +1081,7 @@ PAGE = """{% macro scroll(label) %}<div class="scroll" tabindex="0" role="region
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <title>Seeing or guessing</title><style>{{ css }}</style></head><body>
 <header><p class="soft">Seeing or guessing: {{ study.model }} model, trained on {{ study.sources.train }}</p>
-{% if heads %}{% set lead = heads[0] %}{% set survives = lead.gain.surviving_share %}{% set bare = r.sources[lead.source].without_picture %}
+{% if heads %}{% set lead = heads[0] %}{% set bare, survives = (lead.gain.surviving_share.items()|list)[0] %}
 <h1>{% if survives.value is not none and survives.ci95[0] > 0 %}{{ percent(survives.value) }} of what {{ lead.name }} gained on {{ lead.source }}
 survives without the picture ({{ bare }}){% elif survives.value is not none
 %}What {{ lead.name }} gained on {{ lead.source }} is not shown to survive without the picture ({{ bare }})
@@ -812,7 +1093,8 @@ survives without the picture ({{ bare }}){% elif survives.value is not none
 </div>
 {% endfor %}</div>{% else %}<h1>No trained policy has answers yet</h1>{% endif %}
 {% set check = r.instrument_check %}{% if check.passed %}<div class="box ok"><strong>✓ The instrument check passed.</strong>
-<span>All {{ check.entries|length }} measurements find the truth where it is known. <a href="#check">See them</a></span></div>{% else %}
+<span>All {{ check.entries|length }} measurements find the truth where it is known{% if "shapes" not in r.sources %}: simulated policies
+alone, as no answers to shapes were there to test{% endif %}. <a href="#check">See them</a></span></div>{% else %}
 <div class="box bad" role="alert"><strong>✗ The instrument check did not pass: explain this before you believe the split.</strong><ul>
 {% for e in check.entries if not e.passed %}<li>{{ e.check }} {{ percent(e.truth) }}; found {{ percent(e.value) }} {{ interval(e.ci95) }},
 n = {{ e.n }}</li>{% endfor %}</ul></div>{% endif %}
@@ -838,7 +1120,13 @@ the right answer is with the picture than without. Follows: answers that fit a s
 who never looks
 gets 0.</p>{% for source, about in r.sources.items() %}{% for t in tables[source] %}{{ table(t) }}{% if loop.first and stress[source] %}
 {{ charts(stress[source], about.policies) }}{% endif %}{% endfor %}{% endfor %}</section>
-{% if training %}<section><h2>How training went</h2>
+<section><h2>Do the benchmarks need the picture?</h2>
+<p>What blind answers are worth: a benchmark whose base does as well without the picture cannot show that anyone looks.</p>{{ table(card) }}
+</section>
+{% if heads %}<section><h2>What was claimed, and what this study says</h2><p>Each claim with a test that was fixed before any run: it is reproduced
+if the interval lies within what is claimed, contradicted if it lies outside, undecided otherwise. {{ protocol }}</p>{{ table(claims) }}
+<details><summary>The tests</summary><ul>{% for id, test in tests_of.items() %}<li>{{ id }}: {{ test }}</li>{% endfor %}</ul></details></section>
+{% endif %}{% if training %}<section><h2>How training went</h2>
 <p>Means over the sampled completions of a step, on the questions as each policy saw them, smoothed
 over a twentieth of the steps: a record, not a measurement.</p>{{ charts(training, r.provenance.policies) }}</section>{% endif %}
 <section><h2>See for yourself</h2><p>The first question of each group under everything that was done to it. Single cases illustrate; they
@@ -871,7 +1159,8 @@ seeds, only part of that luck. All numbers: results.json. Tables to paste: table
 
 EXPLAINED = {"Intervals of shares": wilson, "Intervals of differences": estimate, "Several seeds": collect, "Paired tests": mcnemar,
              "Many tests": holm, "Parts of a gain": split_gain, "The format part": form_part,
-             "Strict accuracy, visual information": measure,
+             "Strict accuracy, visual information": measure, "How answers are distributed": distribution, "Distances between distributions": corrected,
+             "What n can show": detectable, "What a benchmark is like": card, "Claims and their verdicts": judge,
              "Follows a swapped picture": net_following, "Instrument check, simulated": check_measures,
              "Instrument check, on shapes": check_shapes}
 
@@ -880,9 +1169,20 @@ def markdown(tables: Iterable[Mapping]) -> str:
     """Tables to paste; what comes from outside stays text."""
     plain = lambda text: re.sub(r"([|<>&`*_\[\]\\])", r"\\\1", " ".join(visible(shorten(text, 120)).split()))
     line = lambda cells: f"| {' | '.join(cells)} |\n"
+    both = lambda cell: "; ".join(filter(None, cell)) if cell[0] == "cannot be told" else " ".join(filter(None, cell))
     return "\n".join(f"{plain(t['caption'])}\n\n" + line(map(plain, t["columns"])) + line(["---"] + ["---:"] * (len(t["columns"]) - 1))
-                     + "".join(line([plain(name), *(" ".join(filter(None, cell)) for cell in cells)]) for name, cells in t["rows"])
-                     for t in tables)
+                     + "".join(line([plain(name), *(both(cell) for cell in cells)]) for name, cells in t["rows"]) for t in tables)
+
+
+def latex(t: Mapping) -> str:
+    """The same table for a paper: rows, columns, intervals below the numbers; packages booktabs, makecell."""
+    codes = {"\\": r"\textbackslash{}", "\N{MINUS SIGN}": "$-$", "\N{EN DASH}": "--", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    plain = lambda text: "".join(codes.get(c, "\\" + c if c in "&%$#_{}" else c) for c in " ".join(visible(shorten(text, 120)).split()))
+    pair = lambda cell: rf"\makecell{{{plain(cell[0])} \\ {{\scriptsize {plain(cell[1])}}}}}" if cell[1] else plain(cell[0])
+    line = lambda cells: " & ".join(cells) + r" \\" + "\n"
+    body = "".join(line([plain(name), *map(pair, cells)]) for name, cells in t["rows"])
+    return (f"% {plain(t['caption'])}\n\\begin{{tabular}}{{l{'r' * (len(t['columns']) - 1)}}}\n\\toprule\n"
+            + line(map(plain, t["columns"])) + "\\midrule\n" + body + "\\bottomrule\n\\end{tabular}\n")
 
 
 def render(data: Path, study: Mapping, panels: Sequence[Panel], r: dict, most: int) -> str:
@@ -900,7 +1200,8 @@ def render(data: Path, study: Mapping, panels: Sequence[Panel], r: dict, most: i
         galleries=galleries,
         gain_charts={source: gain_chart(rows, source) if rows else "" for source, rows in drawn.items()}, gain_tables=each(gain_table),
         matrices=each(matrix_table), tests=tests_table(r), tables=each(source_tables), stress=each(stress_charts, look),
-        training=training_charts(data, look), checks=check_table(r), percent=percent, points=points,
+        training=training_charts(data, look), claims=claims_table(r), card=card_table(r), protocol=PROTOCOL,
+        tests_of={claim.id: test_of(claim) for claim in CLAIMS}, checks=check_table(r), percent=percent, points=points,
         interval=interval, how=[(name, plain(inspect.getdoc(function))) for name, function in EXPLAINED.items()],
         provenance=plain(json.dumps(r["provenance"], indent=1)))
 
@@ -913,11 +1214,13 @@ def main(config: Config) -> dict:
     study = prepare.load_study(data)
     panels = load_panels(data, study, config.resamples, notes, checked)
     runs = sorted({policy for panel in panels for policy in panel.answers if (data / "policies" / policy / "config.json").exists()})
-    results = collect(panels, study["seed"]) | {"notes": notes, "provenance": {
+    results = collect(panels, study) | {"notes": notes, "provenance": {
         "study": study, "policies": {run: json.loads((data / "policies" / run / "config.json").read_text()) for run in runs},
         "resamples": config.resamples, "versions": prepare.versions(), "inputs": dict(sorted(checked.items()))}}
     page = render(data, study, panels, results, config.gallery)
-    tables = markdown(f(results, source) for source in results["sources"] for f in (matrix_table, gain_table))
+    main_tables = [f(results, source) for source in results["sources"] for f in (matrix_table, gain_table)]
+    tables = markdown([*main_tables, claims_table(results), card_table(results)])
+    tables += "\nFor LaTeX (booktabs, makecell):\n\n```latex\n" + "\n".join(map(latex, main_tables)) + "```\n"
     for name, text in ("index.html", page), ("tables.md", tables), ("results.json", json.dumps(results, indent=1)):
         with prepare.replacing(data / "report" / name) as part:
             part.write_text(text, encoding="utf-8")

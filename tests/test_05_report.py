@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 from scipy import stats
+from statsmodels.stats.contingency_tables import mcnemar
+from statsmodels.stats.proportion import proportion_confint
 
 PICTURE = {"clean": 1.0, "blur-0.02": 0.8, "blur-0.05": 0.4, "blur": 0.1, "occlude-0.25": 0.6, "occlude": 0.3,
            "occlude-0.75": 0.1, "misleading": 0.8, "unsaid": 0.9, "mismatch": 1.0}  # how much an input shows; others: nothing
@@ -122,6 +124,25 @@ def test_mcnemar_is_the_binomial_test_of_the_discordant_pairs(report, one, two):
     assert report.mcnemar(one, two) == pytest.approx(truth, rel=1e-9)
 
 
+@given(st.integers(0, 400), st.integers(1, 400))
+@settings(max_examples=60, deadline=None)
+def test_wilson_and_mcnemar_are_statsmodels(report, hits, more):
+    n = hits + more
+    assert report.wilson(hits, n) == pytest.approx(proportion_confint(hits, n, method="wilson"), abs=1e-9)
+    table = mcnemar([[7, hits], [more, 5]], exact=True)
+    assert report.mcnemar(hits, more) == pytest.approx(table.pvalue, abs=1e-9)
+
+
+def test_what_n_can_show_is_shown_in_80_of_100_studies(report):
+    """Paired outcomes of which a share d differs, and of which the truth is the smallest difference that n is said to show."""
+    rng, n, discordant, found = np.random.default_rng(0), 1000, 0.2, []
+    difference = report.detectable(discordant, n)
+    for _ in range(1000):
+        only = rng.multinomial(n, [(discordant + difference) / 2, (discordant - difference) / 2, 1 - discordant])
+        found.append(abs(only[0] - only[1]) > 1.96 * (only[0] + only[1] - (only[0] - only[1]) ** 2 / n) ** 0.5)
+    assert np.mean(found) == pytest.approx(0.8, abs=0.04)
+
+
 @given(st.lists(st.floats(0, 1), max_size=12))
 def test_holm_rejects_what_stepping_down_rejects(report, ps):
     corrected = report.holm(ps)
@@ -163,7 +184,7 @@ def test_format_part_by_hand(report):
 def test_the_parts_add_up_whatever_the_answers(report, seed, n):
     rng = np.random.default_rng(seed)
     draw = lambda: {name: tuple((rng.random((1, n)) < rng.random()) * 1.0 for _ in "cf") for name in ("clean", "blank")}
-    found = report.split_gain(report.resample(n, 50, seed), np.eye(3)[rng.integers(0, 3, n)], base := draw(), policy := draw(), "blank")
+    found = report.split_gain(report.resample(n, 50, seed), np.eye(3)[rng.integers(0, 3, n)], base := draw(), policy := draw(), ["blank"])
     assert found["total"]["value"] == pytest.approx(policy["clean"][0].mean() - base["clean"][0].mean())
     if found["visual"]["value"] is not None:
         assert sum(found[part]["value"] for part in ("format", "image_free", "visual")) == pytest.approx(found["total"]["value"])
@@ -193,7 +214,7 @@ def test_gain_split_is_unbiased_and_covers(report, learnt, truth):
     rng, found = np.random.default_rng(3), []
     for trial in range(120):
         strata, base, policies = learners(rng, 300)
-        found.append(report.split_gain(report.resample(300, 200, trial), strata, base, policies[learnt], "blank"))
+        found.append(report.split_gain(report.resample(300, 200, trial), strata, base, policies[learnt], ["blank"]))
     for part, expected in truth.items():
         values = np.array([f[part]["value"] for f in found])
         assert values.mean() == pytest.approx(expected, abs=4 * values.std() / 120**0.5 + 1e-3), part
@@ -206,23 +227,23 @@ def test_unstratified_form_would_blame_the_picture(report):
     rng, biased = np.random.default_rng(4), []
     for trial in range(40):
         strata, base, policies = learners(rng, 300)
-        biased.append(report.split_gain(report.resample(300, 2, trial), np.ones((300, 1)), base, policies["format"], "blank")["image_free"]["value"])
+        biased.append(report.split_gain(report.resample(300, 2, trial), np.ones((300, 1)), base, policies["format"], ["blank"])["image_free"]["value"])
     assert np.mean(biased) < -0.03
 
 
 def test_surviving_share_is_told_only_of_a_gain(report):
     strata, base, policies = learners(np.random.default_rng(5), 300)
     weights = report.resample(300, 300, 0)
-    split = lambda policy, without="blank": report.split_gain(weights, strata, base, policy, without)["surviving_share"]
+    split = lambda policy, withouts=("blank",): report.split_gain(weights, strata, base, policy, withouts)["surviving_share"]["blank"]
     low, high = split(policies["format"])["ci95"]
     assert low <= 1 <= high
     assert split(base)["value"] is None and "no gain" in split(base)["reason"]
-    assert split(policies["format"], None)["value"] is None
+    assert split(policies["format"], ())["value"] is None
     worse = {name: (0 * c, f) for name, (c, f) in base.items()}
     assert split(worse)["value"] is None  # of a loss, nothing survives
     never = {name: (0 * c, 0 * f) for name, (c, f) in base.items()}
-    nothing = report.split_gain(weights, strata, never, policies["format"], "blank")
-    assert nothing["format"]["value"] is None and nothing["surviving_share"]["value"] is None and nothing["total"]["value"] > 0
+    nothing = report.split_gain(weights, strata, never, policies["format"], ["blank"])
+    assert nothing["format"]["value"] is None and nothing["surviving_share"]["blank"]["value"] is None and nothing["total"]["value"] > 0
 
 
 @pytest.mark.parametrize("looks", [0.0, 0.6, 1.0])
@@ -233,7 +254,7 @@ def test_net_following_is_the_share_that_looks(report, looks):
     pairs = gold.reshape(-1, 2)
     shown, gold = pairs[:, ::-1][pairs[:, 0] != pairs[:, 1]].ravel(), pairs[pairs[:, 0] != pairs[:, 1]].ravel()
     answer = np.where(rng.random(len(gold)) < looks, shown, rng.choice(4, len(gold), p=[0, 0, 0.1, 0.9]))
-    found = report.net_following(answer, shown, gold, report.resample(len(gold), 300, 0))
+    found = report.net_following(answer, shown, gold)
     assert found["value"] == pytest.approx(looks, abs=0.05) and found["ci95"][0] - 1e-9 <= looks <= found["ci95"][1] + 1e-9
 
 
@@ -242,9 +263,86 @@ def test_net_following_is_the_share_that_looks(report, looks):
 
 def test_instrument_check_finds_the_truth_and_notices_a_broken_measure(report, monkeypatch):
     entries = report.check_measures()
-    assert all(e["passed"] for e in entries) and len({e["check"] for e in entries}) == len(entries) > 25
+    assert all(e["passed"] for e in entries) and len({e["check"] for e in entries}) == len(entries) > 50
     monkeypatch.setattr(report, "form_part", lambda weights, *_: np.zeros(len(weights)))
     assert {"learns the form alone: format"} <= {e["check"] for e in report.check_measures() if not e["passed"]}
+
+
+def test_intervals_cover_the_truth_in_500_simulated_studies(report):
+    """Every measure, for every type of policy: between 92 and 98 of 100 intervals hold the truth."""
+    covered = {}
+    for study in range(500):
+        for e in report.check_measures(n=1000, resamples=500, seed=study):
+            covered.setdefault(e["check"], []).append(e["ci95"][0] - 1e-9 <= e["truth"] <= e["ci95"][1] + 1e-9)
+    share = {check: np.mean(hits) for check, hits in covered.items()}
+    assert len(share) > 50 and all(len(hits) == 500 for hits in covered.values())
+    assert all(0.92 <= value <= 0.98 for value in share.values()), {check: value for check, value in share.items() if not 0.92 <= value <= 0.98}
+
+
+@pytest.mark.parametrize("given", [(0.4, 0.3, 0.2, 0.1), (0.1, 0.2, 0.3, 0.4), (0.25, 0.25, 0.25, 0.25), (0.85, 0.05, 0.05, 0.05)])
+def test_distributions_of_answers_against_closed_forms(report, given):
+    """Total variation, leaning and entropy of a policy that draws its answers from a known distribution, in 200 studies."""
+    right, n, hits, values = (0.4, 0.3, 0.2, 0.1), 400, {}, {}
+    nats = lambda p: -sum(x * math.log2(x) for x in p if x)
+    truth = {"total_variation": sum(abs(a - b) for a, b in zip(given, right)) / 2, "leaning": given[0] - right[0], "entropy": nats(given),
+             "entropy_right": nats(right), "letter_bias": sum(abs(a - b) for a, b in zip(given, right)) / 2}
+    for study in range(200):
+        rng = np.random.default_rng(study)
+        gold, texts = (["ABCD"[i] for i in rng.choice(4, n, p=p)] for p in (right, given))
+        questions = [{"group": "g", "answer_type": "choice", "answer": a} for a in gold]
+        found = report.distribution(report.Panel("s", questions, {}, report.resample(n, 200, study), [None] * n, 0), texts)
+        for key, value in found.items():
+            hits.setdefault(key, []).append(value["ci95"][0] - 1e-9 <= truth[key] <= value["ci95"][1] + 1e-9)
+            values.setdefault(key, []).append(value["value"])
+    assert hits.keys() == truth.keys()
+    for key, expected in truth.items():
+        assert np.mean(values[key]) == pytest.approx(expected, abs=0.012 + 0.03 * (expected == 0)), key  # 0 is an end: above it alone
+        assert np.mean(hits[key]) > 0.88, key
+
+
+def test_swapped_answers_are_noticed(report, prepare, copy):
+    """Two policies' files change places: each row names the adapter that gave it."""
+    one, two = (copy / "answers" / policy / "shapes" / "clean.jsonl" for policy in ("standard-s0", "mixed-blank-s0"))
+    a, b = one.read_bytes(), two.read_bytes()
+    one.write_bytes(b), two.write_bytes(a)
+    with pytest.raises(prepare.UserError, match="is by standard-s0, not by mixed-blank-s0|is by mixed-blank-s0, not by standard-s0"):
+        run(report, copy)
+    one.write_bytes((copy / "answers" / "base" / "shapes" / "clean.jsonl").read_bytes())
+    two.write_bytes(b)
+    with pytest.raises(prepare.UserError, match="is by base, not by standard-s0"):
+        run(report, copy)
+
+
+def test_clean_pictures_in_the_place_of_blank_ones_are_noticed(report, prepare, copy):
+    """After the answers were given, by the hash; before, by what nobody can get right without a picture."""
+    blank, clean = (copy / prepare.input_path("shapes", name) for name in ("blank", "clean"))
+    blank.write_bytes(clean.read_bytes())
+    with pytest.raises(prepare.UserError, match="blank"):
+        run(report, copy)
+    digest, key = prepare.sha256(blank), prepare.input_path("shapes", "blank")
+    for policy in POLICIES:
+        seen = {row["id"]: row for row in answers(copy, policy, "clean")}
+        rewrite(copy, policy, "blank", lambda rows: [seen[row["id"]] | {"made_from": row["made_from"] | {key: digest}} for row in rows])
+    check = run(report, copy)["instrument_check"]
+    assert not check["passed"] and any("without the picture" in e["check"] for e in check["entries"] if not e["passed"])
+
+
+def test_a_grader_that_accepts_everything_is_noticed(report, copy):
+    for policy in POLICIES:
+        for name in ("clean", "blank", "removed", "mismatch"):
+            rewrite(copy, policy, name, lambda rows: [row | {"correct": True, "well_formed": True} for row in rows])
+    check = run(report, copy)["instrument_check"]
+    assert not check["passed"] and sum(not e["passed"] for e in check["entries"]) >= len(POLICIES)
+
+
+def test_answers_that_were_cut_differently_are_not_compared(report, prepare, copy):
+    rewrite(copy, "standard-s0", "blank", lambda rows: [row | {"max_new_tokens": 99} for row in rows])
+    for policy in POLICIES:
+        for name in ("clean", "blank", "removed", "mismatch"):
+            if (policy, name) != ("standard-s0", "blank"):
+                rewrite(copy, policy, name, lambda rows: [row | {"max_new_tokens": 40} for row in rows])
+    with pytest.raises(prepare.UserError, match="cut after 40 tokens, others after 99"):
+        run(report, copy)
 
 
 def test_instrument_check_notices_a_policy_that_sees_without_picture(report, copy):
@@ -312,9 +410,10 @@ def test_gains_find_the_simulated_policies(results):
     gains = {policy: x["shapes"] for policy, x in results["gains"].items()}
     assert set(gains) == set(POLICIES) - {"base"}
     for gain in gains.values():
-        assert set(gain) == {"total", "format", "image_free", "visual", "surviving_share"}
+        assert set(gain) == {"total", "format", "image_free", "visual", "without", "surviving_share"}
+        assert set(gain["without"]) == set(gain["surviving_share"]) == {"blank", "removed"}
         assert sum(gain[part]["value"] for part in ("format", "image_free", "visual")) == pytest.approx(gain["total"]["value"])
-        assert all({"value", "ci95", "n"} <= set(x) for x in gain.values())
+        assert all({"value", "ci95", "n"} <= set(x) for key in ("without", "surviving_share") for x in gain[key].values() if key != "without")
     assert gains["standard-s0"]["visual"]["value"] > gains["hallucination-blank-s0"]["visual"]["value"]
     follows = {policy: x["shapes"]["value"] for policy, x in results["follows_picture"].items()}
     assert follows["standard-s0"] > follows["hallucination-blank-s0"] > follows["base"]
@@ -357,13 +456,17 @@ def test_seeds_are_pooled_and_their_spread_shows(report, prepare, corrupt, tmp_p
 
 def test_sentences_claim_what_intervals_show(report):
     part = lambda value, low, high: {"value": value, "ci95": [low, high], "n": 50}
-    gain = {"total": part(0.1, -0.02, 0.2), "visual": part(0.1, 0.05, 0.2), "surviving_share": {"value": None, "reason": "r"}}
+    gain = {"total": part(0.1, -0.02, 0.2), "visual": part(0.1, 0.05, 0.2), "surviving_share": {"blank": {"value": None, "reason": "r"}}}
+    visual = lambda *parts: {"visual": parts[0], "without": {name: {"visual": x} for name, x in zip(("blank", "removed"), parts)}}
     assert "cannot be told from the base" in report.verdict("a", "s", gain) and "But the visual part" in report.verdict("a", "s", gain)
     assert "But" not in report.verdict("a", "s", gain | {"visual": part(0.1, -0.05, 0.2)})
-    gain |= {"total": part(0.1, 0.02, 0.2), "surviving_share": part(0.4, 0.1, 0.9)}
-    assert "gains +10.0 points [2.0, 20.0]" in report.verdict("a", "s", gain) and "need it" in report.verdict("a", "s", gain)
-    assert "no part can be shown to need it" in report.verdict("a", "s", gain | {"visual": part(0.1, -0.05, 0.2)})
-    assert "leans less on the picture" in report.verdict("a", "s", gain | {"visual": part(-0.1, -0.2, -0.05)})
+    gain |= {"total": part(0.1, 0.02, 0.2), "surviving_share": {"blank": part(0.4, 0.1, 0.9), "removed": part(0.6, 0.3, 1.1)}}
+    text = report.verdict("a", "s", gain | visual(part(0.1, 0.05, 0.2), part(0.1, 0.01, 0.2)))
+    assert "gains +10.0 points [2.0, 20.0]" in text and "need it" in text
+    assert "40.0% [10.0, 90.0] of that (blank) or 60.0% [30.0, 110.0] of that (removed)" in text
+    for other in (part(0.1, -0.05, 0.2), part(-0.1, -0.2, -0.05)):  # both inputs without a picture have to agree
+        assert "no part can be shown to need it" in report.verdict("a", "s", gain | visual(part(0.1, 0.05, 0.2), other))
+    assert "leans less on the picture" in report.verdict("a", "s", gain | visual(part(-0.1, -0.2, -0.05), part(-0.1, -0.2, -0.01)))
     assert "loses" in report.verdict("a", "s", gain | {"total": part(-0.1, -0.2, -0.02)})
 
 
@@ -376,12 +479,63 @@ def test_base_alone_and_no_blank_input_still_give_a_page(report, prepare, corrup
     assert "visual" not in found["gains"]["standard-s0"]["shapes"]
 
 
+@pytest.mark.parametrize("low, high, found, says", [
+    (0.0, math.inf, 0.2, "reproduced"), (0.0, math.inf, -0.2, "contradicted"), (0.0, math.inf, 0.001, "undecided"),
+    (0.1, 0.3, 0.2, "reproduced"), (0.3, 0.4, 0.2, "contradicted"), (0.19, 0.21, 0.2, "undecided")])
+def test_verdicts_follow_from_the_interval(report, low, high, found, says):
+    """A policy that is better by a known amount on 400 of 400 questions; where the interval is too wide, four times n halves it."""
+    rng, n = np.random.default_rng(0), 400
+    flip = rng.permutation(n) < abs(round(found * n))
+    row = lambda correct: {"correct": bool(correct), "well_formed": True}
+    base, policy = [row(f and found < 0) for f in flip], [row(f and found > 0) for f in flip]
+    panel = report.Panel("shapes", [{"group": "g"}] * n, {"base": {"clean": base}, "standard-s0": {"clean": policy}},
+                         report.resample(n, 300, 0), [None] * n, 0)
+    claim = report.Claim("c", "t", "s", report.gain_of("standard"), low, high)
+    (entry,) = report.judge(claim, panel, {"preset": "tiny", "seed": 0})
+    assert entry["verdict"] == says and entry["n"] == n and entry["found"]["value"] == pytest.approx(found, abs=0.002)
+    half = max(entry["found"]["value"] - entry["found"]["ci95"][0], entry["found"]["ci95"][1] - entry["found"]["value"])
+    near = min(abs(entry["found"]["value"] - end) for end in (low, high))
+    assert (entry["n_decides"] is None) == (says != "undecided" or near == 0)
+    if entry["n_decides"]:
+        assert half * (n / entry["n_decides"]) ** 0.5 <= near + 1e-9
+
+
+def test_every_claim_has_a_test_a_verdict_and_an_n(report, results):
+    claims = results["claims"]
+    assert {c["id"] for c in claims} == {c.id for c in report.CLAIMS} and len(report.CLAIMS) == len({c.id for c in report.CLAIMS}) == 19
+    assert all(c["verdict"] in ("reproduced", "contradicted", "undecided") and {"id", "text", "source", "test", "verdict", "n"} <= c.keys() for c in claims)
+    asked = {c["id"]: c for c in claims if c["n"]}
+    assert set(asked) == {"damaged-helps", "damaged-beats-clean", "damaged-at-least-half", "clean-gains-blind"}
+    assert asked["damaged-helps"]["verdict"] == "reproduced" and asked["damaged-beats-clean"]["verdict"] == "contradicted"
+    assert all(c["verdict"] == "undecided" and c["reason"] for c in claims if not c["n"])
+
+
+def test_the_card_of_a_benchmark_recounts(results, study):
+    card, rows = results["card"]["shapes"], {name: answers(study, "base", name) for name in ("clean", "blank", "removed")}
+    groups = {}
+    for row in rows["clean"]:
+        groups.setdefault(row["group"], []).append(row["gold"])
+    assert card["majority"]["count"] == sum(max(map(golds.count, golds)) for golds in groups.values())
+    assert card["unseen"]["count"] == sum(a["correct"] or b["correct"] for a, b in zip(rows["blank"], rows["removed"]))
+    assert card["removed"]["correct"] == sum(row["correct"] for row in rows["removed"]) and card["one_choice"] == 0.25
+    assert sum(kind["count"] for kind in card["types"].values()) == card["n"] == len(rows["clean"])
+
+
+def test_the_table_for_latex_is_balanced_and_escaped(report, study):
+    text = (study / "report" / "tables.md").read_text()
+    block = text.split("```latex\n")[1].split("```")[0]
+    assert block.count("\\begin{tabular}") == block.count("\\end{tabular}") == 2 and block.count("{") == block.count("}")
+    assert "\N{MINUS SIGN}" not in block and "hallucination-blank-s0" in block
+    hostile = report.latex(report.table("100% & more", ["a_b", "c"], [("x^2 \\ ~ #1 $", [("5%", "{1}")])]))
+    assert "100\\% \\& more" in hostile and "x\\textasciicircum{}2 \\textbackslash{} \\textasciitilde{} \\#1 \\$" in hostile and "\\{1\\}" in hostile
+
+
 def test_tables_hold_the_matrix_and_the_split(study, results):
     text = (study / "report" / "tables.md").read_text()
     cell = results["accuracy"]["standard-s0"]["shapes"]["blank"]
     assert f"{100 * cell['accuracy']:.1f}%" in text and "n = 100" in text
     tables = [block.splitlines() for block in re.findall(r"(?:^\|.*\n)+", text, re.M)]
-    assert len(tables) == 2 and all(len({line.count("|") for line in table}) == 1 for table in tables)
+    assert len(tables) == 4 and all(len({line.count("|") for line in table}) == 1 for table in tables)
 
 
 # Bad input
@@ -485,6 +639,10 @@ def test_hostile_text_is_shown_as_text(report, prepare, copy):
         rewrite(copy, "standard-s0", name, poison)
     for source, target in (("standard-s0", "standard-<img src=x onerror=alert(1)>-s1"),):
         shutil.copytree(copy / "answers" / source, copy / "answers" / target)
+        shutil.copytree(copy / "policies" / source, copy / "policies" / target)
+        for name in ("clean", "blank", "removed", "mismatch"):
+            rewrite(copy, target, name, lambda rows: [row | {"made_from": {k.replace(source, target): v for k, v in row["made_from"].items()}}
+                                                      for row in rows])
     found = run(report, copy, gallery=6)
     text = (copy / "report" / "index.html").read_text()
     page = Page(text)
@@ -527,7 +685,7 @@ def test_page_is_self_contained_and_accessible(study, results):
     drawings = [a for tag, a in page.tags if tag == "svg" and a.get("aria-hidden") != "true"]
     assert len(drawings) >= 4 and all(a["role"] == "img" and a["aria-label"] for a in drawings)
     assert page.text.count("✓ right") and page.text.count("✗ wrong")
-    gain = results["gains"]["standard-s0"]["shapes"]["surviving_share"]
+    gain = results["gains"]["standard-s0"]["shapes"]["surviving_share"]["blank"]
     assert f"{100 * gain['value']:.1f}% of what standard-s0 gained" in " ".join(page.text.split())
 
 
