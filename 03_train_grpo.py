@@ -167,6 +167,9 @@ def load_policy(model: str, max_pixels: int, adapters: Mapping[str, Path] = {}, 
             policy = PeftModel.from_pretrained(full, folder, adapter_name=module_name(name))
         else:
             policy.load_adapter(folder, adapter_name=module_name(name))
+    for module in policy.modules():
+        if isinstance(module, torch.nn.Dropout):  # of an adapter from elsewhere
+            module.p = 0.0
     if lora_rank:
         torch.manual_seed(seed)  # of the adapter's random half
         policy = get_peft_model(full, LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, lora_dropout=0.0, bias="none",
@@ -185,7 +188,7 @@ def load_policy(model: str, max_pixels: int, adapters: Mapping[str, Path] = {}, 
 
 def module_name(adapter: str) -> str:
     """How torch may call it: `hallucination-blur-0.05-s0` has a point, which separates modules."""
-    return adapter.replace(".", "_")
+    return adapter.replace(".", "%2E")
 
 
 def is_packed(module) -> bool:

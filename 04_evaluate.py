@@ -9,10 +9,12 @@ reads   data/study.json, data/questions/, data/corrupted/, data/policies/
 writes  data/answers/POLICY/SOURCE/NAME.jsonl, a line per graded answer; NAME is clean or a corruption
 run     python 04_evaluate.py                     # all policies and inputs: about a minute on 2 CPU cores
         python 04_evaluate.py --policies base standard-s0 --corruptions clean blank --limit 100
+        python 04_evaluate.py --policies base path/to/my_adapter     # a LoRA of your own: does it depend on the picture?
 """
 import functools
 import importlib
 import json
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +25,7 @@ train = importlib.import_module("03_train_grpo")
 
 import torch
 from datasets import Dataset
+from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 Policy, Question, UserError, option = train.Policy, prepare.Question, prepare.UserError, prepare.option
@@ -31,7 +34,7 @@ Policy, Question, UserError, option = train.Policy, prepare.Question, prepare.Us
 @dataclass
 class Config:
     data: str = option("data", "the study's folder")
-    policies: list[str] = option([], "base, or folders of data/policies [all that are finished]")
+    policies: list[str] = option([], "base, folders of data/policies, or paths of other LoRA adapters [base and all that are finished]")
     benchmarks: list[str] = option([], "sources of stage 1 [all benchmarks of the study]")
     corruptions: list[str] = option([], "inputs: clean, or names of stage 2 [all there are]")
     limit: int = option(None, "questions per benchmark, spread over its groups [all]")
@@ -175,10 +178,50 @@ def find_policies(config: Config, study: dict) -> dict[str, tuple[Path | None, d
                 raise UserError(f"{folder} was trained on another model than {study['model']}: delete it and run 03_train_grpo.py again")
             adapter = folder / "adapter_model.safetensors"
             found[name] = (folder, model_files | {str(adapter.relative_to(data)): prepare.sha256(adapter)})
+        elif (folder := Path(name)).is_dir() and folder.resolve().name not in ("base", *finished, *found):
+            check_adapter(folder)
+            adapter = folder.resolve() / "adapter_model.safetensors"
+            found[folder.resolve().name] = (folder, model_files | {str(adapter): prepare.sha256(adapter)})
+        elif folder.is_dir():
+            raise UserError(f"{folder}: a policy is called {folder.resolve().name} already: rename the folder")
         else:
             raise UserError(f"{data / 'policies' / name} holds no finished policy: choose from {', '.join(['base', *finished])}, "
-                            "or run 03_train_grpo.py")
+                            "run 03_train_grpo.py, or give the folder of an adapter")
     return found
+
+
+LORA_WEIGHT = re.compile(r"base_model\.model\.(.*language_model\.layers\..+)\.lora_[AB]\.weight")
+
+
+def check_adapter(folder: Path):
+    """Stop unless the folder holds a plain LoRA of the language model, as PEFT saves it; the vision tower is shared by all policies."""
+    try:
+        settings = json.loads((folder / "adapter_config.json").read_text())
+        with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+            names = list(file.keys())
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{folder} is no adapter (adapter_config.json and adapter_model.safetensors, as PEFT saves them): {error}") from error
+    odd = [key for key in ("use_dora", "modules_to_save", "lora_bias", "use_qalora") if settings.get(key)]
+    odd += [settings.get("peft_type")] * (settings.get("peft_type") != "LORA") + ["bias"] * (settings.get("bias", "none") != "none")
+    odd += [name for name in names if not LORA_WEIGHT.fullmatch(name)][:1]
+    if odd or not names:
+        raise UserError(f"{folder} is no plain LoRA of the language model ({(odd or ['empty'])[0]}): this kit cannot compare it")
+
+
+def load_policies(model: str, max_pixels: int, adapters: Mapping[str, Path]) -> Policy:
+    """One model with all adapters; stops if one does not fit it, or fits in part, which PEFT does not mind."""
+    try:
+        policy = train.load_policy(model, max_pixels, adapters)
+    except (ValueError, RuntimeError, KeyError) as error:
+        raise UserError(f"an adapter ({', '.join(map(str, adapters.values()))}) does not fit {model}: {str(error).splitlines()[0]}") from error
+    there = {name for name, _ in policy.model.named_parameters()}
+    for who, folder in adapters.items():
+        with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+            wanted = {name.removesuffix("weight") + f"{train.module_name(who)}.weight" for name in file.keys()}
+        own = {name for name in there if f".{train.module_name(who)}.weight" in name}
+        if wanted != own:
+            raise UserError(f"{folder} does not fit {model}: {len(wanted ^ own)} of its matrices have no counterpart, such as {min(wanted ^ own)}")
+    return policy
 
 
 def find_inputs(config: Config, study: dict) -> list[tuple[str, str, dict[str, str]]]:
@@ -205,7 +248,7 @@ def main(config: Config) -> dict[tuple[str, str, str], list[dict]]:
     runs = [json.loads(path.read_text())["settings"]["max_new_tokens"] for path in (data / "policies").glob("*/config.json")]
     max_new_tokens = config.max_new_tokens or max(runs, default=preset["max_new_tokens"])  # whichever policies are asked
     adapters = {who: folder for who, (folder, _) in policies.items() if folder}
-    load = functools.cache(lambda: train.load_policy(prepare.model_path(data, study), study["max_pixels"], adapters))
+    load = functools.cache(lambda: load_policies(prepare.model_path(data, study), study["max_pixels"], adapters))
     for source, name, questions in inputs:
         start = time.perf_counter()
         table = prepare.read_questions(data / prepare.input_path(source, name), "run 02_corrupt.py")

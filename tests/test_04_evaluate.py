@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 
 @pytest.fixture
@@ -148,6 +149,59 @@ def test_a_run_on_a_severity_has_a_point_in_its_name(evaluate, prepare, data):
     old.rename(new)
     done = evaluate.main(config(evaluate, data, policies=["base", new.name]))
     assert done[new.name, "shapes", "clean"] != done["base", "shapes", "clean"]
+
+
+def adapter_of_ones_own(data, tmp_path, **changes):
+    """The standard run's adapter as somebody else may have it: in a folder of its own, without this kit's config.json."""
+    folder = tmp_path / "my_adapter"
+    folder.mkdir()
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        shutil.copy(data / "policies" / "standard-s0" / name, folder)
+    settings = json.loads((folder / "adapter_config.json").read_text()) | changes
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def test_an_adapter_from_elsewhere_answers_as_it_should(evaluate, report, data, tmp_path):
+    """Without any training here: stages 1, 2, 4, 5 say whether it depends on the picture. Its dropout is off."""
+    folder = adapter_of_ones_own(data, tmp_path, lora_dropout=0.5)
+    own = evaluate.main(config(evaluate, data, policies=["standard-s0"], corruptions=["clean", "blank"]))
+    shutil.rmtree(data / "policies")
+    shutil.rmtree(data / "answers")
+    done = evaluate.main(config(evaluate, data, policies=["base", str(folder)], corruptions=["clean", "blank"]))
+    strip = lambda rows: [{key: value for key, value in row.items() if key != "made_from"} for row in rows]
+    for name in ("clean", "blank"):
+        assert strip(done["my_adapter", "shapes", name]) == strip(own["standard-s0", "shapes", name]) != strip(done["base", "shapes", name])
+    results = report.main(report.Config(data=str(data), resamples=50, gallery=1))
+    assert "my_adapter" in results["gains"] and "my_adapter" in (data / "report" / "index.html").read_text()
+    (folder / "adapter_model.safetensors").write_bytes(b"another")
+    with pytest.raises(report.UserError, match="my_adapter"):
+        report.main(report.Config(data=str(data), resamples=50, gallery=1))
+
+
+@pytest.mark.parametrize("changes, says", [
+    ({"peft_type": "IA3"}, "no plain LoRA.*IA3"), ({"use_dora": True}, "use_dora"), ({"bias": "all"}, "bias"), ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+    ("visual", "no plain LoRA.*visual"), ("text", "does not fit|no plain LoRA"), ("rank", "does not fit"), ("fewer", "does not fit.*no counterpart"),
+    ("missing", "is no adapter"), ("pickle", "is no adapter"), ("name", "already: rename")])
+def test_adapters_that_cannot_be_compared_are_named(evaluate, prepare, data, tmp_path, changes, says):
+    folder = adapter_of_ones_own(data, tmp_path, **(changes if isinstance(changes, dict) else {}))
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    first = min(tensors)
+    if changes == "visual":
+        save_file(tensors | {"base_model.model.model.visual.blocks.0.mlp.down_proj.lora_A.weight": torch.ones(2, 2)}, path)
+    if changes == "text":  # as adapters of older versions are called
+        save_file({name.replace("model.language_model.", "model."): value for name, value in tensors.items()}, path)
+    if changes == "rank":
+        save_file(tensors | {first: torch.ones(3, tensors[first].shape[1])}, path)
+    if changes == "fewer":
+        save_file({name: value for name, value in tensors.items() if name != first}, path)
+    if changes in ("missing", "pickle"):
+        path.rename(path.with_name("adapter_model.bin" if changes == "pickle" else "x.safetensors"))
+    if changes == "name":
+        folder = folder.rename(folder.with_name("standard-s0"))
+    with pytest.raises(prepare.UserError, match=says):
+        evaluate.main(config(evaluate, data, policies=["base", str(folder)]))
 
 
 def test_stale_questions_and_policies_stop_with_the_stage_to_run(evaluate, prepare, corrupt, data):
