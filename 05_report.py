@@ -247,12 +247,14 @@ class Panel:
                 for name in self.inputs if all(name in self.answers[run] for run in runs)}
 
 
-    def pooled(self, runs: Sequence[str], seed: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """The mean of `outcomes` over runs: (1, n) of one run, or (R, n) with the runs drawn again, as the questions are."""
-        if len(runs) == 1:
-            return self.outcomes(runs)
-        drawn = resample(len(runs), len(self.weights) - 1, seed, *runs)  # (R, k)
-        return {name: tuple(drawn @ x for x in pair) for name, pair in self.outcomes(runs).items()}
+    def drawn(self, runs: Sequence[str], seed: int) -> np.ndarray:
+        """How often each resample draws each run, as shares (R, runs): runs are clusters, drawn again as the questions are."""
+        return resample(len(runs), len(self.weights) - 1, seed, *runs) if len(runs) > 1 else np.ones((1, 1))
+
+    def accuracy(self, runs: Sequence[str], name: str, seed: int) -> np.ndarray:
+        """Replicates (R,) of the mean accuracy of some runs on an input."""
+        right = np.stack([self.column(run, name, "correct") for run in runs])
+        return (self.weights @ right.T * self.drawn(runs, seed)).sum(1)
 
 
 def input_order(name: str) -> tuple:
@@ -298,7 +300,8 @@ def read_answers(data: Path, path: Path, checked: dict) -> list[dict]:
         new = {key: digest for key, digest in row["made_from"].items() if checked.get(key) != digest}
         prepare.check_fresh(data, path, new, f"run 04_evaluate.py --data {data} again")
         checked |= new
-        row["made_from"] = None  # checked, and a kilobyte a row
+        for key in ("made_from", "group", "needs_image"):  # checked, or known from the question: half of what a row weighs
+            row.pop(key, None)
     if len({row["id"] for row in rows}) != len(rows):
         raise UserError(f"{path} answers a question twice: {remedy}")
     return rows
@@ -477,10 +480,12 @@ def collect(panels: Sequence[Panel], study: Mapping) -> dict:
             out["gains"].setdefault(policy, {})[panel.source] = gain = split(panel.outcomes([policy]))
             runs = [run for run in panel.answers if family(run) == family(policy)]
             if policy == runs[-1]:
-                outcomes = panel.pooled(runs, study["seed"])
-                out["pooled"].setdefault(family(policy), {})[panel.source] = {
-                    "runs": runs, "gains": split(outcomes) if len(runs) > 1 else gain,
-                    "accuracy": {name: estimate((panel.weights * x).sum(1), len(panel.questions)) for name, (x, _) in outcomes.items()}}
+                drawn, asked = panel.drawn(runs, study["seed"]), [name for name in panel.inputs if all(name in panel.answers[run] for run in runs)]
+                if len(runs) > 1:
+                    outcomes = panel.outcomes(runs)
+                    gain = split({name: tuple(drawn @ x for x in outcomes[name]) for name in ("clean", *panel.withouts)})
+                out["pooled"].setdefault(family(policy), {})[panel.source] = {"runs": runs, "gains": gain, "accuracy": {
+                    name: estimate(panel.accuracy(runs, name, study["seed"]), len(panel.questions)) for name in asked}}
         claims += [entry for claim in CLAIMS for entry in judge(claim, panel, study)]
     sources = {panel.source: {"n": len(panel.questions), "left_out": panel.left_out, "policies": list(panel.answers),
                               "inputs": panel.inputs, "without_picture": panel.without} for panel in panels}
@@ -584,7 +589,7 @@ def judge(claim: Claim, panel: Panel, study: Mapping) -> list[dict]:
         if not all(kind in kinds and asked for _, kind, asked in terms):
             continue
         runs = lambda kind: [run for run in panel.answers if family(run) == kind]
-        value = sum(factor * (panel.weights * panel.pooled(runs(kind), study["seed"])[asked][0]).sum(1) for factor, kind, asked in terms)
+        value = sum(factor * panel.accuracy(runs(kind), asked, study["seed"]) for factor, kind, asked in terms)
         found = estimate(value, len(panel.questions))
         (lower, upper), near = found["ci95"], min(abs(found["value"] - claim.low), abs(found["value"] - claim.high))
         verdict = "reproduced" if lower > claim.low and upper < claim.high else "contradicted" if upper < claim.low or lower > claim.high else "undecided"
@@ -851,15 +856,16 @@ def card_table(r: Mapping) -> dict:
     return table("right without looking, 95% intervals; n questions", ["benchmark", "n", "groups", "answers", "a blind choice", *shares], rows)
 
 
-def claims_table(r: Mapping) -> dict:
+def claims_table(r: Mapping, asked: bool) -> dict:
+    """Claims with answers to judge them by; or folded the others, with what they lack."""
     rows = []
-    for c in r["claims"]:
+    for c in (c for c in r["claims"] if bool(c["n"]) == asked):
         decides = f"n = {c['n_decides']:,} would decide" if c.get("n_decides") else c.get("reason", "")
         mark = {"reproduced": "\N{CHECK MARK} ", "contradicted": "\N{BALLOT X} "}.get(c["verdict"], "? ")
         where = " ".join(filter(None, (c["benchmark"], f"({c['damage']})" if c.get("damage") else "")))
         rows.append((c["text"], [(c["source"], ""), (where or "any", ""), cell(c.get("found"), points, n=True), (mark + c["verdict"], decides)]))
     return table("differences of accuracy in points, 95% intervals; each verdict stands alone, they are not corrected for their number",
-                 ["claim", "who says so", "on", "found here", "verdict"], rows)
+                 ["claim", "who says so", "on", "found here", "verdict"], rows, None if asked else f"{len(rows)} claims that this study cannot decide")
 
 
 def check_table(r: Mapping) -> dict:
@@ -912,7 +918,7 @@ def gain_chart(rows: Sequence[Mapping], source: str) -> Markup:
 
 def line_chart(title: str, x_label: str, series: Sequence[Mapping]) -> Markup:
     """Shares over a common axis; each of `series` has label, look (classes), x, y and maybe low and high, its interval."""
-    width, height, left, right, above, below = 340, 220, 40, 10, 8, 36
+    width, height, left, right, above, below = 340, 220, 40, 16, 8, 36
     x0, x1 = (end(value for s in series for value in s["x"]) for end in (min, max))
     x = lambda value: left + (value - x0) / (x1 - x0 or 1) * (width - left - right)
     y = lambda value: height - below - min(max(value, 0), 1) * (height - above - below)
@@ -970,6 +976,25 @@ def stress_charts(r: Mapping, source: str, look: Mapping[str, str]) -> list[tupl
             title = f"Accuracy under {kind}, {source}, n = {r['sources'][source]['n']}"
             charts.append((title, line_chart(title, x_label, series)))
     return charts
+
+
+def answer_chart(r: Mapping, source: str, group: str) -> Markup:
+    """Bars of the most frequent right answers to a group: how often each is right, and how often each policy gives it."""
+    policies, width, left, each, parts = r["sources"][source]["policies"], 400, 178, 22, []
+    names = [name for name in ("clean", r["sources"][source]["without_picture"]) if name]
+    bars = [("right", r["gold"]["base"][source][group])] + [
+        (f"{shorten(policy, 18)}, {name}", r["answers"][policy][source][name][group]) for policy in policies for name in names]
+    for row, (label, shares) in enumerate(bars):
+        at, y = float(left), row * each
+        parts.append(draw("text", label, x=left - 8, y=y + 15, class_="end"))
+        for k, (text, x) in enumerate(shares.items()):
+            wide = x["share"] * (width - left)
+            parts.append(draw("rect", x=at, y=y + 2, width=max(0.0, wide - 1), height=each - 4, class_=f"dot k{k}"))
+            if wide > 7 * len(text[:8]) + 4:
+                parts.append(draw("text", text[:8], x=at + 4, y=y + 15))
+            at += wide
+    said = "; ".join(f"{label}: " + ", ".join(f"{text} {percent(x['share'])}" for text, x in shares.items()) for label, shares in bars)
+    return svg(width, each * len(bars), f"Answers to {group} of {source}", said, parts)
 
 
 def small_copy(picture: Image.Image) -> str:
@@ -1118,13 +1143,15 @@ where the picture was swapped.</p>{% for source in r.sources %}{{ table(matrices
 <p>Strict: right with the picture, and not right without it. Visual information: how much likelier
 the right answer is with the picture than without. Follows: answers that fit a swapped picture, less those that fit the picture not shown;
 who never looks
-gets 0.</p>{% for source, about in r.sources.items() %}{% for t in tables[source] %}{{ table(t) }}{% if loop.first and stress[source] %}
-{{ charts(stress[source], about.policies) }}{% endif %}{% endfor %}{% endfor %}</section>
+gets 0.</p>{% for source, about in r.sources.items() %}{% for t in tables[source] %}{{ table(t) }}{% if loop.first %}{% if stress[source] %}
+{{ charts(stress[source], about.policies) }}{% endif %}<h3>What is answered, and what is right</h3><p class="soft caption">The most frequent right
+answers of each group, with the picture and without; n and intervals in the last table below.</p><div class="charts">{% for title, chart in
+answers_given[source] %}<figure><figcaption>{{ title }}</figcaption>{{ chart }}</figure>{% endfor %}</div>{% endif %}{% endfor %}{% endfor %}</section>
 <section><h2>Do the benchmarks need the picture?</h2>
 <p>What blind answers are worth: a benchmark whose base does as well without the picture cannot show that anyone looks.</p>{{ table(card) }}
 </section>
 {% if heads %}<section><h2>What was claimed, and what this study says</h2><p>Each claim with a test that was fixed before any run: it is reproduced
-if the interval lies within what is claimed, contradicted if it lies outside, undecided otherwise. {{ protocol }}</p>{{ table(claims) }}
+if the interval lies within what is claimed, contradicted if it lies outside, undecided otherwise. {{ protocol }}</p>{% for t in claims %}{{ table(t) }}{% endfor %}
 <details><summary>The tests</summary><ul>{% for id, test in tests_of.items() %}<li>{{ id }}: {{ test }}</li>{% endfor %}</ul></details></section>
 {% endif %}{% if training %}<section><h2>How training went</h2>
 <p>Means over the sampled completions of a step, on the questions as each policy saw them, smoothed
@@ -1200,7 +1227,8 @@ def render(data: Path, study: Mapping, panels: Sequence[Panel], r: dict, most: i
         galleries=galleries,
         gain_charts={source: gain_chart(rows, source) if rows else "" for source, rows in drawn.items()}, gain_tables=each(gain_table),
         matrices=each(matrix_table), tests=tests_table(r), tables=each(source_tables), stress=each(stress_charts, look),
-        training=training_charts(data, look), claims=claims_table(r), card=card_table(r), protocol=PROTOCOL,
+        answers_given={source: [(group, answer_chart(r, source, group)) for group in list(r["gold"]["base"][source])[:8]] for source in r["sources"]},
+        training=training_charts(data, look), claims=[claims_table(r, True), claims_table(r, False)], card=card_table(r), protocol=PROTOCOL,
         tests_of={claim.id: test_of(claim) for claim in CLAIMS}, checks=check_table(r), percent=percent, points=points,
         interval=interval, how=[(name, plain(inspect.getdoc(function))) for name, function in EXPLAINED.items()],
         provenance=plain(json.dumps(r["provenance"], indent=1)))
@@ -1219,7 +1247,7 @@ def main(config: Config) -> dict:
         "resamples": config.resamples, "versions": prepare.versions(), "inputs": dict(sorted(checked.items()))}}
     page = render(data, study, panels, results, config.gallery)
     main_tables = [f(results, source) for source in results["sources"] for f in (matrix_table, gain_table)]
-    tables = markdown([*main_tables, claims_table(results), card_table(results)])
+    tables = markdown([*main_tables, claims_table(results, True), card_table(results)])
     tables += "\nFor LaTeX (booktabs, makecell):\n\n```latex\n" + "\n".join(map(latex, main_tables)) + "```\n"
     for name, text in ("index.html", page), ("tables.md", tables), ("results.json", json.dumps(results, indent=1)):
         with prepare.replacing(data / "report" / name) as part:

@@ -8,6 +8,7 @@ questions are copies of the clean ones: stage 5 shows their pictures and does no
 """
 import argparse
 import importlib
+import itertools
 import json
 import random
 import resource
@@ -25,7 +26,8 @@ INPUTS = ("clean", "blank", "removed", "noise", "blur", "occlude", "irrelevant",
 
 
 def make_study(data: Path, policies: int, sources: list[str], count: int):
-    world = [row for row in prepare.shapes_world(0, 4 * count) if row["split"] == "test"][:count]
+    worlds = itertools.chain.from_iterable(prepare.shapes_world(seed, None) for seed in itertools.count())
+    world = list(itertools.islice((row for row in worlds if row["split"] == "test"), count))
     study = {"preset": "tiny", "model": "embedded", "model_files": {}, "sources": {"train": sources[0], "benchmarks": sources}, "seed": 0,
              "max_pixels": 12544, "versions": {}, "artifacts": {}}
     for source in sources:
