@@ -25,6 +25,7 @@ train = importlib.import_module("03_train_grpo")
 
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
@@ -176,12 +177,10 @@ def find_policies(config: Config, study: dict) -> dict[str, tuple[Path | None, d
             prepare.check_fresh(data, folder, files, "delete that folder and run 03_train_grpo.py again")
             if not made_from.items() >= model_files.items():
                 raise UserError(f"{folder} was trained on another model than {study['model']}: delete it and run 03_train_grpo.py again")
-            adapter = folder / "adapter_model.safetensors"
-            found[name] = (folder, model_files | {str(adapter.relative_to(data)): prepare.sha256(adapter)})
+            found[name] = (folder, model_files | {str((folder / file).relative_to(data)): prepare.sha256(folder / file) for file in ADAPTER})
         elif (folder := Path(name)).is_dir() and folder.resolve().name not in ("base", *finished, *found):
             check_adapter(folder)
-            adapter = folder.resolve() / "adapter_model.safetensors"
-            found[folder.resolve().name] = (folder, model_files | {str(adapter): prepare.sha256(adapter)})
+            found[folder.resolve().name] = (folder, model_files | {str(folder.resolve() / file): prepare.sha256(folder / file) for file in ADAPTER})
         elif folder.is_dir():
             raise UserError(f"{folder}: a policy is called {folder.resolve().name} already: rename the folder")
         else:
@@ -190,20 +189,26 @@ def find_policies(config: Config, study: dict) -> dict[str, tuple[Path | None, d
     return found
 
 
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 LORA_WEIGHT = re.compile(r"base_model\.model\.(.*language_model\.layers\..+)\.lora_[AB]\.weight")
+LORA_SETTINGS = ("r lora_alpha target_modules rank_pattern alpha_pattern use_rslora lora_dropout base_model_name_or_path revision task_type "
+                 "inference_mode auto_mapping peft_version exclude_modules layers_to_transform layers_pattern").split()
 
 
 def check_adapter(folder: Path):
-    """Stop unless the folder holds a plain LoRA of the language model, as PEFT saves it; the vision tower is shared by all policies."""
+    """Stop unless the folder holds a plain LoRA of the language model, as PEFT saves it.
+
+    The vision tower and the base are shared by all policies: settings that change them, or that only a later PEFT knows, are refused.
+    """
     try:
-        settings = json.loads((folder / "adapter_config.json").read_text())
-        with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        settings = dict(json.loads((folder / ADAPTER[0]).read_text()))
+        with safe_open(folder / ADAPTER[1], "pt") as file:
             names = list(file.keys())
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise UserError(f"{folder} is no adapter (adapter_config.json and adapter_model.safetensors, as PEFT saves them): {error}") from error
-    odd = [key for key in ("use_dora", "modules_to_save", "lora_bias", "use_qalora") if settings.get(key)]
-    odd += [settings.get("peft_type")] * (settings.get("peft_type") != "LORA") + ["bias"] * (settings.get("bias", "none") != "none")
-    odd += [name for name in names if not LORA_WEIGHT.fullmatch(name)][:1]
+    usual = LoraConfig().to_dict()
+    odd = [f"{key} {value}" for key, value in settings.items() if key not in LORA_SETTINGS and value and value != usual.get(key)]
+    odd += ["no peft_type LORA"] * (settings.get("peft_type") != "LORA") + [name for name in names if not LORA_WEIGHT.fullmatch(name)][:1]
     if odd or not names:
         raise UserError(f"{folder} is no plain LoRA of the language model ({(odd or ['empty'])[0]}): this kit cannot compare it")
 

@@ -43,6 +43,8 @@ SAYS = {"claims to see": r"\bI (?:can )?(?:see|observe)\b|\b(?:image|picture|fig
         "admits a guess": r"\b(?:guess(?:ing)?|probably|assum(?:e|ing))\b"}
 NO_PICTURE = ("blank", "removed")  # inputs without a picture
 COMMON = 5  # an answer that is right to fewer questions of its group is one of the others
+Z = 1.959963984540054  # of a normal distribution, 95% lie within so many standard deviations
+T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # the same of Student's t, by degrees of freedom from 1 on
 INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff\ufffe\uffff]")
 GALLERY_CHARACTERS = 2_500_000  # of pictures: the page stays below 5 MB
 
@@ -59,7 +61,7 @@ class Config:
 
 def wilson(hits: int, n: int) -> list[float]:
     """95% interval of a share p: (p + z^2/2n +- z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n) (Wilson, JASA 1927)."""
-    z, p = 1.959963984540054, hits / n
+    z, p = Z, hits / n
     centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return [max(0.0, (centre - half) / (1 + z * z / n)), min(1.0, (centre + half) / (1 + z * z / n))]
 
@@ -112,12 +114,14 @@ def corrected(replicates: np.ndarray, n: int) -> dict:
     return {"value": value, "ci95": [low if value > high - low else 0.0, high], "n": n}
 
 
-def detectable(discordant: float, n: int) -> float:
-    """Smallest difference in accuracy that n paired questions show in 80 of 100 studies, at 5%: (1.96 + 0.84) sqrt(d / n).
+def detectable(discordant: float, n: int) -> float | None:
+    """Difference in accuracy that n paired questions show in about 80 of 100 studies, at 5%: (1.96 + 0.84) sqrt(d / n).
 
-    d is the share of questions that only one of the two got right (Connor, Biometrics 1987, without its small correction).
+    d is the share of questions that only one of the two got right (Connor, Biometrics 1987, without its small correction). For one
+    comparison; where many are corrected for, it takes more. None where it would be larger than d, which no difference can be.
     """
-    return 2.8016 * math.sqrt(discordant / n)
+    smallest = (Z + 0.8416) * math.sqrt(discordant / n)
+    return smallest if 0 < smallest <= discordant else None
 
 
 def form_part(weights: np.ndarray, strata: np.ndarray, correct: np.ndarray, formed: np.ndarray, formed_policy: np.ndarray) -> np.ndarray:
@@ -142,7 +146,8 @@ def form_part(weights: np.ndarray, strata: np.ndarray, correct: np.ndarray, form
     return ((weights * (formed_policy - formed)) @ strata * worth).sum(1)
 
 
-def split_gain(weights: np.ndarray, strata: np.ndarray, base: Mapping, policy: Mapping, withouts: Sequence[str]) -> dict:
+def split_gain(weights: np.ndarray, strata: np.ndarray, base: Mapping, runs: Sequence[Mapping], withouts: Sequence[str],
+               drawn: np.ndarray = np.ones((1, 1))) -> dict:
     """A policy's gain over the base in accuracy, and what it is made of.
 
         total       accuracy(policy) - accuracy(base) on clean input
@@ -153,14 +158,15 @@ def split_gain(weights: np.ndarray, strata: np.ndarray, base: Mapping, policy: M
 
     Whoever learns the form alone gets image_free = visual = 0; whoever learns to guess or to reason from the text alone
     gets visual = 0; whoever stops looking gets visual < 0. The visual part is gone when the picture is gone: it is better
-    sight, or better use of what is seen. `base`, `policy`: input -> (correct, formed), each (1, n), or (R, n) where runs
-    are drawn too.
+    sight, or better use of what is seen. `base`, and each of the `runs` whose mean it is: input -> (correct, formed), each (n,);
+    `drawn` (R, runs): the weight of each run in each resample.
     """
     n, gain, form = len(strata), {}, {}
     for name in ("clean", *withouts):
-        (correct, formed), (correct_policy, formed_policy) = base[name], policy[name]
-        gain[name] = (weights * (correct_policy - correct)).sum(1)
-        form[name] = form_part(weights, strata, correct, formed, formed_policy)
+        correct, formed = base[name]
+        mean = lambda parts: np.clip(sum(drawn[:, k] * part for k, part in enumerate(parts)), -1, 1)
+        gain[name] = mean(weights @ (run[name][0] - correct) for run in runs)
+        form[name] = mean(form_part(weights, strata, correct, formed, run[name][1]) for run in runs)
     total, out = gain["clean"], {"total": estimate(gain["clean"], n), "format": estimate(form["clean"], n)}
     parts = {name: {"image_free": estimate(gain[name] - form[name], n),
                     "visual": estimate(total - form["clean"] - gain[name] + form[name], n)} for name in withouts}
@@ -193,7 +199,7 @@ def net_following(answers: np.ndarray, shown: np.ndarray, gold: np.ndarray) -> d
     """
     follows, keeps, n = answers == shown, answers == gold, len(answers)
     f, k = follows.sum() + 0.5, keeps.sum() + 0.5
-    middle, half = (f - k) / (n + 2), 1.959963984540054 * math.sqrt(f + k - (f - k) ** 2 / (n + 2)) / (n + 2)
+    middle, half = (f - k) / (n + 2), Z * math.sqrt(f + k - (f - k) ** 2 / (n + 2)) / (n + 2)
     return {"value": float(follows.mean() - keeps.mean()), "ci95": [max(-1.0, middle - half), min(1.0, middle + half)], "n": n,
             "follows": share(follows), "keeps": share(keeps)}
 
@@ -231,30 +237,57 @@ class Panel:
         return next(iter(self.withouts), None)
 
     def majority(self) -> list[str]:
-        """For each question the most frequent right answer of its group and type: what a blind guesser should say."""
-        keys = [(q["group"], q["answer_type"]) for q in self.questions]
-        counted = defaultdict(Counter)
-        for key, q in zip(keys, self.questions):
-            counted[key][q["answer"]] += 1
-        return [counted[key].most_common(1)[0][0] for key in keys]
+        """For each question what a blind guesser should say: the most frequent right answer of its group and type.
+
+        Counted on the other half of the group's questions, so that no question votes for itself; on all where there is no other half.
+        """
+        counted, place, keys = defaultdict(Counter), Counter(), []
+        for q in self.questions:
+            key = (q["group"], q["answer_type"])
+            keys.append((key, place[key] % 2))
+            counted[keys[-1]][q["answer"]] += 1
+            place[key] += 1
+        other = [counted.get((key, 1 - half)) or counted[key, half] for key, half in keys]
+        return [votes.most_common(1)[0][0] for votes in other]
+
+    def said(self, policy: str, name: str) -> list[str | None]:
+        """The answers of a policy as one text for each meaning: the right one is the gold answer, however it was written."""
+        return [q["answer"] if row["correct"] else canonical(row["answer"]) for q, row in zip(self.questions, self.answers[policy][name])]
 
     def column(self, policy: str, name: str, key: str) -> np.ndarray:
         return np.array([row[key] for row in self.answers[policy][name]], float)
 
-    def outcomes(self, runs: Sequence[str]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """Input -> (correct, formed), each (runs, n)."""
-        return {name: tuple(np.stack([self.column(run, name, key) for run in runs]) for key in ("correct", "well_formed"))
-                for name in self.inputs if all(name in self.answers[run] for run in runs)}
+    def outcomes(self, run: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Input -> (correct, formed), each (n,), of a run on clean input and without a picture."""
+        return {name: (self.column(run, name, "correct"), self.column(run, name, "well_formed")) for name in ("clean", *self.withouts)}
 
 
     def drawn(self, runs: Sequence[str], seed: int) -> np.ndarray:
-        """How often each resample draws each run, as shares (R, runs): runs are clusters, drawn again as the questions are."""
-        return resample(len(runs), len(self.weights) - 1, seed, *runs) if len(runs) > 1 else np.ones((1, 1))
+        """Weights (R, runs) that sum to 1: how much each run counts in each resample; runs are clusters, as a seed is.
+
+        1/k + sqrt(k / (k - 1)) (t / z) (g - mean g) / k, g normal, t Student's with k - 1 degrees of freedom: the interval of a mean of
+        k runs is then as wide as the t interval asks for, which drawing the runs themselves is not.
+        """
+        k = len(runs)
+        if k == 1:
+            return np.ones((1, 1))
+        normal = np.random.default_rng(list(json.dumps([seed, *runs]).encode())).standard_normal((len(self.weights), k))
+        normal[0] = 0
+        t = T95[k - 2] if k - 2 < len(T95) else Z + 2.5 / (k - 1)
+        return 1 / k + math.sqrt(k / (k - 1)) * t / Z * (normal - normal.mean(1, keepdims=True)) / k
 
     def accuracy(self, runs: Sequence[str], name: str, seed: int) -> np.ndarray:
         """Replicates (R,) of the mean accuracy of some runs on an input."""
         right = np.stack([self.column(run, name, "correct") for run in runs])
-        return (self.weights @ right.T * self.drawn(runs, seed)).sum(1)
+        return np.clip((self.weights @ right.T * self.drawn(runs, seed)).sum(1), 0, 1)
+
+
+def canonical(answer: str | None) -> str | None:
+    """10.0 is 10, and No is no; None: no answer was found."""
+    if answer is None:
+        return None
+    text = " ".join(answer.split()).casefold() if len(answer) > 1 else answer
+    return f"{float(text):g}" if re.fullmatch(r"[-+]?\d{1,15}(?:\.\d{1,15})?", text) else text
 
 
 def input_order(name: str) -> tuple:
@@ -278,8 +311,11 @@ def policy_order(policy: str) -> tuple:
     return conditions.index(condition) if condition in conditions else 4, family(policy), int(seed or 0), policy
 
 
-def read_answers(data: Path, path: Path, checked: dict) -> list[dict]:
-    """The rows of an answers file, whole, in stage 4's form, and made from what lies in the data folder now."""
+def read_answers(data: Path, path: Path, checked: dict, models: dict) -> list[dict]:
+    """The rows of an answers file, whole, in stage 4's form, and made from what lies in the data folder now.
+
+    `checked`: artifact -> sha256; `models`: policy -> the artifacts of its model, the same in all files. Both grow.
+    """
     remedy = f"delete it and run 04_evaluate.py --data {data} again"
     try:
         rows = prepare.read_jsonl(path)
@@ -289,14 +325,19 @@ def read_answers(data: Path, path: Path, checked: dict) -> list[dict]:
         if len(rows) != sum(1 for _ in file) or not rows:
             raise UserError(f"{path} row {len(rows) + 1} cannot be read: {remedy}")
     kinds = {"id": str, "response": str, "answer": (str, type(None)), "gold": str, "correct": bool, "well_formed": bool,
-             "truncated": bool, "gold_logprob": (int, float), "made_from": dict}
+             "truncated": bool, "tokens": int, "gold_logprob": (int, float), "made_from": dict}
     for i, row in enumerate(rows):
         wrong = [key for key, kind in kinds.items() if not isinstance(row, dict) or not isinstance(row.get(key), kind)]
+        if not wrong and not math.isfinite(row["gold_logprob"]):
+            wrong = ["gold_logprob"]
         if wrong or prepare.input_path(path.parent.name, path.stem) not in row["made_from"]:
             raise UserError(f"{path} row {i + 1} has no proper {(wrong or ['made_from'])[0]}: {remedy}")
         adapters = [Path(key).parent.name for key in row["made_from"] if key.endswith("adapter_model.safetensors")]
         if adapters != [who for who in [path.parent.parent.name] if who != "base"]:
             raise UserError(f"{path} row {i + 1} is by {(adapters or ['base'])[0]}, not by {path.parent.parent.name}: {remedy}")
+        model = {key: digest for key, digest in row["made_from"].items() if key != prepare.input_path(path.parent.name, path.stem)}
+        if models.setdefault(path.parent.parent.name, model) != model:
+            raise UserError(f"{path} row {i + 1} is by another {path.parent.parent.name} than its answers elsewhere: {remedy}")
         new = {key: digest for key, digest in row["made_from"].items() if checked.get(key) != digest}
         prepare.check_fresh(data, path, new, f"run 04_evaluate.py --data {data} again")
         checked |= new
@@ -309,7 +350,7 @@ def read_answers(data: Path, path: Path, checked: dict) -> list[dict]:
 
 def load_panels(data: Path, study: Mapping, resamples: int, notes: list[str], checked: dict) -> list[Panel]:
     """The answers to every benchmark; what is not counted is noted, and what they were made from goes to `checked`."""
-    files, panels = defaultdict(lambda: defaultdict(list)), []
+    files, panels, models = defaultdict(lambda: defaultdict(list)), [], {}
     for path in sorted(data.glob("answers/*/*/*")):
         if path.suffix != ".jsonl" or path.parent.name not in study["sources"]["benchmarks"]:
             notes.append(f"{path.relative_to(data)} is unfinished, or of no benchmark of this study: not counted")
@@ -322,11 +363,11 @@ def load_panels(data: Path, study: Mapping, resamples: int, notes: list[str], ch
         for policy in ["base", *files[source]]:
             if "clean" not in [path.stem for path in files[source][policy]]:
                 raise UserError(f"{data / 'answers' / policy / source / 'clean.jsonl'} is missing: run 04_evaluate.py --data {data}")
-        answers = {policy: {path.stem: read_answers(data, path, checked) for path in files[source][policy]}
+        answers = {policy: {path.stem: read_answers(data, path, checked, models) for path in files[source][policy]}
                    for policy in sorted(files[source], key=policy_order)}
         cuts = {row.get("max_new_tokens") for inputs in answers.values() for rows in inputs.values() for row in rows}
         if len(cuts) > 1:
-            raise UserError(f"{data / 'answers'}: some answers to {source} were cut after {min(cuts)} tokens, others after {max(cuts)}: "
+            raise UserError(f"{data / 'answers'}: some answers to {source} were cut after {' tokens, others after '.join(sorted(map(str, cuts)))}: "
                             f"run 04_evaluate.py --data {data} again, for all policies at once")
         panels.append(make_panel(data, source, answers, resamples, study["seed"]))
         missing = {path.parent.name for path in data.glob("policies/*/config.json")} - set(answers)
@@ -352,6 +393,14 @@ def make_panel(data: Path, source: str, answers: dict, resamples: int, seed: int
         for name, rows in inputs.items():
             by_id = {row["id"]: row for row in rows}
             inputs[name] = [by_id[i] for i in ids]
+    pictured = set({questions[i]["group"]: i for i in reversed(ids)}.values())  # of the gallery: the first of each group
+    for inputs in answers.values():
+        for name, rows in inputs.items():
+            for row in rows:
+                if name in ("clean", *NO_PICTURE):
+                    row["says"] = {what: bool(re.search(words, row["response"][:20_000], re.I)) for what, words in SAYS.items()}
+                if row["id"] not in pictured:
+                    del row["response"]  # most of what a row weighs
     swapped = records("mismatch") if any("mismatch" in inputs for inputs in answers.values()) else {}
     donors = [questions.get(swapped[i]["donor"], {}) if i in swapped else {} for i in ids]
     shown = [d["answer"] if d and (d["problem"], d["choices"]) == (questions[i]["problem"], questions[i]["choices"]) else None
@@ -368,20 +417,21 @@ def measure(panel: Panel, policy: str) -> dict:
 
     Strict accuracy: share of questions that are right with the picture and not right without it. Visual information: mean
     over questions of log p(gold | picture) - log p(gold | no picture), each after the policy's own reasoning, in nats.
-    Unparsed: responses in which no answer was found. Length: tokens of a response.
+    Unparsed: responses in which no answer was found. Length: tokens of a response. Words are looked for in the first 20,000 characters.
     """
     inputs, without = panel.answers[policy], panel.without
     asked = {name: inputs[name] for name in ("clean", *panel.withouts)}
+    said = {name: panel.said(policy, name) for name in asked}
     rows_of = lambda key: {value: [i for i, q in enumerate(panel.questions) if q[key] == value]
                            for value in sorted({q[key] for q in panel.questions} - {None}, key=str)}
     out = {"accuracy": {name: accuracy(inputs[name]) for name in sorted(inputs, key=input_order)},
            "breakdown": {key: {str(value): {name: accuracy(rows[i] for i in chosen) for name, rows in inputs.items()}
                                for value, chosen in rows_of(key).items()} for key in ("needs_image", "group")},
-           "says": {name: {what: share(re.search(words, row["response"][:20_000], re.I) for row in rows) for what, words in SAYS.items()}
+           "says": {name: {what: share(row["says"][what] for row in rows) for what in SAYS}
                     for name, rows in asked.items()},
-           "answers": {name: {str(group): {text: share(rows[i]["answer"] == text for i in chosen) for text in frequent(panel, chosen)}
-                              for group, chosen in rows_of("group").items()} for name, rows in asked.items()},
-           "distribution": {name: distribution(panel, [row["answer"] for row in rows]) for name, rows in asked.items()},
+           "answers": {name: {str(group): {text: share(texts[i] == text for i in chosen) for text in frequent(panel, chosen)}
+                              for group, chosen in rows_of("group").items()} for name, texts in said.items()},
+           "distribution": {name: distribution(panel, texts) for name, texts in said.items()},
            "unparsed": {name: share(row["answer"] is None for row in rows) for name, rows in asked.items()},
            "length": {name: {**estimate(panel.weights @ [row["tokens"] for row in rows], len(rows)), "unit": "tokens"} for name, rows in asked.items()}}
     for key in ("well_formed", "truncated"):
@@ -394,10 +444,9 @@ def measure(panel: Panel, policy: str) -> dict:
         out["strict"] = share(a["correct"] and not b["correct"] for a, b in zip(inputs["clean"], inputs[without]))
     told = [i for i, shown in enumerate(panel.shown) if shown not in (None, panel.questions[i]["answer"])]
     if "mismatch" in inputs and told:
-        plain = lambda texts: np.array([(text or "").strip().casefold() for text in texts])
-        rows = [inputs["mismatch"][i] for i in told]
-        out["follows_picture"] = net_following(plain(row["answer"] for row in rows), plain(panel.shown[i] for i in told),
-                                               plain(panel.questions[i]["answer"] for i in told))
+        answers, shown, gold = panel.said(policy, "mismatch"), [canonical(x) for x in panel.shown], [q["answer"] for q in panel.questions]
+        meant = [gold[i] if panel.answers[policy]["mismatch"][i]["correct"] else answers[i] or "" for i in told]
+        out["follows_picture"] = net_following(*(np.array(x) for x in (meant, [shown[i] for i in told], [gold[i] for i in told])))
     return out
 
 
@@ -420,21 +469,22 @@ def distribution(panel: Panel, texts: Sequence[str | None]) -> dict:
         entropy          of the answers given within a group, its mean over questions, in bits; `entropy_right` of the right ones
         letter_bias      total variation over the letters of choice questions, whatever the group
 
-    An answer that is right to fewer than `COMMON` questions of its group counts as one of the others.
+    An answer that is right to, and given to, fewer than `COMMON` questions of its group counts as one of the others; no answer is one of its own.
+    Letters are compared where one was given.
     """
     golds, majority, weights, n = [q["answer"] for q in panel.questions], panel.majority(), panel.weights, len(texts)
     groups = [(q["group"], q["answer_type"]) for q in panel.questions]
-    common = {key for key, count in Counter(zip(groups, golds)).items() if count >= COMMON}
+    common = {key for column in (texts, golds) for key, count in Counter(zip(groups, column)).items() if count >= COMMON or key[1] is None}
     both = one_hot([key if key in common else (key[0],) for column in (texts, golds) for key in zip(groups, column)])  # (2n, K)
     given, right, within = weights @ both[:n], weights @ both[n:], entropy(weights @ one_hot(groups))  # (R, K), (R, K), (R,)
     leaning = np.array([(text == most) * 1.0 - (gold == most) for text, most, gold in zip(texts, majority, golds)])
     out = {"total_variation": corrected(np.abs(given - right).sum(1) / 2, n), "leaning": estimate(weights @ leaning, n),
            "entropy": {**corrected(entropy(given) - within, n), "unit": "bits"},
            "entropy_right": {**corrected(entropy(right) - within, n), "unit": "bits"}}
-    letters = [i for i, q in enumerate(panel.questions) if q["answer_type"] == "choice"]
+    names = {q["answer"] for q in panel.questions if q["answer_type"] == "choice"}
+    letters = [i for i, q in enumerate(panel.questions) if q["answer_type"] == "choice" and texts[i] in names]
     if letters:
-        names = {golds[i] for i in letters}
-        both = one_hot([column[i] if column[i] in names else None for column in (texts, golds) for i in letters])
+        both = one_hot([column[i] for column in (texts, golds) for i in letters])
         apart = weights[:, letters] @ (both[:len(letters)] - both[len(letters):])
         with np.errstate(invalid="ignore"):
             out["letter_bias"] = corrected(np.nan_to_num(np.abs(apart).sum(1) / 2 / weights[:, letters].sum(1)), len(letters))
@@ -467,31 +517,29 @@ def compare(panels: Sequence[Panel]) -> list[dict]:
 def collect(panels: Sequence[Panel], study: Mapping) -> dict:
     """results.json, apart from where it comes from. Runs that differ in their seed alone are also pooled.
 
-    Pooled intervals draw the runs again as well as the questions; with few runs they still understate how runs differ.
+    Pooled intervals are over runs as well as questions (`Panel.drawn`): with two or three runs they are wide, as they should be.
     """
-    out, claims = defaultdict(lambda: defaultdict(dict), gains={}, pooled={}, card={}), []
+    out = defaultdict(lambda: defaultdict(dict), gains={}, pooled={}, card={})
     for panel in panels:
-        base, split = panel.outcomes(["base"]), lambda outcomes: split_gain(panel.weights, panel.strata, base, outcomes, panel.withouts)
+        base = panel.outcomes("base")
+        split = lambda runs: split_gain(panel.weights, panel.strata, base, [panel.outcomes(run) for run in runs], panel.withouts,
+                                        panel.drawn(runs, study["seed"]))
         out["card"][panel.source] = card(panel)
         for policy in panel.answers:
             for key, value in measure(panel, policy).items():
                 out[key][policy][panel.source] = value
         for policy in list(panel.answers)[1:]:
-            out["gains"].setdefault(policy, {})[panel.source] = gain = split(panel.outcomes([policy]))
+            out["gains"].setdefault(policy, {})[panel.source] = gain = split([policy])
             runs = [run for run in panel.answers if family(run) == family(policy)]
             if policy == runs[-1]:
-                drawn, asked = panel.drawn(runs, study["seed"]), [name for name in panel.inputs if all(name in panel.answers[run] for run in runs)]
-                if len(runs) > 1:
-                    outcomes = panel.outcomes(runs)
-                    gain = split({name: tuple(drawn @ x for x in outcomes[name]) for name in ("clean", *panel.withouts)})
+                asked = [name for name in panel.inputs if all(name in panel.answers[run] for run in runs)]
+                gain = split(runs) if len(runs) > 1 else gain
                 out["pooled"].setdefault(family(policy), {})[panel.source] = {"runs": runs, "gains": gain, "accuracy": {
                     name: estimate(panel.accuracy(runs, name, study["seed"]), len(panel.questions)) for name in asked}}
-        claims += [entry for claim in CLAIMS for entry in judge(claim, panel, study)]
     sources = {panel.source: {"n": len(panel.questions), "left_out": panel.left_out, "policies": list(panel.answers),
                               "inputs": panel.inputs, "without_picture": panel.without} for panel in panels}
-    elsewhere = [not_asked(claim, study) for claim in CLAIMS if claim.benchmark and claim.benchmark not in sources]
     entries = check_measures() + [entry for panel in panels if panel.source == "shapes" for entry in check_shapes(panel)]
-    return {**out, "sources": sources, "tests": compare(panels), "claims": claims + elsewhere,
+    return {**out, "sources": sources, "tests": compare(panels), "claims": ledger(panels, study),
             "instrument_check": {"passed": all(entry["passed"] for entry in entries), "entries": entries}}
 
 
@@ -505,10 +553,11 @@ def card(panel: Panel) -> dict:
     out = {"n": len(questions), "groups": len({q["group"] for q in questions}),
            "types": {name: share(q["answer_type"] == name for q in questions) for name in sorted({q["answer_type"] for q in questions})},
            "majority": share(most == q["answer"] for most, q in zip(panel.majority(), questions)),
-           "says_it_needs_the_picture": share(q["needs_image"] is not False for q in questions)}
+           "said_to_need_the_picture": share(q["needs_image"] is True for q in questions),
+           "need_unknown": share(q["needs_image"] is None for q in questions)}
     options = [1 / len(q["choices"]) for q in questions if q["choices"]]
     if options:
-        out["one_choice"] = float(np.mean(options))
+        out["one_choice"] = {"share": float(np.mean(options)), "n": len(options), "ci95": [float(np.mean(options))] * 2}  # known, not estimated
     for name in panel.withouts:
         out[name] = accuracy(base[name])
     if panel.withouts:
@@ -518,94 +567,129 @@ def card(panel: Panel) -> dict:
 
 # What was claimed, and how it is decided: all of it written down before any run
 
-
-@dataclass(frozen=True)
-class Claim:
-    """That accuracy `of`, a sum over policies and inputs with factors, lies between `low` and `high`."""
-    id: str
-    text: str
-    source: str
-    of: tuple[tuple[float, str, str], ...]  # factor, kind of policy, input: clean, or without a picture
-    low: float = 0.0
-    high: float = math.inf
-    benchmark: str | None = None            # None: any
-    preset: str | None = None
+Term = tuple[float, str, str]  # factor, kind of policy, input: clean, or without a picture; a sum of them is a difference of accuracies
 
 
-def gain_of(kind: str, over: str = "base") -> tuple:
+def gain_of(kind: str, over: str = "base") -> tuple[Term, ...]:
     return (1.0, kind, "clean"), (-1.0, over, "clean")
 
 
+@dataclass(frozen=True)
+class Claim:
+    """That the sum `of` is above `low`, and (a number was published) agrees with `low` to `high`."""
+    id: str
+    text: str
+    source: str
+    of: tuple[Term, ...]
+    also: tuple[tuple[Term, ...], ...] = ()  # must be above 0 too: of two losses, neither helps
+    low: float = 0.0
+    high: float = math.inf
+    benchmark: str | None = None             # None: any
+    preset: str | None = None
+    sometimes: bool = False                  # one benchmark without it contradicts nothing
+
+
 def published(benchmark: str, n: int, preset: str, base: float, **accuracies: float) -> list[Claim]:
-    """A row of the paper's table: gains as published, give or take two standard errors of their own, for one training run each."""
+    """A row of the paper's table: gains as published, give or take two standard errors, as if both accuracies were independent."""
     names = {"standard": "clean pictures", "hallucination-blank": "blank pictures", "hallucination-mismatch": "other questions' pictures"}
     out = []
     for kind, value in accuracies.items():
         kind = kind.replace("_", "-")
         gain, error = (value - base) / 100, 2 * math.sqrt(sum(p * (100 - p) for p in (base, value)) / 1e4 / n)
         out.append(Claim(f"table-{benchmark}-{preset}-{kind}", f"{preset.upper()} on {benchmark}, trained on {names[kind]}: {100 * gain:+.2f} points",
-                         f"{PAPER}, main table: {base} to {value}", gain_of(kind), gain - error, gain + error, benchmark, preset))
+                         f"{PAPER}, main table: {base} to {value}", gain_of(kind), (), gain - error, gain + error, benchmark, preset))
     return out
 
 
-PAPER, ARTICLE = "arXiv 2604.03179", "an article on that paper"
+PAPER, ARTICLE = "arXiv 2604.03179", "an article on that paper; the paper has not this benchmark"
+TAKEN_AWAY = {"blank", "noise", "irrelevant", "mismatch", "removed"}  # damage after which nothing of a question's picture is left
 CLAIMS = [
-    Claim("damaged-helps", "Training on damaged pictures alone improves on the base", f"{PAPER}, abstract", gain_of("hallucination")),
-    Claim("damaged-beats-clean", "It sometimes improves more than training on clean pictures", f"{PAPER}, abstract", gain_of("hallucination", "standard")),
-    Claim("damaged-at-least-half", "It gains at least half of what clean pictures gain: almost as much", f"{PAPER}, abstract",
-          ((1.0, "hallucination", "clean"), (-0.5, "standard", "clean"), (-0.5, "base", "clean"))),
-    Claim("clean-gains-blind", "Training on clean pictures also improves answers without one: the gain doesn't show that the picture is used",
-          f"{PAPER}, abstract", ((1.0, "standard", "without"), (-1.0, "base", "without"))),
-    Claim("mathvista-range", "Damaged pictures: 12 to 15 points on MathVista", ARTICLE, gain_of("hallucination"), 0.12, 0.15, "mathvista"),
-    Claim("mmmu-range", "Damaged pictures: 8 to 10 points on MMMU", ARTICLE, gain_of("hallucination"), 0.08, 0.10, "mmmu"),
-    Claim("scienceqa-better", "On ScienceQA damaged pictures do better than clean ones", ARTICLE, gain_of("hallucination", "standard"), benchmark="scienceqa"),
+    Claim("damaged-helps", "Training without the questions' pictures improves on the base", f"{PAPER}, abstract", gain_of("hallucination")),
+    Claim("damaged-beats-clean", "It sometimes improves more than training on clean pictures", f"{PAPER}, abstract",
+          gain_of("hallucination", "standard"), (gain_of("hallucination"),), sometimes=True),
+    Claim("damaged-at-least-half", "It gains at least half of what clean pictures gain", f"{PAPER}, main table, averages: 3B +2.53 of +5.02, 7B +2.26 of +2.63",
+          ((1.0, "hallucination", "clean"), (-0.5, "standard", "clean"), (-0.5, "base", "clean")), (gain_of("hallucination"), gain_of("standard"))),
+    Claim("clean-gains-blind", "Training on clean pictures also improves answers without one", f"what follows from the thesis of {PAPER}",
+          ((1.0, "standard", "without"), (-1.0, "base", "without"))),
+    Claim("mathvista-range", "Damaged pictures: 12 to 15 points on MathVista", "an article on that paper", gain_of("hallucination"), (), 0.12, 0.15, "mathvista"),
+    Claim("mmmu-range", "Damaged pictures: 8 to 10 points on MMMU", ARTICLE, gain_of("hallucination"), (), 0.08, 0.10, "mmmu"),
+    Claim("scienceqa-better", "On ScienceQA damaged pictures do better than clean ones", ARTICLE, gain_of("hallucination", "standard"),
+          (gain_of("hallucination"),), benchmark="scienceqa"),
     *published("mathvision", 3040, "3b", 18.19, standard=22.73, hallucination_blank=20.95, hallucination_mismatch=20.86),
+    *published("mathverse", 3940, "3b", 34.82, standard=37.72, hallucination_blank=35.10, hallucination_mismatch=35.76),
     *published("mathvista", 1000, "3b", 51.40, standard=58.40, hallucination_blank=56.40, hallucination_mismatch=58.00),
+    *published("wemath", 1740, "3b", 54.48, standard=60.11, hallucination_blank=56.55, hallucination_mismatch=55.17),
     *published("mathvision", 3040, "7b", 27.70, standard=28.13, hallucination_blank=28.39, hallucination_mismatch=27.27),
-    *published("mathvista", 1000, "7b", 67.00, standard=70.00, hallucination_blank=68.50, hallucination_mismatch=71.40)]
-PROTOCOL = ("Theirs: Qwen2.5-VL, by all signs full fine-tuning, Geometry3K, 15 epochs, 5 completions at temperature 0.7, KL 0.01, one run, "
-            "another grader. Here: a 4-bit base with LoRA, the settings of each run under provenance, greedy answers.")
+    *published("mathverse", 3940, "7b", 45.20, standard=47.56, hallucination_blank=48.86, hallucination_mismatch=49.90),
+    *published("mathvista", 1000, "7b", 67.00, standard=70.00, hallucination_blank=68.50, hallucination_mismatch=71.40),
+    *published("wemath", 1740, "7b", 63.68, standard=68.39, hallucination_blank=66.84, hallucination_mismatch=68.33)]
+PROTOCOL = ("Theirs: Qwen2.5-VL, presumably all weights, Geometry3K, 15 epochs, 5 completions at temperature 0.7, KL 0.01; seeds and grader not "
+            "stated. Here: a 4-bit base with LoRA, the settings of each run under provenance, greedy answers, this kit's grader.")
 
 
 def test_of(claim: Claim) -> str:
-    terms = " ".join(f"{factor:+g} {kind} ({asked})" for factor, kind, asked in claim.of)
-    bounds = "is above 0" if claim.high == math.inf else f"lies within {points(claim.low)} to {points(claim.high)} points"
-    return f"the 95% interval of the accuracy {terms} {bounds} (reproduced), or wholly outside (contradicted); paired bootstrap, runs drawn too"
+    said = lambda terms: " ".join(f"{factor:+g} {kind} ({asked})" for factor, kind, asked in terms)
+    text = f"the accuracies {said(claim.of)}; reproduced if the 95% interval is above 0"
+    if claim.high < math.inf:
+        text = (f"the accuracies {said(claim.of)}; reproduced if the 95% interval is on the claim's side of 0 and meets {points(claim.low)} to "
+                f"{points(claim.high)} points, contradicted if it meets none of these")
+    text += "".join(f", and so is {said(terms)}" for terms in claim.also)
+    ends = "" if claim.high < math.inf else "; never contradicted: it says sometimes" if claim.sometimes else "; contradicted if it is below 0"
+    return text + ends + "; paired bootstrap over questions, t over runs"
 
 
 def judge(claim: Claim, panel: Panel, study: Mapping) -> list[dict]:
     """The claim's verdict on one benchmark, for each kind of damage that was trained on; 95% each, not corrected for their number.
 
-    `n_decides`: questions at which an interval that shrinks with the root of n would no longer reach the nearest bound.
+    `n_decides`: about the questions at which the interval, shrunk with the root of n, would end at 0, if the estimate is the truth.
     """
-    if claim.benchmark not in (None, panel.source) or claim.preset not in (None, study["preset"]):
-        return [not_asked(claim, study)] if claim.benchmark == panel.source else []
-    kinds, out = list(dict.fromkeys(map(family, panel.answers))), []
-    trained = [kind for kind in kinds if kind.startswith("hallucination")]
-    wanted = [kind for _, kind, _ in claim.of]
-    for damage in trained if "hallucination" in wanted else [None]:
-        terms = [(factor, damage if kind == "hallucination" else kind, panel.without if asked == "without" else asked)
-                 for factor, kind, asked in claim.of]
-        if not all(kind in kinds and asked for _, kind, asked in terms):
+    kinds = list(dict.fromkeys(map(family, panel.answers)))
+    taken = [kind for kind in kinds if kind.startswith("hallucination-") and set(kind.partition("-")[2].split("+")) <= TAKEN_AWAY]
+    found_of = lambda terms: estimate(sum(factor * panel.accuracy([run for run in panel.answers if family(run) == kind], asked, study["seed"])
+                                          for factor, kind, asked in terms), len(panel.questions))
+    out, damaged = [], any(kind == "hallucination" for _, kind, _ in claim.of)
+    for damage in taken if damaged else [None]:
+        fill = lambda terms: [(factor, damage if kind == "hallucination" else kind, panel.without if asked == "without" else asked)
+                              for factor, kind, asked in terms]
+        if not all(kind in kinds and asked for _, kind, asked in fill(claim.of)):
             continue
-        runs = lambda kind: [run for run in panel.answers if family(run) == kind]
-        value = sum(factor * panel.accuracy(runs(kind), asked, study["seed"]) for factor, kind, asked in terms)
-        found = estimate(value, len(panel.questions))
-        (lower, upper), near = found["ci95"], min(abs(found["value"] - claim.low), abs(found["value"] - claim.high))
-        verdict = "reproduced" if lower > claim.low and upper < claim.high else "contradicted" if upper < claim.low or lower > claim.high else "undecided"
-        half = max(found["value"] - lower, upper - found["value"])
-        decides = math.ceil(found["n"] * (half / near) ** 2) if near > 0 and verdict == "undecided" else None
-        out.append(entry(claim, verdict, found["n"]) | {"benchmark": panel.source, "damage": damage, "found": found, "n_decides": decides})
-    return out or ([not_asked(claim, study)] if claim.benchmark else [entry(claim, "undecided", 0) | {"benchmark": panel.source, "reason": "not trained, or not asked"}])
+        found, also = found_of(fill(claim.of)), [found_of(fill(terms)) for terms in claim.also]
+        out.append(entry(claim, verdict_on(claim, found, also), found["n"]) | {"benchmark": panel.source, "damage": damage, "found": found})
+        half = max(found["value"] - found["ci95"][0], found["ci95"][1] - found["value"])
+        if out[-1]["verdict"] == "undecided" and found["ci95"][0] <= 0 <= found["ci95"][1] and found["value"]:
+            out[-1]["n_decides"] = math.ceil(found["n"] * (half / found["value"]) ** 2)
+    return out
+
+
+def verdict_on(claim: Claim, found: Mapping, also: Sequence[Mapping]) -> str:
+    """reproduced, contradicted or undecided, as `test_of` says."""
+    low, high = found["ci95"]
+    if claim.high < math.inf:
+        side = low > 0 if claim.low + claim.high > 0 else high < 0
+        meets = high >= claim.low and low <= claim.high
+        return "contradicted" if not meets else "reproduced" if side else "undecided"
+    if low > 0:
+        return "reproduced" if all(x["ci95"][0] > 0 for x in also) else "undecided"
+    return "contradicted" if high < 0 and not claim.sometimes else "undecided"
 
 
 def entry(claim: Claim, verdict: str, n: int) -> dict:
     return {"id": claim.id, "text": claim.text, "source": claim.source, "test": test_of(claim), "verdict": verdict, "n": n, "protocol": PROTOCOL}
 
 
-def not_asked(claim: Claim, study: Mapping) -> dict:
-    other = claim.preset not in (None, study["preset"])
-    return entry(claim, "undecided", 0) | {"benchmark": claim.benchmark, "reason": f"about preset {claim.preset}" if other else "not trained, or not asked"}
+def ledger(panels: Sequence[Panel], study: Mapping) -> list[dict]:
+    """Every claim on every benchmark that it speaks of; those without answers to judge them by say what is missing."""
+    out = []
+    for claim in CLAIMS:
+        reason = None
+        if claim.preset not in (None, study["preset"]):
+            reason = f"about preset {claim.preset}"
+        elif claim.preset and study["sources"]["train"] != "geometry3k":
+            reason = "about training on geometry3k"
+        asked = [] if reason else [panel for panel in panels if claim.benchmark in (None, panel.source)]
+        judged = [verdict for panel in asked for verdict in judge(claim, panel, study)]
+        out += judged or [entry(claim, "undecided", 0) | {"benchmark": claim.benchmark, "reason": reason or "not trained, or not asked"}]
+    return out
 
 
 # Does the instrument find the truth where it is known?
@@ -638,7 +722,7 @@ def simulate(rng: np.random.Generator, gold: np.ndarray, donor: np.ndarray, sees
             answer = np.where(needs & (rng.random(n) < sees), shown, answer)
         formed = rng.random(n) < formed_share**form
         readable = formed | (rng.random(n) < READABLE)
-        out[name] = np.where(readable, answer, -1), 1.0 * ((answer == gold) & readable)[None], 1.0 * formed[None]
+        out[name] = np.where(readable, answer, -1), 1.0 * ((answer == gold) & readable), 1.0 * formed
     return out
 
 
@@ -664,19 +748,30 @@ def expected_leaning(sees, reads, majority, form) -> float:
                           for needs, w, f in WORLD for k in [0.0 if needs else reads]]))
 
 
+def expected_distance(sees, reads, majority, form) -> float:
+    """On the blank picture: total variation of the answers, and of those that cannot be read, from the right ones."""
+    out = []
+    for needs, w, f in WORLD:
+        readable, k = f**form + (1 - f**form) * READABLE, 0.0 if needs else reads
+        given = [readable * (k * p + (1 - k) * ((i == 0) if majority else 1 / len(w))) for i, p in enumerate(w)]
+        out.append((sum(abs(a - p) for a, p in zip(given, w)) + 1 - readable) / 2)
+    return float(np.mean(out))
+
+
 def check_measures(n: int = 4000, resamples: int = 500, seed: int = 1) -> list[dict]:
     """Simulated policies of known truth, through the same functions as the real ones.
 
-    A measurement passes within one width of its 95% interval, four standard errors, of the truth, and if that width is below 15 points.
+    A measurement passes within one width of its 95% interval, about four standard errors, of the truth, if that width is below 15 points
+    (a share of a gain: 150). The majority's answer is given, for half of these groups have none.
     """
     rng, group = np.random.default_rng(seed), np.arange(n) % len(WORLD)
     gold, donor = (np.array([rng.choice(len(WORLD[g][1]), p=WORLD[g][1]) for g in group]) for _ in range(2))
     weights, entries = resample(n, resamples, "check", seed), []
 
-    def check(what, found, truth):
+    def check(what, found, truth, most=0.15):
         width = found["ci95"][1] - found["ci95"][0]
         value = next(found[key] for key in ("value", "share") if key in found)
-        entries.append({"check": what, "truth": truth, **found, "value": value, "passed": bool(abs(value - truth) <= width < 0.15)})
+        entries.append({"check": what, "truth": truth, **found, "value": value, "passed": bool(abs(value - truth) <= width < most)})
     questions = [{"group": int(g), "answer_type": "integer", "answer": int(answer)} for g, answer in zip(group, gold)]
     panel = Panel("simulated", questions, {}, weights, [None] * n, 0)
     panel.majority = lambda: np.zeros(n, int)  # which is so in truth, if not in every sample
@@ -684,11 +779,17 @@ def check_measures(n: int = 4000, resamples: int = 500, seed: int = 1) -> list[d
         before, after = NOVICE | was, NOVICE | was | change
         told, learnt = (simulate(rng, gold, donor, **settings) for settings in (before, after))
         base, policy = ({name: x[1:] for name, x in each.items()} for each in (told, learnt))
-        found = split_gain(weights, np.eye(len(WORLD))[group], base, policy, ["blank"])
+        found = split_gain(weights, np.eye(len(WORLD))[group], base, [policy], ["blank"])
         for name in ("total", *PARTS):
             truth = expected_accuracy(**after) - expected_accuracy(**before) if name in ("total", part) else 0.0
             check(f"{learner}: {name.replace('_', '-')}", found[name], truth)
-        strict = policy["clean"][0][0] * (1 - policy["blank"][0][0])
+        if part:
+            kept = {"format": 1.0, "image_free": 1.0, "visual": 0.0}[part]
+            if (survives := found["surviving_share"]["blank"])["value"] is not None:
+                check(f"{learner}: survives without the picture", survives, kept, 1.5)
+        check(f"{learner}: distance from the right answers", distribution(panel, [None if x < 0 else int(x) for x in learnt["blank"][0]])[
+            "total_variation"], expected_distance(**after))
+        strict = policy["clean"][0] * (1 - policy["blank"][0])
         check(f"{learner}: strict accuracy", share(strict), expected_strict(**after))
         check(f"{learner}: leaning to the majority", distribution(panel, learnt["blank"][0])["leaning"], expected_leaning(**after))
     swapped = (group < 3) & (gold != donor)
@@ -810,7 +911,7 @@ def gain_table(r: Mapping, source: str) -> dict:
 def tests_table(r: Mapping) -> dict:
     said = lambda t: "no difference shown" if t["p_holm"] >= 0.05 else "better" if t["value"] > 0 else "worse"
     rows = [(f"{t['policy']} against {t['reference']}, {t['source']}", [cell(t, points, n=True), *((text, "") for text in (
-        t["only_policy"], t["only_reference"], f"{t['p']:.2g}", f"{t['p_holm']:.2g}", points(t["detectable"]).strip("+"), said(t)))]) for t in r["tests"]]
+        t["only_policy"], t["only_reference"], f"{t['p']:.2g}", f"{t['p_holm']:.2g}", points(t["detectable"]).strip("+") if t["detectable"] else "\N{EN DASH}", said(t)))]) for t in r["tests"]]
     return table(f"McNemar's exact test; p corrected for all {len(rows)} comparisons shown (Holm); differences in points, 95% intervals; n can show: the smallest difference found in 80 of 100 studies like this",
                  ["comparison", "difference", "only it right", "only the other", "p", "p, Holm", "n can show", "so"], rows)
 
@@ -849,9 +950,9 @@ def source_tables(r: Mapping, source: str) -> list[dict]:
 def card_table(r: Mapping) -> dict:
     """One line a benchmark: what it asks for, and what blind answers are worth."""
     shares = {"always the majority's answer": "majority", "base, blank": "blank", "base, removed": "removed", "base, either": "unseen",
-              "said to need the picture": "says_it_needs_the_picture"}
+              "said to need the picture": "said_to_need_the_picture", "not said": "need_unknown"}
     rows = [(source, [(str(x["n"]), ""), (str(x["groups"]), ""), (", ".join(f"{name} {percent(y['share'])}" for name, y in x["types"].items()), ""),
-                      (percent(x["one_choice"]) if "one_choice" in x else "\N{EN DASH}", ""), *(cell(x.get(key)) for key in shares.values())])
+                      (percent(x["one_choice"]["share"]), f"n = {x['one_choice']['n']}") if "one_choice" in x else cell(None), *(cell(x.get(key)) for key in shares.values())])
             for source, x in r["card"].items()]
     return table("right without looking, 95% intervals; n questions", ["benchmark", "n", "groups", "answers", "a blind choice", *shares], rows)
 
@@ -860,7 +961,7 @@ def claims_table(r: Mapping, asked: bool) -> dict:
     """Claims with answers to judge them by; or folded the others, with what they lack."""
     rows = []
     for c in (c for c in r["claims"] if bool(c["n"]) == asked):
-        decides = f"n = {c['n_decides']:,} would decide" if c.get("n_decides") else c.get("reason", "")
+        decides = f"about n = {c['n_decides']:,} would decide" if c.get("n_decides") else c.get("reason", "")
         mark = {"reproduced": "\N{CHECK MARK} ", "contradicted": "\N{BALLOT X} "}.get(c["verdict"], "? ")
         where = " ".join(filter(None, (c["benchmark"], f"({c['damage']})" if c.get("damage") else "")))
         rows.append((c["text"], [(c["source"], ""), (where or "any", ""), cell(c.get("found"), points, n=True), (mark + c["verdict"], decides)]))
@@ -897,7 +998,7 @@ def gain_chart(rows: Sequence[Mapping], source: str) -> Markup:
     reach += [end for row in rows for part in ("total", *PARTS) for end in row["gain"][part]["ci95"]]
     low, high = min(0.0, *reach), max(0.01, *reach)
     x = lambda value: margin + (value - low) / (high - low) * (width - 2 * margin)
-    step, bottom = next(s for s in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5) if high - low <= 6 * s), each * len(rows)
+    step, bottom = next(s for s in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0) if high - low <= 6 * s), each * len(rows)
     for k in range(math.ceil(low / step), math.floor(high / step) + 1):
         at, label = x(k * step), f"{100 * k * step:+.0f}".replace("-", "\N{MINUS SIGN}") if k else "0"
         parts += [draw("line", x1=at, x2=at, y1=4, y2=bottom, class_="grid" if k else "zero"),
@@ -1105,12 +1206,12 @@ PAGE = """{% macro scroll(label) %}<div class="scroll" tabindex="0" role="region
 <!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <title>Seeing or guessing</title><style>{{ css }}</style></head><body>
-<header><p class="soft">Seeing or guessing: {{ study.model }} model, trained on {{ study.sources.train }}</p>
+<header><p class="soft">Seeing or guessing: {{ study.model }} model; runs of this study train on {{ study.sources.train }}</p>
 {% if heads %}{% set lead = heads[0] %}{% set bare, survives = (lead.gain.surviving_share.items()|list)[0] %}
 <h1>{% if survives.value is not none and survives.ci95[0] > 0 %}{{ percent(survives.value) }} of what {{ lead.name }} gained on {{ lead.source }}
 survives without the picture ({{ bare }}){% elif survives.value is not none
 %}What {{ lead.name }} gained on {{ lead.source }} is not shown to survive without the picture ({{ bare }})
-{% else %}What {{ lead.name }} learnt on {{ lead.source }}{% endif %}<small>{{ lead.text }}</small></h1>
+{% else %}{{ lead.name }} on {{ lead.source }}{% endif %}<small>{{ lead.text }}</small></h1>
 <div class="tiles">{% for part in ["total"] + parts|list if lead.gain[part] and lead.gain[part].value is not none %}
 <div class="tile" style="--edge:var(--{{ part if part in parts else "accent" }})">
 <small>{{ parts[part] or "total: gain of " ~ lead.name }}</small>
@@ -1127,8 +1228,8 @@ n = {{ e.n }}</li>{% endfor %}</ul></div>{% endif %}
 </details>{% endif %}
 </header><main>
 {% if heads %}<section><h2>What each gain is made of</h2>
-<p>Each policy against the base that it came from, on the same questions. What survives
-without the picture was not learnt by looking.</p><ul class="legend">
+<p>Each policy against the base, on the same questions; each interval by itself, not corrected for their number. What survives
+is there without the picture too.</p><ul class="legend">
 {% for part, label in parts.items() %}{{ key("whisker wide " ~ part, label) }}
 {% endfor %}</ul>{% for source in r.sources %}<div class="charts"><figure><figcaption>{{ source }}: points of accuracy, 95% intervals,
 n = {{ r.sources[source].n }}</figcaption>{{ gain_charts[source] }}</figure><ul>{% for head in heads if head.source == source %}
@@ -1137,7 +1238,7 @@ n = {{ r.sources[source].n }}</figcaption>{{ gain_charts[source] }}</figure><ul>
 <section><h2>Trained on, asked about</h2>
 <p>Rows were trained differently, columns damage the question. Right is the intact question&rsquo;s answer, also
 where the picture was swapped.</p>{% for source in r.sources %}{{ table(matrices[source]) }}{% endfor %}</section>
-{% if r.tests %}<section><h2>Which differences are real</h2><p>The same questions, two policies, clean input.</p>{{ table(tests) }}
+{% if r.tests %}<section><h2>Which differences exceed the choice of questions</h2><p>The same questions, two policies, clean input.</p>{{ table(tests) }}
 </section>{% endif %}
 <section><h2>Do the answers depend on the picture?</h2>
 <p>Strict: right with the picture, and not right without it. Visual information: how much likelier
@@ -1150,8 +1251,8 @@ answers_given[source] %}<figure><figcaption>{{ title }}</figcaption>{{ chart }}<
 <section><h2>Do the benchmarks need the picture?</h2>
 <p>What blind answers are worth: a benchmark whose base does as well without the picture cannot show that anyone looks.</p>{{ table(card) }}
 </section>
-{% if heads %}<section><h2>What was claimed, and what this study says</h2><p>Each claim with a test that was fixed before any run: it is reproduced
-if the interval lies within what is claimed, contradicted if it lies outside, undecided otherwise. {{ protocol }}</p>{% for t in claims %}{{ table(t) }}{% endfor %}
+{% if heads %}<section><h2>What was claimed, and what this study says</h2><p>Each claim has a test that was fixed before any
+run (below). The verdict is on this study&rsquo;s model and data. {{ protocol }}</p>{% for t in claims %}{{ table(t) }}{% endfor %}
 <details><summary>The tests</summary><ul>{% for id, test in tests_of.items() %}<li>{{ id }}: {{ test }}</li>{% endfor %}</ul></details></section>
 {% endif %}{% if training %}<section><h2>How training went</h2>
 <p>Means over the sampled completions of a step, on the questions as each policy saw them, smoothed
@@ -1181,13 +1282,13 @@ table(checks) }}
 </details>
 <details><summary>Where it comes from: settings, versions, seeds, hashes</summary><pre>{{ provenance }}</pre></details></section></main>
 <footer><p class="soft">Intervals are at 95%. With one seed a policy they cover the choice of questions, not the luck of a training run;
-pooled over few
-seeds, only part of that luck. All numbers: results.json. Tables to paste: tables.md.</p></footer></body></html>"""
+pooled over
+seeds, that too. All numbers: results.json. Tables to paste: tables.md.</p></footer></body></html>"""
 
 EXPLAINED = {"Intervals of shares": wilson, "Intervals of differences": estimate, "Several seeds": collect, "Paired tests": mcnemar,
              "Many tests": holm, "Parts of a gain": split_gain, "The format part": form_part,
              "Strict accuracy, visual information": measure, "How answers are distributed": distribution, "Distances between distributions": corrected,
-             "What n can show": detectable, "What a benchmark is like": card, "Claims and their verdicts": judge,
+             "What n can show": detectable, "What a benchmark is like": card, "Claims and their verdicts": judge, "Runs as clusters": Panel.drawn, "The majority's answer": Panel.majority,
              "Follows a swapped picture": net_following, "Instrument check, simulated": check_measures,
              "Instrument check, on shapes": check_shapes}
 
@@ -1196,7 +1297,8 @@ def markdown(tables: Iterable[Mapping]) -> str:
     """Tables to paste; what comes from outside stays text."""
     plain = lambda text: re.sub(r"([|<>&`*_\[\]\\])", r"\\\1", " ".join(visible(shorten(text, 120)).split()))
     line = lambda cells: f"| {' | '.join(cells)} |\n"
-    both = lambda cell: "; ".join(filter(None, cell)) if cell[0] == "cannot be told" else " ".join(filter(None, cell))
+    brackets = lambda text: plain(text).replace("\\[", "[").replace("\\]", "]")  # of intervals; without a target they are no link
+    both = lambda cell: plain(cell[0]) + ("; " if cell[0] == "cannot be told" else " ") * bool(cell[1]) + brackets(cell[1])
     return "\n".join(f"{plain(t['caption'])}\n\n" + line(map(plain, t["columns"])) + line(["---"] + ["---:"] * (len(t["columns"]) - 1))
                      + "".join(line([plain(name), *(both(cell) for cell in cells)]) for name, cells in t["rows"]) for t in tables)
 
@@ -1206,7 +1308,7 @@ def latex(t: Mapping) -> str:
     codes = {"\\": r"\textbackslash{}", "\N{MINUS SIGN}": "$-$", "\N{EN DASH}": "--", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
     plain = lambda text: "".join(codes.get(c, "\\" + c if c in "&%$#_{}" else c) for c in " ".join(visible(shorten(text, 120)).split()))
     pair = lambda cell: rf"\makecell{{{plain(cell[0])} \\ {{\scriptsize {plain(cell[1])}}}}}" if cell[1] else plain(cell[0])
-    line = lambda cells: " & ".join(cells) + r" \\" + "\n"
+    line = lambda cells: "{}" + " & ".join(cells) + r" \\" + "\n"  # {}: a row may begin with a bracket
     body = "".join(line([plain(name), *map(pair, cells)]) for name, cells in t["rows"])
     return (f"% {plain(t['caption'])}\n\\begin{{tabular}}{{l{'r' * (len(t['columns']) - 1)}}}\n\\toprule\n"
             + line(map(plain, t["columns"])) + "\\midrule\n" + body + "\\bottomrule\n\\end{tabular}\n")

@@ -181,6 +181,7 @@ def test_an_adapter_from_elsewhere_answers_as_it_should(evaluate, report, data, 
 
 @pytest.mark.parametrize("changes, says", [
     ({"peft_type": "IA3"}, "no plain LoRA.*IA3"), ({"use_dora": True}, "use_dora"), ({"bias": "all"}, "bias"), ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+    ({"init_lora_weights": "olora"}, "init_lora_weights olora"), ({"layer_replication": [[0, 2]]}, "layer_replication"), ({"of_tomorrow": 1}, "of_tomorrow"),
     ("visual", "no plain LoRA.*visual"), ("text", "does not fit|no plain LoRA"), ("rank", "does not fit"), ("fewer", "does not fit.*no counterpart"),
     ("missing", "is no adapter"), ("pickle", "is no adapter"), ("name", "already: rename")])
 def test_adapters_that_cannot_be_compared_are_named(evaluate, prepare, data, tmp_path, changes, says):

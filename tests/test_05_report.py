@@ -183,8 +183,8 @@ def test_format_part_by_hand(report):
 @given(st.integers(0, 2**32 - 1), st.integers(2, 30))
 def test_the_parts_add_up_whatever_the_answers(report, seed, n):
     rng = np.random.default_rng(seed)
-    draw = lambda: {name: tuple((rng.random((1, n)) < rng.random()) * 1.0 for _ in "cf") for name in ("clean", "blank")}
-    found = report.split_gain(report.resample(n, 50, seed), np.eye(3)[rng.integers(0, 3, n)], base := draw(), policy := draw(), ["blank"])
+    draw = lambda: {name: tuple((rng.random(n) < rng.random()) * 1.0 for _ in "cf") for name in ("clean", "blank")}
+    found = report.split_gain(report.resample(n, 50, seed), np.eye(3)[rng.integers(0, 3, n)], base := draw(), [policy := draw()], ["blank"])
     assert found["total"]["value"] == pytest.approx(policy["clean"][0].mean() - base["clean"][0].mean())
     if found["visual"]["value"] is not None:
         assert sum(found[part]["value"] for part in ("format", "image_free", "visual")) == pytest.approx(found["total"]["value"])
@@ -196,7 +196,7 @@ def learners(rng, n):
     knows, knows_blank = rng.random(n) < np.array([0.3, 0.8])[group], rng.random(n) < np.array([0.1, 0.5])[group]
     formed = [rng.random(n) < np.array([0.3, 0.9])[group] for _ in range(2)]
     sees = rng.random(n) < 0.5
-    outcome = lambda right, form: ((right & form)[None] * 1.0, form[None] * 1.0)
+    outcome = lambda right, form: ((right & form) * 1.0, form * 1.0)
     base = {"clean": outcome(knows, formed[0]), "blank": outcome(knows_blank, formed[1])}
     always = np.ones(n, bool)
     policies = {"format": {"clean": outcome(knows, always), "blank": outcome(knows_blank, always)},
@@ -214,7 +214,7 @@ def test_gain_split_is_unbiased_and_covers(report, learnt, truth):
     rng, found = np.random.default_rng(3), []
     for trial in range(120):
         strata, base, policies = learners(rng, 300)
-        found.append(report.split_gain(report.resample(300, 200, trial), strata, base, policies[learnt], ["blank"]))
+        found.append(report.split_gain(report.resample(300, 200, trial), strata, base, [policies[learnt]], ["blank"]))
     for part, expected in truth.items():
         values = np.array([f[part]["value"] for f in found])
         assert values.mean() == pytest.approx(expected, abs=4 * values.std() / 120**0.5 + 1e-3), part
@@ -227,14 +227,14 @@ def test_unstratified_form_would_blame_the_picture(report):
     rng, biased = np.random.default_rng(4), []
     for trial in range(40):
         strata, base, policies = learners(rng, 300)
-        biased.append(report.split_gain(report.resample(300, 2, trial), np.ones((300, 1)), base, policies["format"], ["blank"])["image_free"]["value"])
+        biased.append(report.split_gain(report.resample(300, 2, trial), np.ones((300, 1)), base, [policies["format"]], ["blank"])["image_free"]["value"])
     assert np.mean(biased) < -0.03
 
 
 def test_surviving_share_is_told_only_of_a_gain(report):
     strata, base, policies = learners(np.random.default_rng(5), 300)
     weights = report.resample(300, 300, 0)
-    split = lambda policy, withouts=("blank",): report.split_gain(weights, strata, base, policy, withouts)["surviving_share"]["blank"]
+    split = lambda policy, withouts=("blank",): report.split_gain(weights, strata, base, [policy], withouts)["surviving_share"]["blank"]
     low, high = split(policies["format"])["ci95"]
     assert low <= 1 <= high
     assert split(base)["value"] is None and "no gain" in split(base)["reason"]
@@ -242,7 +242,7 @@ def test_surviving_share_is_told_only_of_a_gain(report):
     worse = {name: (0 * c, f) for name, (c, f) in base.items()}
     assert split(worse)["value"] is None  # of a loss, nothing survives
     never = {name: (0 * c, 0 * f) for name, (c, f) in base.items()}
-    nothing = report.split_gain(weights, strata, never, policies["format"], ["blank"])
+    nothing = report.split_gain(weights, strata, never, [policies["format"]], ["blank"])
     assert nothing["format"]["value"] is None and nothing["surviving_share"]["blank"]["value"] is None and nothing["total"]["value"] > 0
 
 
@@ -279,10 +279,10 @@ def test_intervals_cover_the_truth_in_500_simulated_studies(report):
     assert all(0.92 <= value <= 0.98 for value in share.values()), {check: value for check, value in share.items() if not 0.92 <= value <= 0.98}
 
 
-@pytest.mark.parametrize("given", [(0.4, 0.3, 0.2, 0.1), (0.1, 0.2, 0.3, 0.4), (0.25, 0.25, 0.25, 0.25), (0.85, 0.05, 0.05, 0.05)])
+@pytest.mark.parametrize("given", [(0.5, 0.25, 0.15, 0.1), (0.1, 0.2, 0.3, 0.4), (0.25, 0.25, 0.25, 0.25), (0.85, 0.05, 0.05, 0.05)])
 def test_distributions_of_answers_against_closed_forms(report, given):
     """Total variation, leaning and entropy of a policy that draws its answers from a known distribution, in 200 studies."""
-    right, n, hits, values = (0.4, 0.3, 0.2, 0.1), 400, {}, {}
+    right, n, hits, values = (0.5, 0.25, 0.15, 0.1), 400, {}, {}
     nats = lambda p: -sum(x * math.log2(x) for x in p if x)
     truth = {"total_variation": sum(abs(a - b) for a, b in zip(given, right)) / 2, "leaning": given[0] - right[0], "entropy": nats(given),
              "entropy_right": nats(right), "letter_bias": sum(abs(a - b) for a, b in zip(given, right)) / 2}
@@ -479,46 +479,110 @@ def test_base_alone_and_no_blank_input_still_give_a_page(report, prepare, corrup
     assert "visual" not in found["gains"]["standard-s0"]["shapes"]
 
 
-@pytest.mark.parametrize("low, high, found, says", [
-    (0.0, math.inf, 0.2, "reproduced"), (0.0, math.inf, -0.2, "contradicted"), (0.0, math.inf, 0.001, "undecided"),
-    (0.1, 0.3, 0.2, "reproduced"), (0.3, 0.4, 0.2, "contradicted"), (0.19, 0.21, 0.2, "undecided")])
-def test_verdicts_follow_from_the_interval(report, low, high, found, says):
-    """A policy that is better by a known amount on 400 of 400 questions; where the interval is too wide, four times n halves it."""
+@pytest.mark.parametrize("gain, says", [(0.2, "reproduced"), (-0.2, "contradicted"), (0.005, "undecided")])
+def test_verdicts_follow_from_the_interval(report, gain, says):
+    """A policy that is better by a known amount on 400 of 400 questions."""
     rng, n = np.random.default_rng(0), 400
-    flip = rng.permutation(n) < abs(round(found * n))
+    flip = rng.permutation(n) < abs(round(gain * n))
     row = lambda correct: {"correct": bool(correct), "well_formed": True}
-    base, policy = [row(f and found < 0) for f in flip], [row(f and found > 0) for f in flip]
+    base, policy = [row(f and gain < 0) for f in flip], [row(f and gain > 0) for f in flip]
     panel = report.Panel("shapes", [{"group": "g"}] * n, {"base": {"clean": base}, "standard-s0": {"clean": policy}},
                          report.resample(n, 300, 0), [None] * n, 0)
-    claim = report.Claim("c", "t", "s", report.gain_of("standard"), low, high)
-    (entry,) = report.judge(claim, panel, {"preset": "tiny", "seed": 0})
-    assert entry["verdict"] == says and entry["n"] == n and entry["found"]["value"] == pytest.approx(found, abs=0.002)
-    half = max(entry["found"]["value"] - entry["found"]["ci95"][0], entry["found"]["ci95"][1] - entry["found"]["value"])
-    near = min(abs(entry["found"]["value"] - end) for end in (low, high))
-    assert (entry["n_decides"] is None) == (says != "undecided" or near == 0)
-    if entry["n_decides"]:
-        assert half * (n / entry["n_decides"]) ** 0.5 <= near + 1e-9
+    (entry,) = report.judge(report.Claim("c", "t", "s", report.gain_of("standard")), panel, {"preset": "tiny", "seed": 0})
+    assert entry["verdict"] == says and entry["n"] == n and entry["found"]["value"] == pytest.approx(gain, abs=0.002)
+    if says == "undecided":
+        half = max(entry["found"]["value"] - entry["found"]["ci95"][0], entry["found"]["ci95"][1] - entry["found"]["value"])
+        assert half * (n / entry["n_decides"]) ** 0.5 == pytest.approx(entry["found"]["value"], rel=0.01)
+
+
+@pytest.mark.parametrize("k", [2, 3, 5])
+def test_pooled_intervals_cover_the_mean_of_all_seeds(report, k):
+    """Runs that differ by 5 points of standard deviation, as seeds do; a bootstrap over so few runs would cover 70 to 90 of 100."""
+    rng, n, hits = np.random.default_rng(0), 300, []
+    for study in range(300):
+        rates = 0.5 + 0.05 * rng.standard_normal(k)
+        rows = {f"standard-s{i}": {"clean": [{"correct": bool(x)} for x in rng.random(n) < rate]} for i, rate in enumerate(rates)}
+        panel = report.Panel("shapes", [{"group": "g"}] * n, rows, report.resample(n, 400, study), [None] * n, 0)
+        low, high = report.estimate(panel.accuracy(list(rows), "clean", study), n)["ci95"]
+        hits.append(low <= 0.5 <= high)
+    assert np.mean(hits) >= 0.92 and (k < 5 or np.mean(hits) <= 0.995)  # here each run has its own questions: they count twice
+
+
+@pytest.mark.parametrize("of, also, says", [
+    (0.1, [0.2], "reproduced"), (0.1, [-0.1], "undecided"), (-0.1, [0.2], "contradicted"), (0.0, [0.2], "undecided")])
+def test_of_two_losses_neither_helps(report, of, also, says):
+    part = lambda value: {"value": value, "ci95": [value - 0.05, value + 0.05], "n": 100}
+    claim = next(c for c in report.CLAIMS if c.id == "damaged-at-least-half")
+    assert report.verdict_on(claim, part(of), [part(x) for x in also]) == says
+    sometimes = next(c for c in report.CLAIMS if c.sometimes)
+    assert report.verdict_on(sometimes, part(-0.2), []) == "undecided"
+
+
+@pytest.mark.parametrize("claim, value, says", [
+    ("table-mathvision-7b-standard", (0.0, 0.0), "undecided"), ("table-mathvista-3b-standard", (0.04, 0.09), "reproduced"),
+    ("table-mathvista-3b-standard", (-0.04, 0.01), "contradicted"), ("table-mathvista-3b-standard", (-0.01, 0.06), "undecided"),
+    ("table-mathvision-7b-hallucination-mismatch", (-0.02, -0.001), "reproduced")])
+def test_whoever_learns_nothing_reproduces_nothing(report, claim, value, says):
+    """A published number is met only on its own side of 0."""
+    (claim,) = [c for c in report.CLAIMS if c.id == claim]
+    assert report.verdict_on(claim, {"value": sum(value) / 2, "ci95": list(value), "n": 1000}, []) == says
+
+
+def test_damage_that_leaves_the_picture_is_no_training_without_it(report):
+    row = lambda correct: {"correct": correct, "well_formed": True}
+    answers_ = {policy: {"clean": [row(policy != "base")] * 50} for policy in ("base", "hallucination-misleading-s0", "hallucination-blank+removed-s0")}
+    panel = report.Panel("shapes", [{"group": "g"}] * 50, answers_, report.resample(50, 50, 0), [None] * 50, 0)
+    judged = report.judge(report.CLAIMS[0], panel, {"preset": "tiny", "seed": 0})
+    assert [entry["damage"] for entry in judged] == ["hallucination-blank+removed"]
+
+
+@pytest.mark.parametrize("texts", [[None] * 400, ["0"] * 400])
+def test_answers_that_collapse_are_far_from_the_right_ones(report, texts):
+    """400 different right answers, and one for all, or none: nothing could be further apart."""
+    questions = [{"group": "g", "answer_type": "integer", "answer": str(i + 1)} for i in range(400)]
+    found = report.distribution(report.Panel("s", questions, {}, report.resample(400, 100, 0), [None] * 400, 0), texts)
+    assert found["total_variation"]["value"] > 0.95 and found["entropy"]["value"] < 0.01
+
+
+def test_the_majority_is_no_maximum_of_chance(report):
+    """30 equally likely answers in 30 groups: nobody guesses more than 1 in 30, however the sample falls."""
+    rng = np.random.default_rng(0)
+    questions = [{"group": i % 30, "answer_type": "integer", "answer": str(rng.integers(30))} for i in range(6000)]
+    majority = report.Panel("s", questions, {}, np.ones((1, 1)), [], 0).majority()
+    right = np.mean([guess == q["answer"] for guess, q in zip(majority, questions)])
+    assert right == pytest.approx(1 / 30, abs=0.008)
+
+
+def test_two_adapters_of_one_name_are_not_one_policy(report, prepare, copy, tmp_path):
+    other = tmp_path / "elsewhere" / "standard-s0"
+    shutil.copytree(copy / "policies" / "standard-s0", other)
+    (other / "adapter_model.safetensors").write_text("another one")
+    digest, path = prepare.sha256(other / "adapter_model.safetensors"), other / "adapter_model.safetensors"
+    key = prepare.input_path("shapes", "blank")
+    rewrite(copy, "standard-s0", "blank", lambda rows: [row | {"made_from": {key: row["made_from"][key], str(path): digest}} for row in rows])
+    with pytest.raises(prepare.UserError, match="by another standard-s0 than its answers elsewhere"):
+        run(report, copy)
 
 
 def test_every_claim_has_a_test_a_verdict_and_an_n(report, results):
     claims = results["claims"]
-    assert {c["id"] for c in claims} == {c.id for c in report.CLAIMS} and len(report.CLAIMS) == len({c.id for c in report.CLAIMS}) == 19
+    assert {c["id"] for c in claims} == {c.id for c in report.CLAIMS} and len(report.CLAIMS) == len({c.id for c in report.CLAIMS}) == 31
     assert all(c["verdict"] in ("reproduced", "contradicted", "undecided") and {"id", "text", "source", "test", "verdict", "n"} <= c.keys() for c in claims)
     asked = {c["id"]: c for c in claims if c["n"]}
     assert set(asked) == {"damaged-helps", "damaged-beats-clean", "damaged-at-least-half", "clean-gains-blind"}
-    assert asked["damaged-helps"]["verdict"] == "reproduced" and asked["damaged-beats-clean"]["verdict"] == "contradicted"
+    assert asked["damaged-helps"]["verdict"] == "reproduced" and asked["damaged-beats-clean"]["verdict"] == "undecided"
     assert all(c["verdict"] == "undecided" and c["reason"] for c in claims if not c["n"])
 
 
-def test_the_card_of_a_benchmark_recounts(results, study):
+def test_the_card_of_a_benchmark_recounts(results, study, prepare):
     card, rows = results["card"]["shapes"], {name: answers(study, "base", name) for name in ("clean", "blank", "removed")}
-    groups = {}
-    for row in rows["clean"]:
-        groups.setdefault(row["group"], []).append(row["gold"])
-    assert card["majority"]["count"] == sum(max(map(golds.count, golds)) for golds in groups.values())
     assert card["unseen"]["count"] == sum(a["correct"] or b["correct"] for a, b in zip(rows["blank"], rows["removed"]))
-    assert card["removed"]["correct"] == sum(row["correct"] for row in rows["removed"]) and card["one_choice"] == 0.25
+    assert card["removed"]["correct"] == sum(row["correct"] for row in rows["removed"])
+    assert card["one_choice"] == {"share": 0.25, "n": sum(row["group"] == "colour" for row in rows["clean"]), "ci95": [0.25, 0.25]}
     assert sum(kind["count"] for kind in card["types"].values()) == card["n"] == len(rows["clean"])
+    assert card["said_to_need_the_picture"]["count"] == sum(row["needs_image"] for row in rows["clean"]) and card["need_unknown"]["count"] == 0
+    yes = sum(row["gold"] == "yes" for row in rows["clean"] if row["group"] == "more")
+    assert card["majority"]["count"] >= yes > 0
 
 
 def test_the_table_for_latex_is_balanced_and_escaped(report, study):
@@ -637,7 +701,8 @@ def test_hostile_text_is_shown_as_text(report, prepare, copy):
                 for i, row in enumerate(rows)]
     for name in ("clean", "blank"):
         rewrite(copy, "standard-s0", name, poison)
-    for source, target in (("standard-s0", "standard-<img src=x onerror=alert(1)>-s1"),):
+    for source, target in (("standard-s0", "standard-<img src=x onerror=alert(1)>-s1"),
+                           ("hallucination-blank-s0", "hallucination-blank+[a](javascript:alert(1))|<b>-s1")):
         shutil.copytree(copy / "answers" / source, copy / "answers" / target)
         shutil.copytree(copy / "policies" / source, copy / "policies" / target)
         for name in ("clean", "blank", "removed", "mismatch"):
@@ -649,7 +714,9 @@ def test_hostile_text_is_shown_as_text(report, prepare, copy):
     assert page.acting == [] and page.unbalanced == [] and page.open == []
     assert "<script>alert(1)</script>" in page.text and "{{ 7 * 7 }}" in page.text and "characters in all" in page.text
     assert not re.search("[\x00-\x08\x0b-\x1f\u202a-\u202e\u2066-\u2069\ud800-\udfff]", text) and "<U+202E>" in page.text
-    assert len(text) < 5_000_000 and len(found["gains"]) == 4
+    assert len(text) < 5_000_000 and len(found["gains"]) == 5
+    tables = (copy / "report" / "tables.md").read_text().split("```latex")[0]
+    assert not re.search(r"(?<!\\)<b>|(?<!\\)<img|(?<!\\)\[a(?<!\\)\]\(", tables)
     assert all(len({line.count("|") - line.count("\\|") for line in block.splitlines()}) == 1
                for block in re.findall(r"(?:^\|.*\n)+", (copy / "report" / "tables.md").read_text(), re.M))
 
@@ -759,7 +826,7 @@ def test_page_reads_well_in_a_browser(browser, study, results, width, scheme):
     events.clear()
     target = send("Target.createTarget", url="about:blank")["targetId"]
     session = send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-    for domain in ("Page", "Runtime", "Log"):
+    for domain in ("Page", "Runtime", "Log", "Network"):
         send(f"{domain}.enable", session=session)
     send("Emulation.setDeviceMetricsOverride", session=session, width=width, height=900, deviceScaleFactor=1, mobile=width < 500)
     send("Emulation.setEmulatedMedia", session=session, features=[{"name": "prefers-color-scheme", "value": scheme}])
@@ -767,8 +834,9 @@ def test_page_reads_well_in_a_browser(browser, study, results, width, scheme):
     send("Page.navigate", until="Page.loadEventFired", session=session, url=(study / "report" / "index.html").as_uri())
     found = json.loads(send("Runtime.evaluate", session=session, expression=INSPECT, returnByValue=True)["result"]["value"])
     said = [e["params"] for e in events if e["method"] in ("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded")]
-    asked = [e for e in events if e["method"].startswith("Network.")]
+    asked = {e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"}
+    asked = {url for url in asked if not url.startswith("data:")}
     send("Target.closeTarget", targetId=target)
     assert found["width"] <= width and found["wide"] == [], "the page scrolls sideways"
     assert found["poor"] == [] and found["dark"] == (scheme == "dark") and found["small"] >= 9
-    assert said == [] and asked == []
+    assert said == [] and asked == {(study / "report" / "index.html").as_uri()}
