@@ -251,7 +251,8 @@ def check_input(data: Path, study: Mapping, source: str, name: str) -> dict[str,
     check_fresh(data, data / "study.json", {clean: study["artifacts"].get(clean, "")}, "run 01_prepare.py again")
     if name != "clean":
         if not (data / relative).exists():
-            raise UserError(f"{data / relative} is missing: run 02_corrupt.py --corruptions {name}")
+            there = sorted(path.stem for path in (data / relative).parent.glob("*.parquet"))
+            raise UserError(f"{data / relative} is missing: choose from {', '.join(there) or 'none yet'}, or run 02_corrupt.py --corruptions {name}")
         origin = made_from(data / relative)
         if origin.get("seed") != study["seed"]:
             raise UserError(f"{data / relative} was damaged by seed {origin.get('seed')}, the study's is {study['seed']}: "

@@ -60,7 +60,8 @@ Prompt, Question, UserError, option = prepare.Prompt, prepare.Question, prepare.
 
 CHUNK_BYTES = 2**26  # of logits in fp32: 110 positions of a vocabulary of 151,936
 LOSSES = ("dapo", "grpo", "dr_grpo")
-NOT_SETTINGS = ("data", "conditions", "seeds", "steps", "sample_every", "tokens_per_pass", "cache_gb", "checkpoint")  # those that choose runs, or change rounding alone
+# options that choose runs, or change rounding alone
+NOT_SETTINGS = ("data", "conditions", "seeds", "steps", "sample_every", "tokens_per_pass", "cache_gb", "checkpoint")
 CONDITIONS = ("standard", "hallucination", "mixed")
 LANGUAGE_LINEARS = r".*language_model\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj"
 REAL = {  # beside each: what the paper's trainer, EasyR1, takes as its default on eight cards
@@ -101,7 +102,7 @@ class Config:
     kl: float = option(0.0, "weight of the k3 estimate of KL(policy || base), per token (EasyR1: 0.01)")
     updates_per_batch: int = option(1, "optimizer steps on the same completions")
     max_grad_norm: float = option(1.0, "larger gradients are scaled down to it")
-    tokens_per_pass: int = option(None, "tokens, padding and a completion's prompt included, in one pass of the update, at least one row: lower it first [preset]")
+    tokens_per_pass: int = option(None, "tokens, padding and prompts included, in a pass of the update, at least one row: lower it first [preset]")
     cache_gb: float = option(None, "memory for prompts and completions while sampling; a step that needs more is sampled in waves [preset]")
     checkpoint: bool = option(None, "keep only each layer's input for the backward pass, and run the layer again there [preset]")
     sample_every: int = option(20, "steps between two completions shown on the terminal; all samples go to rollouts.jsonl")
@@ -681,7 +682,8 @@ def roll_out(policy: Policy, questions: Sequence[Question], step: int, seed: int
     row = {"reward": rewards.mean().item(), "correct": sum(g.correct for g in grades) / n,
            "well_formed": sum(g.well_formed for g in grades) / n,
            "equal_groups": (rewards.amax(1) - rewards.amin(1) < 1e-6).float().mean().item(),
-           "entropy": (done.entropy.sum() / done.lengths.sum()).item(), "length": done.lengths.float().mean().item(), "truncated": 1 - done.finished.float().mean().item(),
+           "entropy": (done.entropy.sum() / done.lengths.sum()).item(), "length": done.lengths.float().mean().item(),
+           "truncated": 1 - done.finished.float().mean().item(),
            "rollout_s": time.perf_counter() - start}
     samples = [{"step": step, "id": questions[i // group]["id"], "completion": i % group, "response": texts[i],
                 "answer": grades[i].answer, "gold": questions[i // group]["answer"], "reward": round(rewards.flatten()[i].item(), 3)}
@@ -785,7 +787,9 @@ def load_checkpoint(path: Path, policy: Policy, optimizer: torch.optim.Optimizer
 
 def check_settings(folder: Path, old: dict, new: dict):
     """A run continues, or counts as done, only under the settings that it began with."""
-    changed = [f"{key} was {old.get(key)}, is {new.get(key)}" for key in {**old, **new} if old.get(key) != new.get(key)]
+    differ = lambda one, two: [key for key in {**one, **two} if one.get(key) != two.get(key)]
+    changed = [f"{key} was {old.get(key)}, is {new.get(key)}" for key in differ(old, new) if key != "made_from"]
+    changed += [f"another {name}" for name in differ(old.get("made_from", {}), new.get("made_from", {}))]
     if changed:
         raise UserError(f"{folder} was made with other settings ({'; '.join(changed)}): delete that folder, or choose another --data")
 
@@ -823,8 +827,8 @@ def preflight(policy: Policy, questions: Questions, config: Config) -> None:
     length = len(prompt.input_ids)
     wave = next(waves(policy, [length] * count, config.group_size, config.max_new_tokens, config.cache_gb)).stop
     rows = min(count * config.group_size, max(1, config.tokens_per_pass // (length + config.max_new_tokens)))
-    print(f"preflight: {sum(p.numel() for p in trainable) / 1e6:.2f} M trainable parameters, longest prompt {length} tokens ({tokens} of the "
-          f"picture); the largest step samples {wave * config.group_size} completions at a time, learns from {rows} at a time, and takes "
+    print(f"preflight: {sum(p.numel() for p in trainable) / 1e6:.2f} M trainable parameters, longest prompt {length} tokens "
+          f"({tokens} of the picture); the largest step samples {wave * config.group_size} completions at a time, learns from {rows} at a time, and takes "
           f"{time.perf_counter() - start:.1f} s and {peak_gb(policy):.2f} GB")
 
 
@@ -840,7 +844,8 @@ def one_line(run: str, row: dict, steps: int) -> str:
     tokens_per_s = row["completion_tokens"] / (row["rollout_s"] + row["update_s"])
     return (f"{run} {row['step']:4d}/{steps}  reward {row['reward']:.3f}  correct {row['correct']:.3f}  formed {row['well_formed']:.3f}  "
             f"flat {row['equal_groups']:.2f}  length {row['length']:5.1f}  cut {row['truncated']:.2f}  entropy {row['entropy']:.2f}  "
-            + (f"kl {row['kl']:.3f}  " if row["kl"] is not None else "") + f"clip {row['clipped'] or 0:.3f}  grad {row['gradient_norm']:.2f}  "
+            + (f"kl {row['kl']:.3f}  " if row["kl"] is not None else "")
+            + f"clip {row['clipped'] or 0:.3f}  grad {row['gradient_norm']:.2f}  "
             f"{row['rollout_s']:.2f}+{row['update_s']:.2f} s  {tokens_per_s:,.0f} tok/s  {row['peak_gb']:.2f} GB")
 
 

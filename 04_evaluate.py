@@ -32,6 +32,12 @@ from tqdm import tqdm
 Policy, Question, UserError, option = train.Policy, prepare.Question, prepare.UserError, prepare.option
 
 
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+LORA_WEIGHT = re.compile(r"base_model\.model\.(.*language_model\.layers\..+)\.lora_[AB]\.weight")
+LORA_SETTINGS = ("r lora_alpha target_modules rank_pattern alpha_pattern use_rslora lora_dropout base_model_name_or_path revision task_type "
+                 "inference_mode auto_mapping peft_version exclude_modules layers_to_transform layers_pattern").split()
+
+
 @dataclass
 class Config:
     data: str = option("data", "the study's folder")
@@ -61,14 +67,15 @@ def split_gold(response: str, gold: str, tokenizer) -> tuple[list[int], list[int
 
 
 @torch.no_grad()
-def gold_logprobs(policy: Policy, prefix: train.Prefix, questions: Sequence[Question], responses: Sequence[str], tokens: int) -> list[float]:
+def gold_logprobs(policy: Policy, prefix: train.Prefix, questions: Sequence[Question], responses: Sequence[str],
+                  tokens_per_pass: int) -> list[float]:
     """log p(gold answer | question, the policy's own reasoning), in nats, teacher-forced inside the policy's own box.
 
-    The reasoning is the greedy one, and stands for the sum over all that the policy might have reasoned. `tokens` in one pass, with prompts.
+    The reasoning is the greedy one, and stands for the sum over all that the policy might have reasoned.
     """
     pairs = [split_gold(response, prepare.gold_texts(question)[0], policy.tokenizer) for question, response in zip(questions, responses)]
     lengths, out = [prefix.mask.shape[1] + len(head) + len(gold) for head, gold in pairs], [0.0] * len(pairs)
-    for rows in train.passes(range(len(pairs)), lengths, tokens):
+    for rows in train.passes(range(len(pairs)), lengths, tokens_per_pass):
         whole = torch.full((len(rows), lengths[rows[0]] - prefix.mask.shape[1]), policy.tokenizer.pad_token_id)
         for ids, row in zip(whole, rows):
             ids[:lengths[row] - prefix.mask.shape[1]] = torch.tensor(sum(pairs[row], []))
@@ -177,22 +184,17 @@ def find_policies(config: Config, study: dict) -> dict[str, tuple[Path | None, d
             prepare.check_fresh(data, folder, files, "delete that folder and run 03_train_grpo.py again")
             if not made_from.items() >= model_files.items():
                 raise UserError(f"{folder} was trained on another model than {study['model']}: delete it and run 03_train_grpo.py again")
-            found[name] = (folder, model_files | {str((folder / file).relative_to(data)): prepare.sha256(folder / file) for file in ADAPTER})
+            found[name] = (folder, model_files | {str(path.relative_to(data)): prepare.sha256(path) for path in map(folder.joinpath, ADAPTER)})
         elif (folder := Path(name)).is_dir() and folder.resolve().name not in ("base", *finished, *found):
             check_adapter(folder)
-            found[folder.resolve().name] = (folder, model_files | {str(folder.resolve() / file): prepare.sha256(folder / file) for file in ADAPTER})
+            folder = folder.resolve()
+            found[folder.name] = (folder, model_files | {str(path): prepare.sha256(path) for path in map(folder.joinpath, ADAPTER)})
         elif folder.is_dir():
             raise UserError(f"{folder}: a policy is called {folder.resolve().name} already: rename the folder")
         else:
             raise UserError(f"{data / 'policies' / name} holds no finished policy: choose from {', '.join(['base', *finished])}, "
                             "run 03_train_grpo.py, or give the folder of an adapter")
     return found
-
-
-ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
-LORA_WEIGHT = re.compile(r"base_model\.model\.(.*language_model\.layers\..+)\.lora_[AB]\.weight")
-LORA_SETTINGS = ("r lora_alpha target_modules rank_pattern alpha_pattern use_rslora lora_dropout base_model_name_or_path revision task_type "
-                 "inference_mode auto_mapping peft_version exclude_modules layers_to_transform layers_pattern").split()
 
 
 def check_adapter(folder: Path):
@@ -218,14 +220,16 @@ def load_policies(model: str, max_pixels: int, adapters: Mapping[str, Path]) -> 
     try:
         policy = train.load_policy(model, max_pixels, adapters)
     except (ValueError, RuntimeError, KeyError) as error:
-        raise UserError(f"an adapter ({', '.join(map(str, adapters.values()))}) does not fit {model}: {str(error).splitlines()[0]}") from error
+        names = ", ".join(map(str, adapters.values()))
+        raise UserError(f"an adapter ({names}) does not fit {model}: {str(error).splitlines()[0]}") from error
     there = {name for name, _ in policy.model.named_parameters()}
     for who, folder in adapters.items():
-        with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        with safe_open(folder / ADAPTER[1], "pt") as file:
             wanted = {name.removesuffix("weight") + f"{train.module_name(who)}.weight" for name in file.keys()}
         own = {name for name in there if f".{train.module_name(who)}.weight" in name}
         if wanted != own:
-            raise UserError(f"{folder} does not fit {model}: {len(wanted ^ own)} of its matrices have no counterpart, such as {min(wanted ^ own)}")
+            raise UserError(f"{folder} does not fit {model}: {len(wanted ^ own)} of its matrices have no counterpart, such as "
+                            f"{min(wanted ^ own)}")
     return policy
 
 
@@ -263,7 +267,8 @@ def main(config: Config) -> dict[tuple[str, str, str], list[dict]]:
         chosen.sort(key=lambda row: -lengths[row])  # what does not fit into memory shows at once, and there is little padding
         origins = {who: {"made_from": made_from | questions, "max_new_tokens": max_new_tokens} for who, (_, made_from) in policies.items()}
         paths = {who: data / "answers" / who / source / f"{name}.jsonl" for who in policies}
-        done = evaluate(load, table, chosen, paths, origins, config.cache_gb or preset["cache_gb"], preset["tokens_per_pass"], f"{source} {name}")
+        done = evaluate(load, table, chosen, paths, origins, config.cache_gb or preset["cache_gb"], preset["tokens_per_pass"],
+                        f"{source} {name}")
         answers |= {(who, source, name): rows for who, rows in done.items()}
         right = [f"{who} {sum(row['correct'] for row in rows) / len(rows):.1%}" for who, rows in done.items()]
         print(f"{source} {name}, n = {len(chosen)}: {', '.join(right)} ({time.perf_counter() - start:.0f} s)")

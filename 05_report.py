@@ -102,14 +102,14 @@ def estimate(replicates: np.ndarray, n: int) -> dict:
     return {"value": float(replicates[0]), "ci95": np.nanpercentile(replicates[1:], [2.5, 97.5]).tolist(), "n": n}
 
 
-def corrected(replicates: np.ndarray, n: int) -> dict:
+def corrected(replicates: np.ndarray, n: int, most: float = math.inf) -> dict:
     """Value and 95% interval of a statistic that chance can only raise, or only lower, such as a distance between distributions.
 
     The replicates are as far from the sample, on average, as the sample is from the truth: 2 x value - replicate (Efron and
-    Tibshirani, An Introduction to the Bootstrap, 1993, chapter 10); nothing below 0. Nearer to 0 than its width, where this
+    Tibshirani, An Introduction to the Bootstrap, 1993, chapter 10); nothing below 0 or above `most`. Nearer to 0 than its width, where this
     corrects too much, the interval reaches 0. Where many differences add up and most are 0, it still covers 85 of 100 (simulated).
     """
-    turned = np.maximum(0, 2 * replicates[0] - replicates[1:])
+    turned = np.clip(2 * replicates[0] - replicates[1:], 0, most)
     value, (low, high) = float(turned.mean()), np.percentile(turned, [2.5, 97.5]).tolist()
     return {"value": value, "ci95": [low if value > high - low else 0.0, high], "n": n}
 
@@ -261,7 +261,6 @@ class Panel:
         """Input -> (correct, formed), each (n,), of a run on clean input and without a picture."""
         return {name: (self.column(run, name, "correct"), self.column(run, name, "well_formed")) for name in ("clean", *self.withouts)}
 
-
     def drawn(self, runs: Sequence[str], seed: int) -> np.ndarray:
         """Weights (R, runs) that sum to 1: how much each run counts in each resample; runs are clusters, as a seed is.
 
@@ -339,7 +338,7 @@ def read_answers(data: Path, path: Path, checked: dict, models: dict) -> list[di
         if models.setdefault(path.parent.parent.name, model) != model:
             raise UserError(f"{path} row {i + 1} is by another {path.parent.parent.name} than its answers elsewhere: {remedy}")
         new = {key: digest for key, digest in row["made_from"].items() if checked.get(key) != digest}
-        prepare.check_fresh(data, path, new, f"run 04_evaluate.py --data {data} again")
+        prepare.check_fresh(data, path, new, f"run 04_evaluate.py --data {data} again, or delete {path.parent.parent} to do without this policy")
         checked |= new
         for key in ("made_from", "group", "needs_image"):  # checked, or known from the question: half of what a row weighs
             row.pop(key, None)
@@ -367,14 +366,18 @@ def load_panels(data: Path, study: Mapping, resamples: int, notes: list[str], ch
                    for policy in sorted(files[source], key=policy_order)}
         cuts = {row.get("max_new_tokens") for inputs in answers.values() for rows in inputs.values() for row in rows}
         if len(cuts) > 1:
-            raise UserError(f"{data / 'answers'}: some answers to {source} were cut after {' tokens, others after '.join(sorted(map(str, cuts)))}: "
+            after = " tokens, others after ".join(sorted(map(str, cuts)))
+            raise UserError(f"{data / 'answers'}: some answers to {source} were cut after {after}: "
                             f"run 04_evaluate.py --data {data} again, for all policies at once")
+        each = {(policy, name): rows for policy, inputs in answers.items() for name, rows in inputs.items()}
         panels.append(make_panel(data, source, answers, resamples, study["seed"]))
         missing = {path.parent.name for path in data.glob("policies/*/config.json")} - set(answers)
         notes += [f"{run} has no answers to {source}: 04_evaluate.py makes them" for run in sorted(missing)]
         if panels[-1].left_out:
-            notes.append(f"{panels[-1].left_out} questions of {source} lack an answer of some policy under some input: "
-                         f"all numbers are on the other {len(panels[-1].questions)}")
+            most = max(len(rows) for rows in each.values())
+            short = [" ".join(key) for key, rows in each.items() if len(rows) < most]
+            notes.append(f"{panels[-1].left_out} questions of {source} lack an answer ({shorten(', '.join(short), 300)}): all numbers are on the "
+                         f"other {len(panels[-1].questions)}. 04_evaluate.py without --limit answers them")
     return panels
 
 
@@ -392,7 +395,7 @@ def make_panel(data: Path, source: str, answers: dict, resamples: int, seed: int
     for inputs in answers.values():
         for name, rows in inputs.items():
             by_id = {row["id"]: row for row in rows}
-            inputs[name] = [by_id[i] for i in ids]
+            inputs[name] = [by_id[i] for i in ids]  # another list: the caller still has the whole one
     pictured = set({questions[i]["group"]: i for i in reversed(ids)}.values())  # of the gallery: the first of each group
     for inputs in answers.values():
         for name, rows in inputs.items():
@@ -433,7 +436,8 @@ def measure(panel: Panel, policy: str) -> dict:
                               for group, chosen in rows_of("group").items()} for name, texts in said.items()},
            "distribution": {name: distribution(panel, texts) for name, texts in said.items()},
            "unparsed": {name: share(row["answer"] is None for row in rows) for name, rows in asked.items()},
-           "length": {name: {**estimate(panel.weights @ [row["tokens"] for row in rows], len(rows)), "unit": "tokens"} for name, rows in asked.items()}}
+           "length": {name: {**estimate(panel.weights @ [row["tokens"] for row in rows], len(rows)), "unit": "tokens"}
+                      for name, rows in asked.items()}}
     for key in ("well_formed", "truncated"):
         out[key] = {name: share(row[key] for row in rows) for name, rows in asked.items()}
     if policy == "base":
@@ -478,7 +482,7 @@ def distribution(panel: Panel, texts: Sequence[str | None]) -> dict:
     both = one_hot([key if key in common else (key[0],) for column in (texts, golds) for key in zip(groups, column)])  # (2n, K)
     given, right, within = weights @ both[:n], weights @ both[n:], entropy(weights @ one_hot(groups))  # (R, K), (R, K), (R,)
     leaning = np.array([(text == most) * 1.0 - (gold == most) for text, most, gold in zip(texts, majority, golds)])
-    out = {"total_variation": corrected(np.abs(given - right).sum(1) / 2, n), "leaning": estimate(weights @ leaning, n),
+    out = {"total_variation": corrected(np.abs(given - right).sum(1) / 2, n, 1.0), "leaning": estimate(weights @ leaning, n),
            "entropy": {**corrected(entropy(given) - within, n), "unit": "bits"},
            "entropy_right": {**corrected(entropy(right) - within, n), "unit": "bits"}}
     names = {q["answer"] for q in panel.questions if q["answer_type"] == "choice"}
@@ -487,7 +491,7 @@ def distribution(panel: Panel, texts: Sequence[str | None]) -> dict:
         both = one_hot([column[i] for column in (texts, golds) for i in letters])
         apart = weights[:, letters] @ (both[:len(letters)] - both[len(letters):])
         with np.errstate(invalid="ignore"):
-            out["letter_bias"] = corrected(np.nan_to_num(np.abs(apart).sum(1) / 2 / weights[:, letters].sum(1)), len(letters))
+            out["letter_bias"] = corrected(np.nan_to_num(np.abs(apart).sum(1) / 2 / weights[:, letters].sum(1)), len(letters), 1.0)
     return out
 
 
@@ -557,7 +561,8 @@ def card(panel: Panel) -> dict:
            "need_unknown": share(q["needs_image"] is None for q in questions)}
     options = [1 / len(q["choices"]) for q in questions if q["choices"]]
     if options:
-        out["one_choice"] = {"share": float(np.mean(options)), "n": len(options), "ci95": [float(np.mean(options))] * 2}  # known, not estimated
+        known = float(np.mean(options))  # not estimated
+        out["one_choice"] = {"share": known, "n": len(options), "ci95": [known, known]}
     for name in panel.withouts:
         out[name] = accuracy(base[name])
     if panel.withouts:
@@ -639,7 +644,7 @@ def test_of(claim: Claim) -> str:
 
 
 def judge(claim: Claim, panel: Panel, study: Mapping) -> list[dict]:
-    """The claim's verdict on one benchmark, for each kind of damage that was trained on; 95% each, not corrected for their number.
+    """The claim's verdict on one benchmark, for each kind of damage that was trained on and each input that it speaks of; 95% each.
 
     `n_decides`: about the questions at which the interval, shrunk with the root of n, would end at 0, if the estimate is the truth.
     """
@@ -647,14 +652,15 @@ def judge(claim: Claim, panel: Panel, study: Mapping) -> list[dict]:
     taken = [kind for kind in kinds if kind.startswith("hallucination-") and set(kind.partition("-")[2].split("+")) <= TAKEN_AWAY]
     found_of = lambda terms: estimate(sum(factor * panel.accuracy([run for run in panel.answers if family(run) == kind], asked, study["seed"])
                                           for factor, kind, asked in terms), len(panel.questions))
-    out, damaged = [], any(kind == "hallucination" for _, kind, _ in claim.of)
-    for damage in taken if damaged else [None]:
-        fill = lambda terms: [(factor, damage if kind == "hallucination" else kind, panel.without if asked == "without" else asked)
-                              for factor, kind, asked in terms]
-        if not all(kind in kinds and asked for _, kind, asked in fill(claim.of)):
+    damages = taken if any(kind == "hallucination" for _, kind, _ in claim.of) else [None]
+    inputs, out = panel.withouts if any(asked == "without" for *_, asked in claim.of) else ["clean"], []
+    for damage, asked in ((damage, name) for damage in damages for name in inputs):
+        fill = lambda terms: [(factor, damage if kind == "hallucination" else kind, asked) for factor, kind, _ in terms]
+        if not all(kind in kinds for _, kind, _ in fill(claim.of)):
             continue
         found, also = found_of(fill(claim.of)), [found_of(fill(terms)) for terms in claim.also]
-        out.append(entry(claim, verdict_on(claim, found, also), found["n"]) | {"benchmark": panel.source, "damage": damage, "found": found})
+        out.append(entry(claim, verdict_on(claim, found, also), found["n"]) | {
+            "benchmark": panel.source, "damage": damage, "input": asked, "found": found})
         half = max(found["value"] - found["ci95"][0], found["ci95"][1] - found["value"])
         if out[-1]["verdict"] == "undecided" and found["ci95"][0] <= 0 <= found["ci95"][1] and found["value"]:
             out[-1]["n_decides"] = math.ceil(found["n"] * (half / found["value"]) ** 2)
@@ -736,7 +742,8 @@ def expected_strict(sees, reads, majority, form) -> float:
     """Right with the picture and not without: seen and readable, and the blank picture's own draws fail."""
     out = []
     for needs, w, f in WORLD:
-        readable, guess = f**form + (1 - f**form) * READABLE, lambda k: [k + (1 - k) * (i == 0 if majority else 1 / len(w)) for i in range(len(w))]
+        readable = f**form + (1 - f**form) * READABLE
+        guess = lambda k: [k + (1 - k) * (i == 0 if majority else 1 / len(w)) for i in range(len(w))]
         with_, without = guess(sees if needs else reads), guess(0.0 if needs else reads)  # by which answer is right
         out.append(sum(p * readable * a * (1 - readable * b) for p, a, b in zip(w, with_, without)))
     return float(np.mean(out))
@@ -911,8 +918,10 @@ def gain_table(r: Mapping, source: str) -> dict:
 def tests_table(r: Mapping) -> dict:
     said = lambda t: "no difference shown" if t["p_holm"] >= 0.05 else "better" if t["value"] > 0 else "worse"
     rows = [(f"{t['policy']} against {t['reference']}, {t['source']}", [cell(t, points, n=True), *((text, "") for text in (
-        t["only_policy"], t["only_reference"], f"{t['p']:.2g}", f"{t['p_holm']:.2g}", points(t["detectable"]).strip("+") if t["detectable"] else "\N{EN DASH}", said(t)))]) for t in r["tests"]]
-    return table(f"McNemar's exact test; p corrected for all {len(rows)} comparisons shown (Holm); differences in points, 95% intervals; n can show: the smallest difference found in 80 of 100 studies like this",
+        t["only_policy"], t["only_reference"], f"{t['p']:.2g}", f"{t['p_holm']:.2g}",
+        points(t["detectable"]).strip("+") if t["detectable"] else "\N{EN DASH}", said(t)))]) for t in r["tests"]]
+    return table(f"McNemar's exact test; p corrected for the number of comparisons shown, {len(rows)} (Holm); differences in points, 95% "
+                 "intervals; n can show: the smallest difference found in 80 of 100 studies like this",
                  ["comparison", "difference", "only it right", "only the other", "p", "p, Holm", "n can show", "so"], rows)
 
 
@@ -934,7 +943,8 @@ def source_tables(r: Mapping, source: str) -> list[dict]:
               "distance of the letters": "letter_bias", "entropy, bits": "entropy", "entropy of the right answers, bits": "entropy_right"}
     spreads = [(what, [cell(r["distribution"][policy][source][name].get(key), number if "entropy" in key else percent) for policy, name in asked])
                for what, key in spread.items()]
-    groups = [({"needs_image": "needs the picture: "}.get(key, "") + value, [cell(r["breakdown"][policy][source][key][value][name], n=True)
+    words_of = {"True": "needs the picture", "False": "needs no picture"}
+    groups = [(words_of.get(value, value) if key == "needs_image" else value, [cell(r["breakdown"][policy][source][key][value][name], n=True)
               for policy, name in asked]) for key, values in r["breakdown"]["base"][source].items() for value in values]
     words = [(what, [cell(r["says"][policy][source][name][what]) for policy, name in asked]) for what in SAYS]
     given = [(f"{group}: {text}", [cell(right, n=True), *(cell(r["answers"][policy][source][name][group][text]) for policy, name in asked)])
@@ -951,8 +961,9 @@ def card_table(r: Mapping) -> dict:
     """One line a benchmark: what it asks for, and what blind answers are worth."""
     shares = {"always the majority's answer": "majority", "base, blank": "blank", "base, removed": "removed", "base, either": "unseen",
               "said to need the picture": "said_to_need_the_picture", "not said": "need_unknown"}
-    rows = [(source, [(str(x["n"]), ""), (str(x["groups"]), ""), (", ".join(f"{name} {percent(y['share'])}" for name, y in x["types"].items()), ""),
-                      (percent(x["one_choice"]["share"]), f"n = {x['one_choice']['n']}") if "one_choice" in x else cell(None), *(cell(x.get(key)) for key in shares.values())])
+    types = lambda x: ", ".join(f"{name} {percent(y['share'])}" for name, y in x["types"].items())
+    choice = lambda x: (percent(x["one_choice"]["share"]), f"n = {x['one_choice']['n']}") if "one_choice" in x else cell(None)
+    rows = [(source, [(str(x["n"]), ""), (str(x["groups"]), ""), (types(x), ""), choice(x), *(cell(x.get(key)) for key in shares.values())])
             for source, x in r["card"].items()]
     return table("right without looking, 95% intervals; n questions", ["benchmark", "n", "groups", "answers", "a blind choice", *shares], rows)
 
@@ -963,8 +974,9 @@ def claims_table(r: Mapping, asked: bool) -> dict:
     for c in (c for c in r["claims"] if bool(c["n"]) == asked):
         decides = f"about n = {c['n_decides']:,} would decide" if c.get("n_decides") else c.get("reason", "")
         mark = {"reproduced": "\N{CHECK MARK} ", "contradicted": "\N{BALLOT X} "}.get(c["verdict"], "? ")
-        where = " ".join(filter(None, (c["benchmark"], f"({c['damage']})" if c.get("damage") else "")))
-        rows.append((c["text"], [(c["source"], ""), (where or "any", ""), cell(c.get("found"), points, n=True), (mark + c["verdict"], decides)]))
+        named = [c.get("damage")] * bool(c.get("damage")) + [f"asked {c.get('input')}"] * (c.get("input") in NO_PICTURE)
+        where = f"{c['benchmark'] or 'any'} ({', '.join(named)})" if named else c["benchmark"] or "any"
+        rows.append((c["text"], [(c["source"], ""), (where, ""), cell(c.get("found"), points, n=True), (mark + c["verdict"], decides)]))
     return table("differences of accuracy in points, 95% intervals; each verdict stands alone, they are not corrected for their number",
                  ["claim", "who says so", "on", "found here", "verdict"], rows, None if asked else f"{len(rows)} claims that this study cannot decide")
 
@@ -1229,7 +1241,8 @@ n = {{ e.n }}</li>{% endfor %}</ul></div>{% endif %}
 </header><main>
 {% if heads %}<section><h2>What each gain is made of</h2>
 <p>Each policy against the base, on the same questions; each interval by itself, not corrected for their number. What survives
-is there without the picture too.</p><ul class="legend">
+is there without the picture too: blank puts one colour in its place, removed asks the text alone. A policy can be at a loss with either for want
+of practice, so that the two differ.</p><ul class="legend">
 {% for part, label in parts.items() %}{{ key("whisker wide " ~ part, label) }}
 {% endfor %}</ul>{% for source in r.sources %}<div class="charts"><figure><figcaption>{{ source }}: points of accuracy, 95% intervals,
 n = {{ r.sources[source].n }}</figcaption>{{ gain_charts[source] }}</figure><ul>{% for head in heads if head.source == source %}
@@ -1288,7 +1301,8 @@ seeds, that too. All numbers: results.json. Tables to paste: tables.md.</p></foo
 EXPLAINED = {"Intervals of shares": wilson, "Intervals of differences": estimate, "Several seeds": collect, "Paired tests": mcnemar,
              "Many tests": holm, "Parts of a gain": split_gain, "The format part": form_part,
              "Strict accuracy, visual information": measure, "How answers are distributed": distribution, "Distances between distributions": corrected,
-             "What n can show": detectable, "What a benchmark is like": card, "Claims and their verdicts": judge, "Runs as clusters": Panel.drawn, "The majority's answer": Panel.majority,
+             "What n can show": detectable, "What a benchmark is like": card, "Claims and their verdicts": judge,
+             "Runs as clusters": Panel.drawn, "The majority's answer": Panel.majority,
              "Follows a swapped picture": net_following, "Instrument check, simulated": check_measures,
              "Instrument check, on shapes": check_shapes}
 
@@ -1339,7 +1353,7 @@ def render(data: Path, study: Mapping, panels: Sequence[Panel], r: dict, most: i
 def main(config: Config) -> dict:
     """Measure, draw and write; returns what results.json holds."""
     data, notes, checked = Path(config.data), [], {}
-    prepare.check_least(config, 1, "resamples")
+    prepare.check_least(config, 40, "resamples")  # for there to be a share of 2.5% at either end
     prepare.check_least(config, 0, "gallery")
     study = prepare.load_study(data)
     panels = load_panels(data, study, config.resamples, notes, checked)

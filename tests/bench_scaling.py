@@ -26,7 +26,7 @@ prepare, train = bench.prepare, bench.train
 import numpy as np
 import torch
 
-AXES = {"group": (4, 8, 16, 32), "prompt_tokens": (140, 280, 560, 1120), "new_tokens": (32, 64, 128, 256)}
+AXES = {"group": (4, 8, 16, 32), "prompt_tokens": (280, 560, 1120), "new_tokens": (32, 64, 128, 256)}
 USUAL = {"group": 8, "prompt_tokens": 280, "new_tokens": 64}
 
 
@@ -34,7 +34,7 @@ def measure(setting: dict, prompts: int, rounds: int) -> dict[str, float]:
     """Seconds of a rollout and of an update, and MB of an update."""
     turn = itertools.count()
     prepare.grade = lambda text, question: prepare.Grade(next(turn) % 2 == 1, True, None)
-    bench.SHAPES["now"] = (448 if setting["prompt_tokens"] >= 280 else 224, setting["prompt_tokens"], setting["new_tokens"])
+    bench.SHAPES["now"] = (448, setting["prompt_tokens"], setting["new_tokens"])
     config = train.Config(**train.PRESETS["tiny"] | {"prompts_per_step": prompts, "group_size": setting["group"],
                                                      "max_new_tokens": setting["new_tokens"],
                                                      "tokens_per_pass": 8 * (setting["prompt_tokens"] + 1 + setting["new_tokens"])})
@@ -65,14 +65,18 @@ def main():
     if options.one:
         print(json.dumps(measure(json.loads(options.one), options.prompts, options.rounds)))
         return
-    result = {"prompts": options.prompts, "rounds": options.rounds}
+    usual, result = None, {"prompts": options.prompts, "rounds": options.rounds}
     for axis, values in AXES.items():
         result[axis] = {}
         for value in values:
+            if USUAL[axis] == value and usual:  # one setting, one measurement
+                result[axis][value] = usual
+                continue
             command = [sys.executable, __file__, "--prompts", str(options.prompts), "--rounds", str(options.rounds), "--one",
                        json.dumps(USUAL | {axis: value})]
             output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             result[axis][value] = json.loads(output.splitlines()[-1])
+            usual = result[axis][value] if USUAL[axis] == value else usual
         for name in ("step_s", "update_mb"):
             slope = np.polyfit(np.log(values), np.log([result[axis][value][name] for value in values]), 1)[0]
             result[axis][f"exponent_{name}"] = round(float(slope), 2)

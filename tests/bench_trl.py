@@ -87,7 +87,14 @@ def trl_trainer(policy, questions, shape: str, config, micro_batch: int, steps: 
     rows = [{"prompt": [{"role": "user", "content": [
         {"type": "image"}, {"type": "text", "text": question["problem"].removeprefix("<image>") + "\n" + prepare.INSTRUCTION}]}],
         "images": question["images"]} for question in questions]
+    for row, question in zip(rows, questions):
+        text = processor.apply_chat_template(row["prompt"], tokenize=False, add_generation_prompt=True)
+        assert processor(text=text, images=row["images"])["input_ids"][0] == policy.encode(question).input_ids, "TRL's prompts are others"
     turn = itertools.count()
+
+    def reward(completion_ids, **_):
+        assert {len(ids) for ids in completion_ids} == {new}, "TRL's completions are of another length"
+        return [float(next(turn) % 2) for _ in completion_ids]
     arguments = GRPOConfig(
         output_dir=str(folder), per_device_train_batch_size=micro_batch, num_generations=config.group_size,
         gradient_accumulation_steps=len(questions) * config.group_size // micro_batch, max_completion_length=new, max_steps=steps,
@@ -96,7 +103,7 @@ def trl_trainer(policy, questions, shape: str, config, micro_batch: int, steps: 
         gradient_checkpointing=False, save_strategy="no", report_to=[], logging_steps=1000, disable_tqdm=True, dataloader_pin_memory=False,
         use_cpu=policy.device.type == "cpu", optim="adamw_torch", weight_decay=0.0)
     trainer = GRPOTrainer(model=policy.model, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=processor,
-                          reward_funcs=lambda completions, **_: [float(next(turn) % 2) for _ in completions], callbacks=[callback])
+                          reward_funcs=reward, callbacks=[callback])
     for parameter in policy.model.parameters():  # it makes the adapter of a quantised model bfloat16, which is slow on a CPU
         if parameter.requires_grad:
             parameter.data = parameter.data.to(policy.dtype)

@@ -174,6 +174,10 @@ def test_an_adapter_from_elsewhere_answers_as_it_should(evaluate, report, data, 
         assert strip(done["my_adapter", "shapes", name]) == strip(own["standard-s0", "shapes", name]) != strip(done["base", "shapes", name])
     results = report.main(report.Config(data=str(data), resamples=50, gallery=1))
     assert "my_adapter" in results["gains"] and "my_adapter" in (data / "report" / "index.html").read_text()
+    folder.rename(folder.with_name("moved"))
+    with pytest.raises(report.UserError, match="my_adapter.* or delete .*answers/my_adapter"):
+        report.main(report.Config(data=str(data), resamples=50, gallery=1))
+    folder.with_name("moved").rename(folder)
     (folder / "adapter_model.safetensors").write_bytes(b"another")
     with pytest.raises(report.UserError, match="my_adapter"):
         report.main(report.Config(data=str(data), resamples=50, gallery=1))

@@ -570,11 +570,24 @@ def test_two_adapters_of_one_name_are_not_one_policy(report, prepare, copy, tmp_
         run(report, copy)
 
 
+def test_who_lacks_answers_is_named(report, copy):
+    rewrite(copy, "standard-s0", "blank", lambda rows: rows[:60])
+    found = run(report, copy)
+    (note,) = [note for note in found["notes"] if "lack an answer" in note]
+    assert "40 questions of shapes lack an answer (standard-s0 blank)" in note and "--limit" in note and found["sources"]["shapes"]["n"] == 60
+
+
+def test_too_few_resamples_give_no_interval(report, prepare, copy):
+    with pytest.raises(prepare.UserError, match="choose at least 40"):
+        run(report, copy, resamples=1)
+
+
 def test_every_claim_has_a_test_a_verdict_and_an_n(report, results):
     claims = results["claims"]
     assert {c["id"] for c in claims} == {c.id for c in report.CLAIMS} and len(report.CLAIMS) == len({c.id for c in report.CLAIMS}) == 31
     assert all(c["verdict"] in ("reproduced", "contradicted", "undecided") and {"id", "text", "source", "test", "verdict", "n"} <= c.keys() for c in claims)
     asked = {c["id"]: c for c in claims if c["n"]}
+    assert [c["input"] for c in claims if c["id"] == "clean-gains-blind"] == ["blank", "removed"]
     assert set(asked) == {"damaged-helps", "damaged-beats-clean", "damaged-at-least-half", "clean-gains-blind"}
     assert asked["damaged-helps"]["verdict"] == "reproduced" and asked["damaged-beats-clean"]["verdict"] == "undecided"
     assert all(c["verdict"] == "undecided" and c["reason"] for c in claims if not c["n"])

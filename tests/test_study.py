@@ -80,7 +80,7 @@ def test_plain_peft_gives_the_recorded_answers(study, prepare, run):
     ("02_corrupt", "--preview_rows -1", "error: --preview_rows -1 is too small: choose at least 0"),
     ("03_train_grpo", "--loss ppo", "error: --loss ppo is unknown: choose from dapo grpo dr_grpo"),
     ("04_evaluate", "--policies nope", "error: {data}/policies/nope holds no finished policy: choose from base, {runs}, run 03_train_grpo.py, or give the folder of an adapter (with --data {data})"),
-    ("05_report", "--resamples -5", "error: --resamples -5 is too small: choose at least 1")])
+    ("05_report", "--resamples -5", "error: --resamples -5 is too small: choose at least 40")])
 def test_a_mistake_on_the_command_line_is_one_sentence(study, stage, options, says):
     """As a user meets it: nothing else on stderr, no traceback, exit code 2."""
     data, *_ = study
