@@ -373,7 +373,8 @@ def draw_preview(data: Path, sources: list[str], names: list[str], per_source: i
         for i in sorted(range(len(clean)), key=lambda i: pictures[i] == 0):  # rather one with a picture
             groups.setdefault(clean["group"][i], i)
         firsts = list(groups.values())
-        for i in firsts[::max(1, len(firsts) // per_source)][:per_source]:
+        count = min(per_source, len(firsts))
+        for i in (firsts[k * (len(firsts) - 1) // max(1, count - 1)] for k in range(count)):  # from the first group to the last
             strips.append(draw_row([load(file, i) for file in files]))
     sheet = Image.new("RGB", (strips[0].width, 44 + sum(strip.height for strip in strips)), "white")
     draw, top = ImageDraw.Draw(sheet), 44

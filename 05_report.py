@@ -888,8 +888,9 @@ def headlines(r: Mapping) -> list[dict]:
     return rows
 
 
-def table(caption: str, columns: Sequence[str], rows: Sequence[tuple[str, Sequence]], fold: str | None = None, heat: bool = False) -> dict:
-    return {"caption": caption, "columns": columns, "rows": rows, "fold": fold, "heat": heat}
+def table(caption: str, columns: Sequence[str], rows: Sequence[tuple[str, Sequence]], fold: str | None = None, kind: str = "") -> dict:
+    """`kind`: heat colours the cells by their share, prose lets them wrap."""
+    return {"caption": caption, "columns": columns, "rows": rows, "fold": fold, "kind": kind}
 
 
 def labelled(r: Mapping, source: str, key: str) -> list[tuple[str, dict]]:
@@ -901,8 +902,8 @@ def labelled(r: Mapping, source: str, key: str) -> list[tuple[str, dict]]:
 
 def matrix_table(r: Mapping, source: str) -> dict:
     about = r["sources"][source]
-    return table(f"{source}: right answers with 95% intervals (Wilson; pooled seeds: bootstrap), n = {about['n']} questions in every cell",
-                 ["trained", *about["inputs"]], heat=True,
+    return table(f"{source}: right answers with 95% intervals (Wilson; pooled seeds: bootstrap, t over runs), n = {about['n']} questions in every cell",
+                 ["trained", *about["inputs"]], kind="heat",
                  rows=[(name, [cell(cells.get(asked)) for asked in about["inputs"]]) for name, cells in labelled(r, source, "accuracy")])
 
 
@@ -978,7 +979,8 @@ def claims_table(r: Mapping, asked: bool) -> dict:
         where = f"{c['benchmark'] or 'any'} ({', '.join(named)})" if named else c["benchmark"] or "any"
         rows.append((c["text"], [(c["source"], ""), (where, ""), cell(c.get("found"), points, n=True), (mark + c["verdict"], decides)]))
     return table("differences of accuracy in points, 95% intervals; each verdict stands alone, they are not corrected for their number",
-                 ["claim", "who says so", "on", "found here", "verdict"], rows, None if asked else f"{len(rows)} claims that this study cannot decide")
+                 ["claim", "who says so", "on", "found here", "verdict"], rows,
+                 None if asked else f"{len(rows)} claims that this study cannot decide", "prose")
 
 
 def check_table(r: Mapping) -> dict:
@@ -1179,6 +1181,7 @@ text-align:right;border-bottom:1px solid var(--rule);vertical-align:top}td{white
 th:first-child{text-align:left;min-width:8.5em;max-width:16em}tbody th{position:sticky;left:0;background:var(--card)}
 td small{display:block;font-size:.75rem}.heat td{background:color-mix(in oklab,var(--heat) calc(var(--h)*.55%),var(--card));
 border:2px solid var(--card)}table.heat{font-size:.8rem}.heat :is(th,td){padding:6px 4px}.heat td small{color:var(--ink);font-size:.69rem}
+.prose :is(td,th){white-space:normal;text-align:left;min-width:8em;max-width:22em}.prose th:first-child{min-width:14em}.prose td small{white-space:nowrap}
 .charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,300px),1fr));gap:22px;align-items:start}figure{margin:0;
 min-width:0;max-width:560px}
 svg{width:100%;height:auto;display:block}svg text{fill:var(--ink);font:12px system-ui,sans-serif;paint-order:stroke;stroke:var(--card);
@@ -1205,10 +1208,10 @@ details::details-content{content-visibility:visible;block-size:auto}table{font-s
 PAGE = """{% macro scroll(label) %}<div class="scroll" tabindex="0" role="region" aria-label="{{ label }}">{{ caller() }}</div>
 {% endmacro %}
 {% macro table(t) %}{% if t.fold %}<details><summary>{{ t.fold }}</summary>{% endif %}<p class="soft caption">{{ t.caption }}</p>
-{% call scroll(t.caption) %}<table{% if t.heat %} class="heat"{% endif %}><thead><tr>{% for name in t.columns %}<th scope="col">{{ name }}
+{% call scroll(t.caption) %}<table{% if t.kind %} class="{{ t.kind }}"{% endif %}><thead><tr>{% for name in t.columns %}<th scope="col">{{ name }}
 </th>{% endfor %}
 </tr></thead><tbody>{% for name, cells in t.rows %}<tr><th scope="row">{{ name }}</th>{% for text, small in cells %}
-<td{% if t.heat and small %} style="--h:{{ text[:-1] }}"{% endif %}>{{ text }}{% if small %} <small>{{ small }}</small>{% endif %}</td>
+<td{% if t.kind == "heat" and small %} style="--h:{{ text[:-1] }}"{% endif %}>{{ text }}{% if small %} <small>{{ small }}</small>{% endif %}</td>
 {% endfor %}</tr>{% endfor %}</tbody></table>{% endcall %}{% if t.fold %}</details>{% endif %}{% endmacro %}
 {% macro key(classes, label) %}<li><svg viewBox="0 0 26 10" aria-hidden="true"><path d="M0 5H26" class="{{ classes }}"/></svg>{{ label }}
 </li>{% endmacro %}

@@ -933,7 +933,7 @@ def test_longest_question_is_the_one_of_most_tokens(train, policies, study_folde
     ({"learning_rate": 0.0}, "learning_rate 0.0"),
     ({"max_grad_norm": math.nan}, "max_grad_norm nan"),
     ({"conditions": ["hallucination"], "corruption": ["clean"]}, "clean damages nothing"),
-    ({"conditions": ["hallucination"], "corruption": ["noise"]}, r"noise\.parquet is missing: run 02_corrupt\.py --corruptions noise"),
+    ({"conditions": ["hallucination"], "corruption": ["noise"]}, r"noise\.parquet is missing: choose from blank, misleading, removed, or run 02_corrupt\.py --corruptions noise"),
     ({"conditions": ["hallucination"], "corruption": ["nonsense"]}, r"nonsense\.parquet is missing"),
 ])
 def test_settings_that_cannot_work(train, prepare, study_folder, changes, says):
