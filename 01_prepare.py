@@ -28,6 +28,7 @@ import shutil
 import sys
 import unicodedata
 import warnings
+from argparse import SUPPRESS, RawDescriptionHelpFormatter
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -110,9 +111,16 @@ class Config:
     model: str = option(None, "hub id or folder of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL [preset]")
 
 
+class Help(RawDescriptionHelpFormatter):
+    """Docstrings as they are written, and defaults where there are any."""
+
+    def _get_help_string(self, action):
+        return f"{action.help} (default: %(default)s)" if action.default not in (None, [], SUPPRESS) else action.help
+
+
 def run(main: Callable, config_class: type, description: str):
     """Parse the command line and run a stage; bad input ends with one sentence and exit code 2, Ctrl-C with 130."""
-    parser = HfArgumentParser(config_class, description=description, allow_abbrev=False)
+    parser = HfArgumentParser(config_class, description=description, allow_abbrev=False, formatter_class=Help)
     config, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # about calls that other libraries make
     if not sys.stderr.isatty():  # bars are for a terminal
@@ -291,6 +299,9 @@ def stratified(ids: Sequence[str], groups: Sequence[str | None], limit: int | No
         members.setdefault(group, []).append((hashlib.sha256(name.encode()).hexdigest(), number))
     ranked = [((k + 0.5) / len(rows), *row) for rows in members.values() for k, row in enumerate(sorted(rows))]
     return sorted(number for _, _, number in sorted(ranked)[:limit])
+
+
+SEVERITY = {"blur": 0.2, "occlude": 0.5}  # of the plain names: at blur 0.2 no label and no shape can be made out
 
 
 def input_path(source: str, name: str) -> str:

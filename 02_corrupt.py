@@ -30,7 +30,6 @@ from tqdm import tqdm
 prepare = importlib.import_module("01_prepare")
 Question = prepare.Question
 
-SEVERITY = {"blur": 0.2, "occlude": 0.5}  # of the plain names: at blur 0.2 no label and no shape can be made out
 TAG = "<image>"
 
 
@@ -163,8 +162,8 @@ def parse_corruption(name: str) -> tuple[str, float | None]:
     """`occlude-0.25` -> ("occlude", 0.25). A severity has one spelling, as the name is a file name."""
     kind, _, level = name.partition("-")
     if name in CORRUPTIONS:
-        return name, SEVERITY.get(name)
-    if kind in SEVERITY and re.fullmatch(r"0\.[0-9]{0,3}[1-9]|1", level):
+        return name, prepare.SEVERITY.get(name)
+    if kind in prepare.SEVERITY and re.fullmatch(r"0\.[0-9]{0,3}[1-9]|1", level):
         return kind, float(level)
     raise prepare.UserError(f"no corruption is called {name!r}: choose from {', '.join(CORRUPTIONS)}, "
                             "or blur-S and occlude-S with 0 < S <= 1, written as in blur-0.05")

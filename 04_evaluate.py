@@ -186,7 +186,9 @@ def find_policies(config: Config, study: dict) -> dict[str, tuple[Path | None, d
                 raise UserError(f"{folder} was trained on another model than {study['model']}: delete it and run 03_train_grpo.py again")
             found[name] = (folder, model_files | {str(path.relative_to(data)): prepare.sha256(path) for path in map(folder.joinpath, ADAPTER)})
         elif (folder := Path(name)).is_dir() and folder.resolve().name not in ("base", *finished, *found):
-            check_adapter(folder)
+            trained_on, asked_on = check_adapter(folder), prepare.model_path(data, study)
+            if Path(trained_on).name != Path(asked_on).name:
+                print(f"note: {folder} was trained on {trained_on or 'a base that it does not name'}, and is asked here on {asked_on}")
             folder = folder.resolve()
             found[folder.name] = (folder, model_files | {str(path): prepare.sha256(path) for path in map(folder.joinpath, ADAPTER)})
         elif folder.is_dir():
@@ -197,8 +199,8 @@ def find_policies(config: Config, study: dict) -> dict[str, tuple[Path | None, d
     return found
 
 
-def check_adapter(folder: Path):
-    """Stop unless the folder holds a plain LoRA of the language model, as PEFT saves it.
+def check_adapter(folder: Path) -> str:
+    """Stop unless the folder holds a plain LoRA of the language model, as PEFT saves it; returns the model that it says it is of.
 
     The vision tower and the base are shared by all policies: settings that change them, or that only a later PEFT knows, are refused.
     """
@@ -213,6 +215,7 @@ def check_adapter(folder: Path):
     odd += ["no peft_type LORA"] * (settings.get("peft_type") != "LORA") + [name for name in names if not LORA_WEIGHT.fullmatch(name)][:1]
     if odd or not names:
         raise UserError(f"{folder} is no plain LoRA of the language model ({(odd or ['empty'])[0]}): this kit cannot compare it")
+    return str(settings.get("base_model_name_or_path") or "")
 
 
 def load_policies(model: str, max_pixels: int, adapters: Mapping[str, Path]) -> Policy:

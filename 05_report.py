@@ -14,6 +14,7 @@ import base64
 import importlib
 import inspect
 import io
+import itertools
 import json
 import math
 import re
@@ -21,6 +22,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import NormalDist
 
 import jinja2
 import numpy as np
@@ -33,7 +35,6 @@ UserError, option = prepare.UserError, prepare.option
 PARTS = {"format": "format: answered in the asked-for form",
          "image_free": "image-free: right without the picture", "visual": "visual: needs the picture"}
 INPUTS = "clean blank removed noise blur occlude irrelevant mismatch misleading unsaid".split()  # order of columns
-SEVERITY = {"blur": 0.2, "occlude": 0.5}  # of stage 2's plain names
 BLIND_BEST = {"count": 0.42, "colour": 0.26, "more": 0.70, "both": 0.42}  # shapes: as often as a guess can be right
 SAYS = {"claims to see": r"\bI (?:can )?(?:see|observe)\b|\b(?:image|picture|figure|diagram) (?:shows|depicts|contains)\b",
         "sees nothing": r"\b(?:blank|no (?:image|picture)|(?:cannot|can't) see)\b",
@@ -102,25 +103,41 @@ def estimate(replicates: np.ndarray, n: int) -> dict:
     return {"value": float(replicates[0]), "ci95": np.nanpercentile(replicates[1:], [2.5, 97.5]).tolist(), "n": n}
 
 
-def corrected(replicates: np.ndarray, n: int, most: float = math.inf) -> dict:
-    """Value and 95% interval of a statistic that chance can only raise, or only lower, such as a distance between distributions.
+def corrected(replicates: np.ndarray, n: int) -> dict:
+    """Value and 95% interval of a statistic that chance lowers, such as the entropy of a distribution.
 
     The replicates are as far from the sample, on average, as the sample is from the truth: 2 x value - replicate (Efron and
-    Tibshirani, An Introduction to the Bootstrap, 1993, chapter 10); nothing below 0 or above `most`. Nearer to 0 than its width, where this
-    corrects too much, the interval reaches 0. Where many differences add up and most are 0, it still covers 85 of 100 (simulated).
+    Tibshirani, An Introduction to the Bootstrap, 1993, chapter 10); nothing below 0.
     """
-    turned = np.clip(2 * replicates[0] - replicates[1:], 0, most)
-    value, (low, high) = float(turned.mean()), np.percentile(turned, [2.5, 97.5]).tolist()
-    return {"value": value, "ci95": [low if value > high - low else 0.0, high], "n": n}
+    turned = np.maximum(2 * replicates[0] - replicates[1:], 0)
+    return {"value": float(turned.mean()), "ci95": np.percentile(turned, [2.5, 97.5]).tolist(), "n": n}
 
 
-def detectable(discordant: float, n: int) -> float | None:
-    """Difference in accuracy that n paired questions show in about 80 of 100 studies, at 5%: (1.96 + 0.84) sqrt(d / n).
+def distance(weights: np.ndarray, given: Sequence, right: Sequence, half: np.ndarray) -> dict:
+    """Total variation between the answers given and the right ones: half the sum over answers of |share given - share right|.
 
-    d is the share of questions that only one of the two got right (Connor, Biometrics 1987, without its small correction). For one
-    comparison; where many are corrected for, it takes more. None where it would be larger than d, which no difference can be.
+    Chance raises that sum, which `corrected` undoes but for answers that are given as often as they are right: of each it leaves
+    half a standard error. So the lower end of the interval is, where that is lower, one without this bias: one half of the questions
+    (`half`, (n,), 0 or 1) says which answers are given too often and which too seldom, and the other by how much.
     """
-    smallest = (Z + 0.8416) * math.sqrt(discordant / n)
+    both = one_hot([*given, *right])
+    apart = (both[:len(given)] - both[len(given):]) / 2  # (n, answers)
+    told = half * (apart @ np.sign(apart[half == 0].sum(0)))
+    with np.errstate(invalid="ignore"):
+        found = corrected(np.nan_to_num(np.abs(weights @ apart).sum(1) / weights.sum(1)), len(given))
+        bound = estimate(weights @ told / (weights @ half), len(given))
+    (low, high), value = found["ci95"], min(1.0, found["value"])
+    return found | {"ci95": [max(0.0, min([low, *(bound["ci95"] or [])[:1]])), min(1.0, high)], "value": value}
+
+
+def detectable(discordant: float, n: int, tests: int = 1) -> float | None:
+    """Difference in accuracy that n paired questions show in about 80 of 100 studies: (z(1 - 0.025 / tests) + z(0.8)) sqrt(d / n).
+
+    d is the share of questions that only one of the two got right (Connor, Biometrics 1987, without its small correction); the p of this
+    comparison is multiplied by `tests`, as Holm does with the smallest of so many. None where no difference can be that large: above d.
+    """
+    z = NormalDist().inv_cdf
+    smallest = (z(1 - 0.025 / tests) + z(0.8)) * math.sqrt(discordant / n)
     return smallest if 0 < smallest <= discordant else None
 
 
@@ -224,6 +241,12 @@ class Panel:
         return np.eye(len(set(keys)))[np.unique(keys, return_inverse=True)[1]]
 
     @property
+    def halves(self) -> list[int]:
+        """0, 1, 0, ... over the questions of each group and type."""
+        place = defaultdict(itertools.count)
+        return [next(place[q["group"], q["answer_type"]]) % 2 for q in self.questions]
+
+    @property
     def inputs(self) -> list[str]:
         return sorted({name for inputs in self.answers.values() for name in inputs}, key=input_order)
 
@@ -241,12 +264,9 @@ class Panel:
 
         Counted on the other half of the group's questions, so that no question votes for itself; on all where there is no other half.
         """
-        counted, place, keys = defaultdict(Counter), Counter(), []
-        for q in self.questions:
-            key = (q["group"], q["answer_type"])
-            keys.append((key, place[key] % 2))
-            counted[keys[-1]][q["answer"]] += 1
-            place[key] += 1
+        counted, keys = defaultdict(Counter), [((q["group"], q["answer_type"]), half) for q, half in zip(self.questions, self.halves)]
+        for key, q in zip(keys, self.questions):
+            counted[key][q["answer"]] += 1
         other = [counted.get((key, 1 - half)) or counted[key, half] for key, half in keys]
         return [votes.most_common(1)[0][0] for votes in other]
 
@@ -296,7 +316,7 @@ def input_order(name: str) -> tuple:
 
 def severity(name: str) -> float:
     kind, _, level = name.partition("-")
-    return float(level) if re.fullmatch(r"\d+(?:\.\d+)?", level) else SEVERITY.get(kind, 0.0)
+    return float(level) if re.fullmatch(r"\d+(?:\.\d+)?", level) else prepare.SEVERITY.get(kind, 0.0)
 
 
 def family(policy: str) -> str:
@@ -418,7 +438,7 @@ def make_panel(data: Path, source: str, answers: dict, resamples: int, seed: int
 def measure(panel: Panel, policy: str) -> dict:
     """All that is said of one policy on one source, apart from comparisons.
 
-    Strict accuracy: share of questions that are right with the picture and not right without it. Visual information: mean
+    Worth of the picture: accuracy with it less accuracy without it, on the same questions. Strict accuracy: share of questions that are right with the picture and not right without it. Visual information: mean
     over questions of log p(gold | picture) - log p(gold | no picture), each after the policy's own reasoning, in nats.
     Unparsed: responses in which no answer was found. Length: tokens of a response. Words are looked for in the first 20,000 characters.
     """
@@ -444,6 +464,8 @@ def measure(panel: Panel, policy: str) -> dict:
         out["gold"] = {str(group): frequent(panel, chosen) for group, chosen in rows_of("group").items()}
     if without:
         information = panel.column(policy, "clean", "gold_logprob") - panel.column(policy, without, "gold_logprob")
+        out["picture_worth"] = {name: estimate(panel.weights @ (panel.column(policy, "clean", "correct") - panel.column(policy, name, "correct")),
+                                               len(panel.questions)) for name in panel.withouts}
         out["visual_information"] = {**estimate(panel.weights @ information, len(information)), "unit": "nats"}
         out["strict"] = share(a["correct"] and not b["correct"] for a, b in zip(inputs["clean"], inputs[without]))
     told = [i for i, shown in enumerate(panel.shown) if shown not in (None, panel.questions[i]["answer"])]
@@ -468,10 +490,10 @@ def entropy(p: np.ndarray) -> np.ndarray:
 def distribution(panel: Panel, texts: Sequence[str | None]) -> dict:
     """How the given answers are distributed, beside the right ones.
 
-        total_variation  half the sum over groups and answers of |share given - share right|: 0 for the right distribution
+        total_variation  `distance` over groups and answers: 0 for the right distribution
         leaning          share of answers that are the majority's (the most frequent right one of the group), less its share of the right ones
         entropy          of the answers given within a group, its mean over questions, in bits; `entropy_right` of the right ones
-        letter_bias      total variation over the letters of choice questions, whatever the group
+        letter_bias      `distance` over the letters of choice questions, whatever the group
 
     An answer that is right to, and given to, fewer than `COMMON` questions of its group counts as one of the others; no answer is one of its own.
     Letters are compared where one was given.
@@ -479,19 +501,17 @@ def distribution(panel: Panel, texts: Sequence[str | None]) -> dict:
     golds, majority, weights, n = [q["answer"] for q in panel.questions], panel.majority(), panel.weights, len(texts)
     groups = [(q["group"], q["answer_type"]) for q in panel.questions]
     common = {key for column in (texts, golds) for key, count in Counter(zip(groups, column)).items() if count >= COMMON or key[1] is None}
-    both = one_hot([key if key in common else (key[0],) for column in (texts, golds) for key in zip(groups, column)])  # (2n, K)
-    given, right, within = weights @ both[:n], weights @ both[n:], entropy(weights @ one_hot(groups))  # (R, K), (R, K), (R,)
+    given, right = ([key if key in common else (key[0],) for key in zip(groups, column)] for column in (texts, golds))
+    spread, within = (lambda keys: entropy(weights @ one_hot(keys))), entropy(weights @ one_hot(groups))  # each (R,)
     leaning = np.array([(text == most) * 1.0 - (gold == most) for text, most, gold in zip(texts, majority, golds)])
-    out = {"total_variation": corrected(np.abs(given - right).sum(1) / 2, n, 1.0), "leaning": estimate(weights @ leaning, n),
-           "entropy": {**corrected(entropy(given) - within, n), "unit": "bits"},
-           "entropy_right": {**corrected(entropy(right) - within, n), "unit": "bits"}}
+    half = np.array(panel.halves)
+    out = {"total_variation": distance(weights, given, right, half), "leaning": estimate(weights @ leaning, n),
+           "entropy": {**corrected(spread(given) - within, n), "unit": "bits"},
+           "entropy_right": {**corrected(spread(right) - within, n), "unit": "bits"}}
     names = {q["answer"] for q in panel.questions if q["answer_type"] == "choice"}
     letters = [i for i, q in enumerate(panel.questions) if q["answer_type"] == "choice" and texts[i] in names]
     if letters:
-        both = one_hot([column[i] for column in (texts, golds) for i in letters])
-        apart = weights[:, letters] @ (both[:len(letters)] - both[len(letters):])
-        with np.errstate(invalid="ignore"):
-            out["letter_bias"] = corrected(np.nan_to_num(np.abs(apart).sum(1) / 2 / weights[:, letters].sum(1)), len(letters), 1.0)
+        out["letter_bias"] = distance(weights[:, letters], *([column[i] for i in letters] for column in (texts, golds)), half[letters])
     return out
 
 
@@ -511,10 +531,10 @@ def compare(panels: Sequence[Panel]) -> list[dict]:
                     one, two = (panel.column(name, "clean", "correct") for name in (policy, reference))
                     only = int((one > two).sum()), int((two > one).sum())
                     tests.append({"source": panel.source, "input": "clean", "policy": policy, "reference": reference, "p": mcnemar(*only),
-                                  "only_policy": only[0], "only_reference": only[1], "detectable": detectable(sum(only) / len(one), len(one)),
-                                  **estimate(panel.weights @ (one - two), len(one))})
+                                  "only_policy": only[0], "only_reference": only[1], **estimate(panel.weights @ (one - two), len(one))})
     for test, p in zip(tests, holm([test["p"] for test in tests])):
-        test["p_holm"] = p
+        discordant = (test["only_policy"] + test["only_reference"]) / test["n"]
+        test |= {"p_holm": p, "detectable": detectable(discordant, test["n"], len(tests))}
     return tests
 
 
@@ -717,18 +737,17 @@ LEARNERS = {  # what a base is, what training changes, and the one part in which
 
 
 def simulate(rng: np.random.Generator, gold: np.ndarray, donor: np.ndarray, sees, reads, majority, form) -> dict:
-    """Input -> (answers, correct, formed), of a policy that sees, reads and guesses with known probability; n questions."""
+    """Input -> (answers, correct, formed, log p(gold)), of a policy that sees, reads and guesses with known probability; n questions."""
     n, group = len(gold), np.arange(len(gold)) % len(WORLD)
     needs, options, formed_share = (np.array(x)[group] for x in zip(*((needs, len(w), f) for needs, w, f in WORLD)))
     out = {}
-    for name, shown in ("clean", gold), ("blank", None), ("mismatch", donor):
+    for name, shown in ("clean", gold), ("blank", None), ("removed", None), ("mismatch", donor):
         answer = np.zeros(n, int) if majority else (rng.random(n) * options).astype(int)  # 0 is each group's likeliest
-        answer = np.where(~needs & (rng.random(n) < reads), gold, answer)
-        if shown is not None:
-            answer = np.where(needs & (rng.random(n) < sees), shown, answer)
+        read, seen = ~needs & (rng.random(n) < reads), needs & (rng.random(n) < sees) & (shown is not None)
+        answer = np.where(read, gold, np.where(seen, gold if shown is None else shown, answer))
         formed = rng.random(n) < formed_share**form
         readable = formed | (rng.random(n) < READABLE)
-        out[name] = np.where(readable, answer, -1), 1.0 * ((answer == gold) & readable), 1.0 * formed
+        out[name] = np.where(readable, answer, -1), 1.0 * ((answer == gold) & readable), 1.0 * formed, np.where(read | seen, 0.0, -np.log(options))
     return out
 
 
@@ -747,6 +766,11 @@ def expected_strict(sees, reads, majority, form) -> float:
         with_, without = guess(sees if needs else reads), guess(0.0 if needs else reads)  # by which answer is right
         out.append(sum(p * readable * a * (1 - readable * b) for p, a, b in zip(w, with_, without)))
     return float(np.mean(out))
+
+
+def expected_information(sees, reads, majority, form) -> float:
+    """Nats by which a picture makes the right answer likelier: all that a guess leaves open, where it is seen."""
+    return float(np.mean([sees * math.log(len(w)) if needs else 0.0 for needs, w, _ in WORLD]))
 
 
 def expected_leaning(sees, reads, majority, form) -> float:
@@ -779,26 +803,29 @@ def check_measures(n: int = 4000, resamples: int = 500, seed: int = 1) -> list[d
         width = found["ci95"][1] - found["ci95"][0]
         value = next(found[key] for key in ("value", "share") if key in found)
         entries.append({"check": what, "truth": truth, **found, "value": value, "passed": bool(abs(value - truth) <= width < most)})
-    questions = [{"group": int(g), "answer_type": "integer", "answer": int(answer)} for g, answer in zip(group, gold)]
+    questions = [{"group": int(g), "answer_type": "choice" if g == 2 else "integer", "answer": int(answer)} for g, answer in zip(group, gold)]
     panel = Panel("simulated", questions, {}, weights, [None] * n, 0)
     panel.majority = lambda: np.zeros(n, int)  # which is so in truth, if not in every sample
     for learner, (was, change, part) in LEARNERS.items():
         before, after = NOVICE | was, NOVICE | was | change
         told, learnt = (simulate(rng, gold, donor, **settings) for settings in (before, after))
-        base, policy = ({name: x[1:] for name, x in each.items()} for each in (told, learnt))
-        found = split_gain(weights, np.eye(len(WORLD))[group], base, [policy], ["blank"])
-        for name in ("total", *PARTS):
-            truth = expected_accuracy(**after) - expected_accuracy(**before) if name in ("total", part) else 0.0
-            check(f"{learner}: {name.replace('_', '-')}", found[name], truth)
-        if part:
-            kept = {"format": 1.0, "image_free": 1.0, "visual": 0.0}[part]
-            if (survives := found["surviving_share"]["blank"])["value"] is not None:
-                check(f"{learner}: survives without the picture", survives, kept, 1.5)
-        check(f"{learner}: distance from the right answers", distribution(panel, [None if x < 0 else int(x) for x in learnt["blank"][0]])[
-            "total_variation"], expected_distance(**after))
+        base, policy = ({name: x[1:3] for name, x in each.items()} for each in (told, learnt))
+        found = split_gain(weights, np.eye(len(WORLD))[group], base, [policy], ["blank", "removed"])
+        for name, value in {"total": found["total"], "format": found["format"], **found["without"]["blank"],
+                            "visual (removed)": found["without"]["removed"]["visual"]}.items():
+            truth = expected_accuracy(**after) - expected_accuracy(**before) if name.partition(" ")[0] in ("total", part) else 0.0
+            check(f"{learner}: {name.replace('_', '-')}", value, truth)
+        for name, survives in found["surviving_share"].items() if part else ():
+            if survives["value"] is not None:
+                check(f"{learner}: survives without the picture ({name})", survives, 1.0 * (part != "visual"), 1.5)
+        spread = distribution(panel, [None if x < 0 else int(x) for x in learnt["blank"][0]])
+        check(f"{learner}: distance from the right answers", spread["total_variation"], expected_distance(**after))
+        check(f"{learner}: distance of the letters", spread["letter_bias"], 0.75 if after["majority"] else 0.0)
         strict = policy["clean"][0] * (1 - policy["blank"][0])
         check(f"{learner}: strict accuracy", share(strict), expected_strict(**after))
-        check(f"{learner}: leaning to the majority", distribution(panel, learnt["blank"][0])["leaning"], expected_leaning(**after))
+        check(f"{learner}: leaning to the majority", spread["leaning"], expected_leaning(**after))
+        if 0 < after["sees"] < 1:
+            check(f"{learner}: visual information", estimate(weights @ (learnt["clean"][3] - learnt["blank"][3]), n), expected_information(**after))
     swapped = (group < 3) & (gold != donor)
     for sees in (0.0, 0.6, 0.95):
         answers = simulate(rng, gold, donor, **NOVICE | {"sees": sees, "form": 0.0})["mismatch"][0]
@@ -815,16 +842,16 @@ def check_shapes(panel: Panel) -> list[dict]:
     """
     entries, groups = [], np.array([q["group"] for q in panel.questions])
     suffices = np.array([q["needs_image"] is False for q in panel.questions])
-    for policy in panel.answers if panel.without else ():
-        clean, without = (panel.column(policy, name, "correct") for name in ("clean", panel.without))
-        if suffices.any():
+    for policy, name in itertools.product(panel.answers, panel.withouts):
+        clean, without = (panel.column(policy, asked, "correct") for asked in ("clean", name))
+        if suffices.any() and name == panel.without:  # a model may fail without a picture for want of practice alone
             a, b, weights = clean[suffices], without[suffices], panel.weights[:, suffices]
-            entries.append({"check": f"{policy}: worth of the picture where the text suffices", "truth": 0.0,
+            entries.append({"check": f"{policy}: worth of the picture ({name}) where the text suffices", "truth": 0.0,
                             "p": mcnemar(int((a > b).sum()), int((b > a).sum())), **estimate(mean_of_some(weights, a - b), len(a))})
         for group in sorted(BLIND_BEST.keys() & set(groups)):
             n, k, best = int((groups == group).sum()), int(without[groups == group].sum()), BLIND_BEST[group]
             tail = sum(math.comb(n, i) * best**i * (1 - best) ** (n - i) for i in range(k, n + 1))
-            entries.append({"check": f"{policy}: right on {group} without the picture, at most", "truth": best, "p": tail,
+            entries.append({"check": f"{policy}: right on {group} without the picture ({name}), at most", "truth": best, "p": tail,
                             "value": k / n, "ci95": wilson(k, n), "n": n})
     for entry, p in zip(entries, holm([entry["p"] for entry in entries])):
         entry |= {"p_holm": p, "passed": p >= 0.01}
@@ -873,8 +900,22 @@ def verdict(name: str, source: str, gain: Mapping) -> str:
     visual = [part["visual"]["ci95"] for part in gain["without"].values()]  # each input without a picture has to agree
     if all(low > 0 for low, _ in visual):
         return f"{text} {said['visual']} need it."
-    less = "it leans less on the picture than the base does" if all(high < 0 for _, high in visual) else "no part can be shown to need it"
-    return f"{text} {less}: {said['visual']}."
+    if all(high < 0 for _, high in visual):
+        return f"{text} it leans less on the picture than the base does: {said['visual']}."
+    return f"{text} that a part needs it is not shown: " + " or ".join(
+        f"{points(x['visual']['value'])} points {interval(x['visual']['ci95'], points)} ({name})" for name, x in gain["without"].items()) + "."
+
+
+def dependence(r: Mapping, policy: str, source: str) -> dict:
+    """Whether a policy depends on the picture, in words; what is claimed, the interval under each input without a picture shows."""
+    said = lambda name: f"{percent((x := r['accuracy'][policy][source][name])['accuracy'])} {interval(x['ci95'])}"
+    worths = r.get("picture_worth", {}).get(policy, {}).get(source, {})
+    parts = [f"without it ({name}) {said(name)}, a difference of {points(x['value'])} points {interval(x['ci95'], points)}" for name, x in worths.items()]
+    claim = ("was not asked without the picture" if not worths else
+             "depends on the picture" if all(x["ci95"][0] > 0 for x in worths.values()) else
+             "does better without the picture" if all(x["ci95"][1] < 0 for x in worths.values()) else "is not shown to depend on the picture")
+    text = f"Right with the picture: {said('clean')}; {'; '.join(parts)}" if parts else f"Right: {said('clean')}"
+    return {"name": shorten(policy, 60), "source": source, "claim": claim, "text": f"{text}; n = {r['sources'][source]['n']}."}
 
 
 def headlines(r: Mapping) -> list[dict]:
@@ -922,8 +963,8 @@ def tests_table(r: Mapping) -> dict:
         t["only_policy"], t["only_reference"], f"{t['p']:.2g}", f"{t['p_holm']:.2g}",
         points(t["detectable"]).strip("+") if t["detectable"] else "\N{EN DASH}", said(t)))]) for t in r["tests"]]
     return table(f"McNemar's exact test; p corrected for the number of comparisons shown, {len(rows)} (Holm); differences in points, 95% "
-                 "intervals; n can show: the smallest difference found in 80 of 100 studies like this",
-                 ["comparison", "difference", "only it right", "only the other", "p", "p, Holm", "n can show", "so"], rows)
+                 "intervals; shown in 80%: the smallest difference that 80 of 100 studies like this would show, so corrected",
+                 ["comparison", "difference", "only it right", "only the other", "p", "p, Holm", "shown in 80%", "verdict"], rows)
 
 
 def number(x: float) -> str:
@@ -933,11 +974,12 @@ def number(x: float) -> str:
 def source_tables(r: Mapping, source: str) -> list[dict]:
     """Dependence on the picture; and folded: how answers are distributed, by group, words, answers against the right ones."""
     about = r["sources"][source]
-    looks_at = {"strict accuracy": "strict", "visual information, nats": "visual_information", "follows a swapped picture": "follows_picture",
+    looks_at = {f"worth of the picture ({about['without_picture']}), points": "picture_worth", "strict accuracy": "strict", "visual information, nats": "visual_information", "follows a swapped picture": "follows_picture",
                 "well formed": "well_formed", "no answer found": "unparsed", "cut short": "truncated", "tokens": "length"}
-    form = lambda key: {"visual_information": number, "length": lambda x: f"{x:.1f}"}.get(key, percent)
-    found = lambda key, policy: (x := r.get(key, {}).get(policy, {}).get(source)) and x.get("clean", x)
-    looking = [(policy, [cell(found(key, policy), form(key), n=True) for key in looks_at.values()]) for policy in about["policies"]]
+    form = lambda key: {"picture_worth": points, "visual_information": number, "length": lambda x: f"{x:.1f}"}.get(key, percent)
+    found = lambda key, policy: (x := r.get(key, {}).get(policy, {}).get(source)) and x.get("clean", x.get(about["without_picture"], x))
+    looking = [(policy, [cell(x := found(key, policy), form(key), n=bool(x) and x["n"] != about["n"]) for key in looks_at.values()])
+               for policy in about["policies"]]
     asked = [(policy, name) for policy in about["policies"] for name in r["distribution"][policy][source]]
     heads = ["", *(f"{policy}, {name}" for policy, name in asked)]
     spread = {"distance from the right answers (total variation)": "total_variation", "leaning to the majority's answer": "leaning",
@@ -950,7 +992,7 @@ def source_tables(r: Mapping, source: str) -> list[dict]:
     words = [(what, [cell(r["says"][policy][source][name][what]) for policy, name in asked]) for what in SAYS]
     given = [(f"{group}: {text}", [cell(right, n=True), *(cell(r["answers"][policy][source][name][group][text]) for policy, name in asked)])
              for group, rights in r["gold"]["base"][source].items() for text, right in rights.items()]
-    return [table(f"{source}, 95% intervals", ["policy", *looks_at], looking),
+    return [table(f"{source}: 95% intervals, n = {about['n']} where nothing else is said", ["policy", *looks_at], looking),
             table(f"{source}: 95% intervals, n = {about['n']}", heads, spreads, "How answers are distributed"),
             table(f"{source}: right answers, 95% intervals", heads, groups, "By group, and by whether the picture is needed"),
             table(f"{source}: responses with such words, 95% intervals, n = {about['n']}", heads, words, "What the responses say"),
@@ -986,7 +1028,7 @@ def claims_table(r: Mapping, asked: bool) -> dict:
 def check_table(r: Mapping) -> dict:
     entries = r["instrument_check"]["entries"]
     said = lambda e: "\N{CHECK MARK} passed" if e["passed"] else "\N{BALLOT X} failed"
-    return table("in percent, 95% intervals", ["measurement", "truth", "found", "so"], [
+    return table("in percent, 95% intervals", ["measurement", "truth", "found", "verdict"], [
         (e["check"], [(percent(e["truth"]), ""), cell(e, n=True), (said(e), "")]) for e in entries], f"All {len(entries)} measurements")
 
 
@@ -1039,7 +1081,7 @@ def line_chart(title: str, x_label: str, series: Sequence[Mapping]) -> Markup:
     y = lambda value: height - below - min(max(value, 0), 1) * (height - above - below)
     join = lambda xs, ys: " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in zip(xs, ys))
     parts = [draw("text", x_label, x=(left + width - right) / 2, y=height - 4, class_="tick")]
-    parts += [draw("text", f"{t:.3g}", x=x(t), y=height - below + 16, class_="tick") for t in (x0, (x0 + x1) / 2, x1)]
+    parts += [draw("text", f"{t:g}", x=x(t), y=height - below + 16, class_="tick") for t in (x0, float(f"{(x0 + x1) / 2:.1g}"), x1)]
     for t in (0.0, 0.25, 0.5, 0.75, 1.0):
         parts += [draw("line", x1=left, x2=width - right, y1=y(t), y2=y(t), class_="grid"),
                   draw("text", f"{t:.0%}", x=left - 6, y=y(t) + 4, class_="tick end")]
@@ -1193,7 +1235,7 @@ text-anchor:middle}svg .end,svg .total{text-anchor:end}svg .name,svg .total{font
 .d3{stroke-dasharray:9 3 2 3}.legend{display:flex;flex-wrap:wrap;gap:4px 18px;margin:0 0 10px;padding:0;list-style:none;font-size:.875rem}
 .legend svg{display:inline-block;width:26px;height:10px;margin-right:6px}details{margin:10px 0}summary{cursor:pointer;font-weight:600}
 .gallery :is(td,th){text-align:left;vertical-align:top;white-space:normal;min-width:132px;max-width:190px;overflow-wrap:anywhere}
-.gallery td summary{font-weight:400}.gallery img,.none{display:block;width:112px;max-height:130px;object-fit:contain;border-radius:6px;
+.gallery summary{font-weight:400}.gallery details{margin:2px 0}.gallery img,.none{display:block;width:112px;max-height:130px;object-fit:contain;border-radius:6px;
 margin-bottom:4px}
 .none{border:1px dashed;padding:30px 20px;font-weight:400}.gallery th small{font-weight:400;display:block}
 pre,bdi{white-space:pre-wrap;font-size:.8rem;overflow-wrap:anywhere}bdi{unicode-bidi:isolate}
@@ -1222,7 +1264,7 @@ PAGE = """{% macro scroll(label) %}<div class="scroll" tabindex="0" role="region
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <title>Seeing or guessing</title><style>{{ css }}</style></head><body>
 <header><p class="soft">Seeing or guessing: {{ study.model }} model; runs of this study train on {{ study.sources.train }}</p>
-{% if heads %}{% set lead = heads[0] %}{% set bare, survives = (lead.gain.surviving_share.items()|list)[0] %}
+{% if trained %}{% set lead = heads[0] %}{% set bare, survives = (lead.gain.surviving_share.items()|list)[0] %}
 <h1>{% if survives.value is not none and survives.ci95[0] > 0 %}{{ percent(survives.value) }} of what {{ lead.name }} gained on {{ lead.source }}
 survives without the picture ({{ bare }}){% elif survives.value is not none
 %}What {{ lead.name }} gained on {{ lead.source }} is not shown to survive without the picture ({{ bare }})
@@ -1232,7 +1274,7 @@ survives without the picture ({{ bare }}){% elif survives.value is not none
 <small>{{ parts[part] or "total: gain of " ~ lead.name }}</small>
 <b>{{ points(lead.gain[part].value) }}</b><small>points {{ interval(lead.gain[part].ci95, points) }}, n = {{ lead.gain[part].n }}</small>
 </div>
-{% endfor %}</div>{% else %}<h1>No trained policy has answers yet</h1>{% endif %}
+{% endfor %}</div>{% else %}{% set lead = depends|last %}<h1>{{ lead.name }} {{ lead.claim }} on {{ lead.source }}<small>{{ lead.text }}</small></h1>{% endif %}
 {% set check = r.instrument_check %}{% if check.passed %}<div class="box ok"><strong>✓ The instrument check passed.</strong>
 <span>All {{ check.entries|length }} measurements find the truth where it is known{% if "shapes" not in r.sources %}: simulated policies
 alone, as no answers to shapes were there to test{% endif %}. <a href="#check">See them</a></span></div>{% else %}
@@ -1260,7 +1302,7 @@ where the picture was swapped.</p>{% for source in r.sources %}{{ table(matrices
 <p>Strict: right with the picture, and not right without it. Visual information: how much likelier
 the right answer is with the picture than without. Follows: answers that fit a swapped picture, less those that fit the picture not shown;
 who never looks
-gets 0.</p>{% for source, about in r.sources.items() %}{% for t in tables[source] %}{{ table(t) }}{% if loop.first %}{% if stress[source] %}
+gets 0.</p><ul>{% for x in depends %}<li>{{ x.name }} {{ x.claim }} on {{ x.source }}. {{ x.text }}</li>{% endfor %}</ul>{% for source, about in r.sources.items() %}{% for t in tables[source] %}{{ table(t) }}{% if loop.first %}{% if stress[source] %}
 {{ charts(stress[source], about.policies) }}{% endif %}<h3>What is answered, and what is right</h3><p class="soft caption">The most frequent right
 answers of each group, with the picture and without; n and intervals in the last table below.</p><div class="charts">{% for title, chart in
 answers_given[source] %}<figure><figcaption>{{ title }}</figcaption>{{ chart }}</figure>{% endfor %}</div>{% endif %}{% endfor %}{% endfor %}</section>
@@ -1281,8 +1323,7 @@ prove nothing.
 {% call scroll("answers to " ~ entry.question.id) %}<table class="gallery"><thead><tr><th scope="col">policy</th>
 {% for shown in entry.shown %}
 <th scope="col">{% for uri in shown.pictures %}<img src="{{ uri }}" alt="{{ entry.question.id }}, {{ shown.name }}">{% else %}
-<span class="none">no picture</span>{% endfor %}{{ shown.name }}{% if shown.text %}<small><bdi dir="auto">{{ shown.text|cut(160) }}</bdi>
-</small>{% endif %}
+<span class="none">no picture</span>{% endfor %}{{ shown.name }}{% if shown.text %}<details><summary>its text</summary><bdi dir="auto">{{ shown.text|cut(300) }}</bdi></details>{% endif %}
 </th>{% endfor %}</tr></thead><tbody>{% for policy in r.sources[source].policies %}<tr><th scope="row">{{ policy }}</th>
 {% for shown in entry.shown %}
 <td>{% set a = shown.answers[policy] %}{% if a %}
@@ -1303,7 +1344,7 @@ seeds, that too. All numbers: results.json. Tables to paste: tables.md.</p></foo
 
 EXPLAINED = {"Intervals of shares": wilson, "Intervals of differences": estimate, "Several seeds": collect, "Paired tests": mcnemar,
              "Many tests": holm, "Parts of a gain": split_gain, "The format part": form_part,
-             "Strict accuracy, visual information": measure, "How answers are distributed": distribution, "Distances between distributions": corrected,
+             "Strict accuracy, visual information": measure, "How answers are distributed": distribution, "Distances between distributions": distance, "Entropies": corrected,
              "What n can show": detectable, "What a benchmark is like": card, "Claims and their verdicts": judge,
              "Runs as clusters": Panel.drawn, "The majority's answer": Panel.majority,
              "Follows a swapped picture": net_following, "Instrument check, simulated": check_measures,
@@ -1338,11 +1379,13 @@ def render(data: Path, study: Mapping, panels: Sequence[Panel], r: dict, most: i
     each = lambda function, *arguments: {source: function(r, source, *arguments) for source in r["sources"]}
     plain = lambda text: Markup.escape(visible(text))
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=lambda x: (
-        visible(shorten(x, 300)) if isinstance(x, str) and not isinstance(x, Markup) else x))
+        visible(shorten(x, 600)) if isinstance(x, str) and not isinstance(x, Markup) else x))
     environment.filters["cut"] = shorten
     galleries = {panel.source: gallery(data, panel, most, GALLERY_CHARACTERS // len(panels), r["notes"]) for panel in panels}
     return environment.from_string(PAGE).render(
         css=Markup(environment.from_string(CSS).render(parts=PARTS)), r=r, study=study, heads=heads, parts=PARTS, look=look,
+        trained=[run for run in r["provenance"]["policies"] if any(run in x["policies"] for x in r["sources"].values())],
+        depends=[dependence(r, policy, source) for source, x in r["sources"].items() for policy in x["policies"]],
         galleries=galleries,
         gain_charts={source: gain_chart(rows, source) if rows else "" for source, rows in drawn.items()}, gain_tables=each(gain_table),
         matrices=each(matrix_table), tests=tests_table(r), tables=each(source_tables), stress=each(stress_charts, look),
@@ -1360,7 +1403,8 @@ def main(config: Config) -> dict:
     prepare.check_least(config, 0, "gallery")
     study = prepare.load_study(data)
     panels = load_panels(data, study, config.resamples, notes, checked)
-    runs = sorted({policy for panel in panels for policy in panel.answers if (data / "policies" / policy / "config.json").exists()})
+    runs = sorted({policy for panel in panels for policy in panel.answers if (data / "policies" / policy / "config.json").exists()},
+                  key=policy_order)
     results = collect(panels, study) | {"notes": notes, "provenance": {
         "study": study, "policies": {run: json.loads((data / "policies" / run / "config.json").read_text()) for run in runs},
         "resamples": config.resamples, "versions": prepare.versions(), "inputs": dict(sorted(checked.items()))}}

@@ -162,6 +162,13 @@ def adapter_of_ones_own(data, tmp_path, **changes):
     return folder
 
 
+@pytest.mark.parametrize("base, noted", [("elsewhere/model", False), ("Qwen/Qwen2-VL-2B", True), (None, True)])
+def test_an_adapter_of_another_base_is_noted(evaluate, prepare, data, tmp_path, capsys, base, noted):
+    folder = adapter_of_ones_own(data, tmp_path, base_model_name_or_path=base)
+    evaluate.find_policies(evaluate.Config(data=str(data), policies=[str(folder)]), prepare.load_study(data))
+    assert ("was trained on" in capsys.readouterr().out) is noted
+
+
 def test_an_adapter_from_elsewhere_answers_as_it_should(evaluate, report, data, tmp_path):
     """Without any training here: stages 1, 2, 4, 5 say whether it depends on the picture. Its dropout is off."""
     folder = adapter_of_ones_own(data, tmp_path, lora_dropout=0.5)
