@@ -4,8 +4,10 @@
 import io
 import itertools
 import json
+import multiprocessing
 import re
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import pytest
@@ -107,6 +109,15 @@ def test_same_seed_same_question_whatever_came_before(corrupt, name):
     there = [content(corrupt.corrupt(q, donor, 5, name)) for q in questions]
     back = [content(corrupt.corrupt(q, donor, 5, name)) for q in reversed(questions)]
     assert there == back[::-1]
+
+
+def test_any_number_of_workers_makes_the_same_questions(corrupt):
+    """Files are written one question after another; whoever shares them out among processes gets the same bytes."""
+    tasks = [(make(id=f"s/{i}", images=[scene(i)]), make(id="s/d", answer="8"), 5, name) for name in NAMES for i in range(3)]
+    alone = [content(corrupt.corrupt(*task)) for task in tasks]
+    for workers in (1, 3):
+        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork")) as pool:
+            assert [content(q) for q in pool.map(corrupt.corrupt, *zip(*tasks))] == alone
 
 
 @pytest.mark.parametrize("name", ["noise", "irrelevant"])
