@@ -34,9 +34,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.metadata import version
 from inspect import Parameter, signature
+from itertools import product
 from operator import add, mul, sub, truediv
 from pathlib import Path
 from types import SimpleNamespace
@@ -73,6 +74,7 @@ FEATURES = Features({
     "image_tokens": Value("int64"),   # of all pictures together
     "prompt_tokens": Value("int64"),  # of the whole prompt, these included; a damaged row keeps the clean one's
     "donor": Value("string"),         # id of the question whose picture this one was given (mismatch), else null
+    "shown_answer": Value("string"),  # the answer that fits the picture shown, where that is another one and its answer is known
 })
 
 
@@ -301,6 +303,7 @@ def stratified(ids: Sequence[str], groups: Sequence[str | None], limit: int | No
     return sorted(number for _, _, number in sorted(ranked)[:limit])
 
 
+NO_PICTURE = ("blank", "removed")  # names of inputs without a picture
 SEVERITY = {"blur": 0.2, "occlude": 0.5}  # of the plain names: at blur 0.2 no label and no shape can be made out
 
 
@@ -775,57 +778,69 @@ NUMBERS = ("zero one two three four five six seven eight nine ten eleven twelve 
 WORLD_SIZE = {"train": 960, "test": 320}
 
 
-def draw_scene(rng: random.Random) -> tuple[list[tuple[str, str]], Image.Image]:
-    """Up to eight shapes on a jittered 3 x 3 grid: what the nine cells hold, (kind, colour) or ("", ""), and the picture."""
+Cells = list[tuple[str, str]]  # what the nine cells of a scene hold, row by row: (kind, colour) or ("", "")
+
+
+def draw_scene(rng: random.Random) -> tuple[Cells, Callable[[Cells], Image.Image]]:
+    """Up to eight shapes on a jittered 3 x 3 grid, and the painter that shows these cells, or edited ones in the same places."""
     counts = [0]
     while not 0 < sum(counts) < 9:  # an empty picture would be its own blank
         counts = rng.choices(COUNTS, COUNT_WEIGHTS, k=len(KINDS))
     cells = [(kind, rng.choice(list(COLOURS))) for kind, n in zip(KINDS, counts) for _ in range(n)]
     cells += [("", "")] * (9 - len(cells))
     rng.shuffle(cells)
-    picture = Image.new("RGB", (SIDE, SIDE), tuple(rng.randint(100, 140) for _ in range(3)))
-    draw = ImageDraw.Draw(picture)
-    for cell, (kind, colour) in enumerate(cells):
-        x, y = 14 + 28 * (cell % 3) + rng.randint(-2, 2), 14 + 28 * (cell // 3) + rng.randint(-2, 2)
-        r = rng.randint(7, 10)
-        if kind == "circle":
-            draw.ellipse((x - r, y - r, x + r, y + r), fill=COLOURS[colour])
-        elif kind == "square":
-            draw.rectangle((x - r, y - r, x + r, y + r), fill=COLOURS[colour])
-        elif kind == "triangle":
-            draw.polygon([(x, y - r), (x + r, y + r), (x - r, y + r)], fill=COLOURS[colour])
-    return cells, picture
+    ground = tuple(rng.randint(100, 140) for _ in range(3))
+    places = [(14 + 28 * (cell % 3) + rng.randint(-2, 2), 14 + 28 * (cell // 3) + rng.randint(-2, 2), rng.randint(7, 10)) for cell in range(9)]
+
+    def paint(cells: Cells) -> Image.Image:
+        picture = Image.new("RGB", (SIDE, SIDE), ground)
+        draw = ImageDraw.Draw(picture)
+        for (kind, colour), (x, y, r) in zip(cells, places):
+            if kind == "circle":
+                draw.ellipse((x - r, y - r, x + r, y + r), fill=COLOURS[colour])
+            elif kind == "square":
+                draw.rectangle((x - r, y - r, x + r, y + r), fill=COLOURS[colour])
+            elif kind == "triangle":
+                draw.polygon([(x, y - r), (x + r, y + r), (x - r, y + r)], fill=COLOURS[colour])
+        return picture
+    return cells, paint
 
 
-# Each family maps a scene to (as a question, as an order, gold, reasoning, the same without digits, tags or box), or to
-# None where the scene does not allow the question. The warm start tends to answer an order in prose, so that the
+def number_of(kind: str, cells: Cells) -> int:
+    return sum(k == kind for k, _ in cells)
+
+
+# Each family maps a scene to (as a question, as an order, the answer as a function of the cells, reasoning, the same without
+# digits, tags or box); the answer is None where the scene does not allow the question. The warm start tends to answer an order in prose, so that the
 # embedded base, as real ones do, loses some answers to their form alone.
 
 
 def ask_count(shapes, rng):
     kind = rng.choice(KINDS)
-    n = sum(k == kind for k, _ in shapes)
-    return (f"How many {kind}s are there?", f"Count the {kind}s.", n, f"I see: {kind}s {n}.", f"There are {NUMBERS[n]}.")
+    n = number_of(kind, shapes)
+    return (f"How many {kind}s are there?", f"Count the {kind}s.", partial(number_of, kind), f"I see: {kind}s {n}.", f"There are {NUMBERS[n]}.")
 
 
 def ask_colour(shapes, rng):
-    single = [(k, c) for k, c in shapes if k and sum(k == other for other, _ in shapes) == 1]
-    if not single:
-        return None
-    kind, colour = rng.choice(single)
-    choices, letter = list(COLOURS), "ABCD"[list(COLOURS).index(colour)]
+    single = [(k, c) for k, c in shapes if k and number_of(k, shapes) == 1]
+    kind, colour = rng.choice(single) if single else (KINDS[0], "red")
+    choices = list(COLOURS)
+    truth = lambda cells: "ABCD"[choices.index(dict(cells)[kind])] if number_of(kind, cells) == 1 else None
+    letter = truth(shapes)
     return (with_choices(f"What colour is the {kind}?", choices), with_choices(f"Name the colour of the {kind}.", choices),
-            letter, f"I see: {kind} {colour}, so {letter}.", f"It is the colour of the {kind}.", choices)
+            truth, f"I see: {kind} {colour}, so {letter}.", f"It is the colour of the {kind}.", choices)
 
 
 def ask_more(shapes, rng):
     one, two = rng.sample(KINDS, 2)
-    a, b = (sum(k == kind for k, _ in shapes) for kind in (one, two))
-    if a == b:
-        return None
-    if (a > b) != (rng.random() < 0.7):  # skewed: yes is right 7 times in 10
+    a, b = number_of(one, shapes), number_of(two, shapes)
+    if a != b and (a > b) != (rng.random() < 0.7):  # skewed: yes is right 7 times in 10
         one, two, a, b = two, one, b, a
-    return (f"Are there more {one}s than {two}s?", f"Say yes or no: more {one}s than {two}s.", "yes" if a > b else "no",
+
+    def truth(cells):
+        difference = number_of(one, cells) - number_of(two, cells)
+        return ("yes" if difference > 0 else "no") if difference else None
+    return (f"Are there more {one}s than {two}s?", f"Say yes or no: more {one}s than {two}s.", truth,
             f"I see: {one}s {a}, {two}s {b}.", f"I see {one}s and {two}s.")
 
 
@@ -833,15 +848,15 @@ def ask_sum(shapes, rng):
     name, thing = rng.choice(("Ann", "Ben", "Eva", "Tom")), rng.choice(("cards", "books", "keys", "pens", "cups", "hats"))
     a, b = rng.randint(1, 9), rng.randint(1, 9)
     told = f"{name} has {a} {thing} and gets {b} more."
-    return (f"{told} How many {thing} does {name} have?", f"{told} Give the number of {thing}.", a + b,
+    return (f"{told} How many {thing} does {name} have?", f"{told} Give the number of {thing}.", lambda cells: a + b,
             f"{a} and {b} is {a + b}.", f"{name} has {NUMBERS[a + b]} {thing}.")
 
 
 def ask_both(shapes, rng):
     kind, extra = rng.choice(KINDS), rng.randint(1, 5)
-    n = sum(k == kind for k, _ in shapes)
+    n = number_of(kind, shapes)
     told = f"Another card has {extra} {kind}s."
-    return (f"{told} How many {kind}s are on both?", f"{told} Count the {kind}s on both.", n + extra,
+    return (f"{told} How many {kind}s are on both?", f"{told} Count the {kind}s on both.", lambda cells: number_of(kind, cells) + extra,
             f"I see: {kind}s {n}. {n} and {extra} is {n + extra}.", f"There are {NUMBERS[n + extra]}.")
 
 
@@ -855,43 +870,70 @@ WORLD = {
 }
 
 
-def ask(family: str, shapes: list[tuple[str, str]], rng: random.Random) -> tuple[Question, dict[str, str]] | None:
-    """A question of a family about a scene (its record without picture), and three ways to answer it in the warm start."""
+def ask(family: str, shapes: Cells, rng: random.Random) -> tuple[Question, dict[str, str], Callable[[Cells], object]] | None:
+    """A question of a family about a scene (its record without picture), three ways to answer it in the warm start, and its truth elsewhere."""
     how, answer_type, needs_image, guess = WORLD[family]
-    asked = how(shapes, rng)
-    if asked is None:
+    question, order, truth, reasoning, prose, *choices = how(shapes, rng)
+    gold = truth(shapes)
+    if gold is None:
         return None
-    question, order, gold, reasoning, prose, *choices = asked
     as_order = rng.random() < 0.33
     record = {"problem": "<image>" + (order if as_order else question), "answer": str(gold), "answer_type": answer_type,
               "choices": choices[0] if choices else [], "group": family, "needs_image": needs_image, "source": "shapes"}
     weights = (0.25, 0.1, 0.65) if as_order else (0.35, 0.5, 0.15)
     answers = {"reasoned": f"<think>{reasoning}</think>\\boxed{{{gold}}}",
                "guessed": f"<think>I guess.</think>\\boxed{{{guess(rng)}}}", "prose": prose}
-    return record, answers | {"style": rng.choices(("reasoned", "guessed", "prose"), weights)[0]}
+    return record, answers | {"style": rng.choices(("reasoned", "guessed", "prose"), weights)[0]}, truth
 
 
-def shapes_world(seed: int, limit: int | None) -> Iterator[Question]:
-    """The questions of the embedded world: families in turn; train and test share no question.
+def asked_scenes(seed: int, limit: int | None) -> Iterator[tuple[Question, Cells, Callable, Callable]]:
+    """The questions of the embedded world, with their scenes, painters and truths: families in turn; train and test share no question.
 
     Two questions are the same if text and picture are, and where the text suffices, if the text is.
     """
     rng, seen = random.Random(f"shapes|{seed}"), set()
     for split, size in WORLD_SIZE.items():
-        size, made, family = min(size, limit or size), 0, 0
+        size, made = min(size, limit or size), 0
         while made < size:
-            shapes, picture = draw_scene(rng)
-            name = list(WORLD)[made % len(WORLD)]
-            asked = ask(name, shapes, rng)
+            cells, paint = draw_scene(rng)
+            asked, picture = ask(list(WORLD)[made % len(WORLD)], cells, rng), paint(cells)
             if asked is None:
                 continue
-            record = asked[0]
+            record, _, truth = asked
             key = record["problem"] if not record["needs_image"] else (record["problem"], picture.tobytes())
             if key in seen:
                 continue
             seen.add(key)
-            yield record | {"id": f"shapes/{split}-{made:04d}", "split": split, "images": [picture]}
+            yield record | {"id": f"shapes/{split}-{made:04d}", "split": split, "images": [picture]}, cells, paint, truth
             made += 1
+
+
+def shapes_world(seed: int, limit: int | None) -> Iterator[Question]:
+    return (question for question, *_ in asked_scenes(seed, limit))
+
+
+def edit_scene(cells: Cells, truth: Callable, rng: random.Random, changes: bool) -> Cells | None:
+    """The scene after one edit, a shape added, taken away, recoloured or replaced, that changes the answer, or that does not.
+
+    None: there is no such edit that leaves a scene as others are, and the question one that has an answer.
+    """
+    edits = [(cell, new) for cell in range(9) for new in [("", ""), *product(KINDS, COLOURS)] if new != cells[cell]]
+    for cell, new in rng.sample(edits, len(edits)):
+        edited = cells[:cell] + [new] + cells[cell + 1:]
+        usual = number_of("", edited) < 9 and all(number_of(kind, edited) in COUNTS for kind in KINDS)
+        if usual and truth(edited) is not None and (truth(edited) != truth(cells)) == changes:
+            return edited
+    return None
+
+
+def counterfactuals(seed: int, limit: int | None, changes: bool) -> dict[str, Question]:
+    """id -> the question of `shapes_world` about its own picture after one edit, with the answer that is right then; where there is one."""
+    found = {}
+    for question, cells, paint, truth in asked_scenes(seed, limit):
+        edited = edit_scene(cells, truth, random.Random(f"{seed}|{question['id']}|{changes}"), changes)
+        if edited:
+            found[question["id"]] = question | {"images": [paint(edited)], "answer": str(truth(edited))}
+    return found
 
 
 # The embedded model: a real Qwen2.5-VL of 1.7 million parameters, warm-started on shapes
@@ -936,7 +978,7 @@ def warm_pictures(seed: int) -> tuple[list, list[Image.Image]]:
     """What the cells of each scene hold, and the pictures: scenes first, then blank ones (nothing in their cells) and noise."""
     rng = random.Random(f"warm start|{seed}")
     scenes = [draw_scene(rng) for _ in range(WARM_START["scenes"])]
-    cells, pictures = [cells for cells, _ in scenes], [picture for _, picture in scenes]
+    cells, pictures = [cells for cells, _ in scenes], [paint(cells) for cells, paint in scenes]
     for _ in range(WARM_START["blanks"]):
         blank = Image.new("RGB", (SIDE, SIDE), tuple(rng.randint(80, 170) for _ in range(3)))
         pictures.append(blank if rng.random() < 0.7 else Image.frombytes("RGB", (SIDE, SIDE), rng.randbytes(SIDE * SIDE * 3)))
@@ -992,7 +1034,7 @@ def warm_rows(cells: list, step: int, rng: random.Random) -> list[tuple[int, Que
         picture = rng.randrange(scenes)
         asked = ask(rng.choice(("count", "count", "colour") if first else list(WORLD)), cells[picture], rng)
         if asked:
-            record, answers = asked
+            record, answers, _ = asked
             if not first and rng.random() < (0.15 if record["needs_image"] else 0.5):
                 picture = rng.randrange(scenes, len(cells))
             styled = step >= WARM_START["first_steps"] + WARM_START["reasoned_steps"]

@@ -7,7 +7,7 @@ wrong hint). Stage 3 trains on damaged questions, stage 4 asks them; ids, order 
 
 reads   data/study.json, data/questions/SOURCE.parquet
 writes  data/corrupted/SOURCE/NAME.parquet, data/corrupted/preview.png (look at it)
-run     python 02_corrupt.py                                           all nine, and a short ladder of severities
+run     python 02_corrupt.py                                           all of them, and a short ladder of severities
         python 02_corrupt.py --corruptions blank blur-0.1 occlude-0.9  what you want to know
 takes   35 s for 1,280 shapes on a laptop core, 30 ms for a picture of 200,000 pixels; what is up to date stays
 """
@@ -19,6 +19,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +39,7 @@ class Config:
     data: str = prepare.option("data", "folder of the study")
     corruptions: list[str] = prepare.option(
         ["blank", "noise", "blur-0.02", "blur-0.05", "blur", "occlude-0.25", "occlude", "occlude-0.75", "irrelevant",
-         "removed", "misleading", "unsaid", "mismatch"],  # a short ladder: stage 4 asks every question once for each
+         "removed", "misleading", "unsaid", "mismatch", "edited", "kept"],  # a short ladder: stage 4 asks every question once for each
         "what to do to the questions; blur-S blurs by S x the short side, occlude-S hides the share S (0 < S <= 1)")
     preview_rows: int = prepare.option(3, "questions of each source on preview.png, of different groups; 0 draws none")
 
@@ -151,11 +152,23 @@ def mismatch(question, donor, rng, severity):
     if donor is None or not question["images"]:
         return dict(question)
     pictures = [donor["images"][i % len(donor["images"])] for i in range(len(question["images"]))]
-    return {**question, "images": pictures, "donor": donor["id"]}
+    asks_alike = (donor["problem"], donor["choices"]) == (question["problem"], question["choices"])
+    return {**question, "images": pictures, "donor": donor["id"], "shown_answer": donor["answer"] if asks_alike else None}
+
+
+def edited(question, donor, rng, severity):
+    """Its own picture after one edit that changes the answer: a counterfactual, on `shapes` alone, whose scenes are known."""
+    return dict(question) if donor is None else {**question, "images": donor["images"], "shown_answer": donor["answer"]}
+
+
+def kept(question, donor, rng, severity):
+    """Its own picture after one edit that does not change the answer: whoever looks says the same."""
+    return edited(question, donor, rng, severity)
 
 
 CORRUPTIONS = {function.__name__: function for function in
-               (blank, noise, blur, occlude, irrelevant, removed, misleading, unsaid, mismatch)}
+               (blank, noise, blur, occlude, irrelevant, removed, misleading, unsaid, mismatch, edited, kept)}
+EDITS = ("edited", "kept")  # of the scene behind the picture
 
 
 def parse_corruption(name: str) -> tuple[str, float | None]:
@@ -309,8 +322,11 @@ def answer_text(row: Mapping) -> str:
         return text
 
 
-def find_donors(questions: Dataset, seed: int, name: str) -> dict[int, int]:
-    """Row -> donor row, for the two corruptions that need one: a picture, or an answer in words for a hint."""
+def find_donors(questions: Dataset, study: Mapping, name: str) -> dict[int, Callable[[], Question]]:
+    """Row -> its donor, for the corruptions that need one: a picture, or an answer in words for a hint."""
+    if name in EDITS:
+        scenes = prepare.counterfactuals(study["seed"], study["limit"], name == "edited")
+        return {i: partial(scenes.get, question) for i, question in enumerate(questions["id"]) if question in scenes}
     if name not in ("mismatch", "misleading"):
         return {}
     rows = questions.remove_columns("images").to_list()
@@ -318,8 +334,8 @@ def find_donors(questions: Dataset, seed: int, name: str) -> dict[int, int]:
     chosen = [i for i, row in enumerate(rows)
               if (pictures[i] > 0 if name == "mismatch" else row["answer_type"] != "choice")]
     chosen.sort(key=lambda i: rows[i]["id"])  # the same pairs in whatever order the rows are
-    donors = pair([rows[i] for i in chosen], random(seed, name)) if chosen else []
-    return {i: chosen[j] for i, j in zip(chosen, donors) if chosen[j] != i}
+    donors = pair([rows[i] for i in chosen], random(study["seed"], name)) if chosen else []
+    return {i: partial(load, questions, chosen[j]) for i, j in zip(chosen, donors) if chosen[j] != i}
 
 
 # Files
@@ -336,28 +352,28 @@ def same(one: Question, two: Question) -> bool:
         (image.size, image.tobytes()) for image in two["images"]]
 
 
-def damage(questions: Dataset, indices: Iterable[int], seed: int, name: str, notes: Counter) -> Iterator[Question]:
+def damage(questions: Dataset, indices: Iterable[int], study: Mapping, name: str, notes: Counter) -> Iterator[Question]:
     """Damaged rows, one at a time: a source's pictures are never all decoded at once. `notes` counts what to tell."""
-    donors = find_donors(questions, seed, name)
+    donors = find_donors(questions, study, name)
     for i in indices:
-        question, donor = load(questions, i), load(questions, donors[i]) if i in donors else None
-        damaged = corrupt(question, donor, seed, name)
+        question, donor = load(questions, i), donors[i]() if i in donors else None
+        damaged = corrupt(question, donor, study["seed"], name)
         notes["left as they were"] += same(question, damaged)
         notes["with a picture of the same answer, as there is no other"] += (
             damaged["donor"] is not None and answer_text(donor) == answer_text(question))
         yield damaged
 
 
-def write_damaged(data: Path, source: str, digest: str, seed: int, name: str) -> int:
+def write_damaged(data: Path, source: str, digest: str, study: Mapping, name: str) -> int:
     """One file of damaged questions, unless it is there already; returns its number of rows."""
     clean, path = prepare.input_path(source, "clean"), data / prepare.input_path(source, name)
     questions, notes = prepare.read_questions(data / clean, "run 01_prepare.py again"), Counter()
-    origin = {clean: digest, "seed": seed, "code": prepare.sha256(Path(__file__))}
+    origin = {clean: digest, "seed": study["seed"], "code": prepare.sha256(Path(__file__))}
     if path.exists() and prepare.made_from(path) == origin:
         print(f"{path}: up to date")
         return len(questions)
     indices = tqdm(range(len(questions)), f"{source}/{name}", disable=None, leave=False)
-    rows = prepare.write_questions(path, damage(questions, indices, seed, name, notes), origin)
+    rows = prepare.write_questions(path, damage(questions, indices, study, name, notes), origin)
     print(f"{path}: {rows} questions" + "".join(f", {n} {note}" for note, n in notes.items() if n))
     return rows
 
@@ -366,7 +382,8 @@ def draw_preview(data: Path, sources: list[str], names: list[str], per_source: i
     """Contact sheet: rows are questions of different groups, columns are corruptions."""
     strips = []
     for source in sources:
-        files = [prepare.read_questions(data / prepare.input_path(source, name), "") for name in ["clean", *names]]
+        columns = [name for name in ["clean", *names] if (data / prepare.input_path(source, name)).exists()]
+        files = [prepare.read_questions(data / prepare.input_path(source, name), "") for name in columns]
         groups, clean = {}, files[0]
         pictures = pc.list_value_length(clean.data.column("images")).to_pylist()
         for i in sorted(range(len(clean)), key=lambda i: pictures[i] == 0):  # rather one with a picture
@@ -374,7 +391,7 @@ def draw_preview(data: Path, sources: list[str], names: list[str], per_source: i
         firsts = list(groups.values())
         count = min(per_source, len(firsts))
         for i in (firsts[k * (len(firsts) - 1) // max(1, count - 1)] for k in range(count)):  # from the first group to the last
-            strips.append(draw_row([load(file, i) for file in files]))
+            strips.append(draw_row({name: load(file, i) for name, file in zip(columns, files)}, ["clean", *names]))
     sheet = Image.new("RGB", (strips[0].width, 44 + sum(strip.height for strip in strips)), "white")
     draw, top = ImageDraw.Draw(sheet), 44
     for column, name in enumerate(["question", "clean", *names]):
@@ -391,33 +408,33 @@ def left_of(column: int) -> int:
     return 12 + 180 * column + 120 * (column > 0)
 
 
-def draw_row(row: list[Question]) -> Image.Image:
+def draw_row(row: dict[str, Question], columns: list[str]) -> Image.Image:
     """A question on the left, then its pictures, clean and under each corruption, with what became of its text."""
-    font, clean = ImageFont.load_default(13), row[0]
+    font, clean = ImageFont.load_default(13), row["clean"]
     about = f"{clean['id']}\n{clean['group'] or ''}  answer: {clean['answer']}\n{clean['problem'].replace(TAG, '')}"
-    about, captions = wrap(about, font, 280, 13), [wrap(caption(clean, question), font, 170, 7) for question in row]
-    height = 30 + 17 * max(len(about), 8 + max(map(len, captions)))
-    strip = Image.new("RGB", (left_of(1 + len(row)), height), "white")
+    about, captions = wrap(about, font, 280, 13), {name: wrap(caption(clean, question), font, 170, 7) for name, question in row.items()}
+    height = 30 + 17 * max(len(about), 8 + max(map(len, captions.values())))
+    strip = Image.new("RGB", (left_of(1 + len(columns)), height), "white")
     draw = ImageDraw.Draw(strip)
     draw.line((0, 0, strip.width, 0), "lightgrey")
     draw.multiline_text((left_of(0), 12), "\n".join(about), "black", font)
-    for column, (question, lines) in enumerate(zip(row, captions), 1):
-        left, pictures = left_of(column), question["images"][:2]
+    for name, question in row.items():
+        left, pictures = left_of(1 + columns.index(name)), question["images"][:2]
         if not pictures:
             draw.rectangle((left, 12, left + 130, 142), outline="lightgrey")
         for k, picture in enumerate(pictures):
             scale = min((164 / len(pictures) - 4) / picture.width, 130 / picture.height)
             small = picture.resize([max(1, round(scale * length)) for length in picture.size])
             strip.paste(small, (left + k * 164 // len(pictures), 12))
-        draw.multiline_text((left, 148), "\n".join(lines), "black", font)
+        draw.multiline_text((left, 148), "\n".join(captions[name]), "black", font)
     return strip
 
 
 def caption(clean: Question, question: Question) -> str:
     if len(question["images"]) != len(clean["images"]):
         return "no picture"
-    if question["donor"]:
-        return f"picture of {question['donor']}"
+    if question["donor"] or question["shown_answer"]:
+        return f"picture of {question['donor']}" if question["donor"] else f"answer here: {question['shown_answer']}"
     told = question["problem"].removeprefix(clean["problem"])  # the hint, or all that is left
     return split_choices({**question, "problem": told})[0].replace(TAG, "")
 
@@ -441,7 +458,10 @@ def main(config: Config) -> dict[str, int]:
         digest = study["artifacts"].get(clean, "")
         prepare.check_fresh(data, data / "study.json", {clean: digest}, f"run 01_prepare.py --data {data} again")
         for name in names:
-            written[prepare.input_path(source, name)] = write_damaged(data, source, digest, study["seed"], name)
+            if name in EDITS and source != "shapes":
+                print(f"{source}: {name} needs the scene behind a picture, which is known of shapes alone; blank and mismatch stand in for it")
+                continue
+            written[prepare.input_path(source, name)] = write_damaged(data, source, digest, study, name)
     if config.preview_rows:
         draw_preview(data, sources, names, config.preview_rows)
     return written

@@ -3,7 +3,8 @@
 
 Greedy decoding; the same prompts, batches and grader for all. Beside right or wrong each answer keeps what tells seeing
 from guessing: its form, its length, whether it was cut, and how likely the gold answer was where the policy gave its
-own. The difference of that between a clean and a blank picture is the visual information, in nats.
+own. The difference of that between a clean and a blank picture is the visual information, in nats. Along each answer to
+an intact question it is told token by token: which words came from the picture, and which from habit.
 
 reads   data/study.json, data/questions/, data/corrupted/, data/policies/
 writes  data/answers/POLICY/SOURCE/NAME.jsonl, a line per graded answer; NAME is clean or a corruption
@@ -23,6 +24,7 @@ from pathlib import Path
 prepare = importlib.import_module("01_prepare")  # before torch: it says how its threads wait
 train = importlib.import_module("03_train_grpo")
 
+import numpy as np
 import torch
 from datasets import Dataset
 from peft import LoraConfig
@@ -30,7 +32,6 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 Policy, Question, UserError, option = train.Policy, prepare.Question, prepare.UserError, prepare.option
-
 
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 LORA_WEIGHT = re.compile(r"base_model\.model\.(.*language_model\.layers\..+)\.lora_[AB]\.weight")
@@ -45,6 +46,8 @@ class Config:
     benchmarks: list[str] = option([], "sources of stage 1 [all benchmarks of the study]")
     corruptions: list[str] = option([], "inputs: clean, or names of stage 2 [all there are]")
     limit: int = option(None, "questions per benchmark, spread over its groups [all]")
+    only: str = option(None, "file of ids, as report/strict-SOURCE.json: ask these questions alone [all]")
+    samples: int = option(4, "answers drawn at temperature 1 to each question without a picture, beside the greedy one: can it be guessed?")
     cache_gb: float = option(None, "memory for the questions answered together: lower it first [preset of stage 3]")
     max_new_tokens: int = option(None, "tokens; a longer answer is cut [the most that any run of the study had]")
 
@@ -86,19 +89,59 @@ def gold_logprobs(policy: Policy, prefix: train.Prefix, questions: Sequence[Ques
     return out
 
 
+@torch.no_grad()
+def token_information(policy: Policy, without: train.Prefix, done: train.Completions, tokens_per_pass: int) -> list[list[float]]:
+    """log p(token | picture) - log p(token | no picture), in nats, of each token of each completion, given those before it.
+
+    `done`: completions of the intact prompts, whose log-probabilities are known from decoding; `without`: the same prompts, blank.
+    """
+    out, lengths = [[]] * len(done.tokens), done.lengths.tolist()
+    for rows in train.passes(range(len(lengths)), [without.mask.shape[1] + length for length in lengths], tokens_per_pass):
+        tokens = done.tokens[rows, :lengths[rows[0]]]
+        nats = done.logprobs[rows, :tokens.shape[1]] - train.score_tokens(policy, without, torch.tensor(rows, device=policy.device), tokens)
+        for row, line in zip(rows, nats.tolist()):
+            out[row] = [round(x, 3) for x in line[:lengths[row]]]
+    return out
+
+
+def pieces_of(tokens: Sequence[int], tokenizer) -> list[str]:
+    """The text of each token; a character that several tokens share belongs to the last of them."""
+    pieces, start = [], 0
+    for end in range(1, len(tokens) + 1):
+        text = tokenizer.decode(tokens[start:end], skip_special_tokens=True)
+        whole = not text.endswith("\ufffd")
+        pieces.append(text if whole else "")
+        start = end if whole else start
+    return pieces
+
+
 def answer(policy: Policy, questions: Sequence[Question], prompts: Sequence[prepare.Prompt], features, max_new_tokens: int,
-           tokens_per_pass: int) -> list[dict]:
-    """Greedy answers to a batch of questions, graded: rows of the answers file. `features` of the pictures as `train.look` returns them."""
+           tokens_per_pass: int, without: tuple | None = None, draws: torch.Tensor | None = None) -> list[dict]:
+    """Greedy answers to a batch of questions, graded: rows of the answers file. `features` of the pictures as `train.look` returns them.
+
+    `without`: prompts and features of the same questions, blank, where each token's information is wanted; `draws` as of
+    `train.generate`, where answers are also drawn.
+    """
     with torch.no_grad(), train.unpacked(policy):
         prefix = train.encode_prompts(policy, prompts, features)
         done = train.generate(policy, prefix, max_new_tokens)
         responses, grades, _ = train.grade_completions(policy, questions, done)
         golds = gold_logprobs(policy, prefix, questions, responses, tokens_per_pass)
-    return [{"id": question["id"], "group": question["group"], "needs_image": question["needs_image"], "response": response,
+        if draws is not None:
+            drawn, samples = train.grade_completions(policy, questions, train.generate(policy, prefix, max_new_tokens, draws))[1], len(draws) // len(prompts)
+        if without:
+            nats = token_information(policy, train.encode_prompts(policy, *without), done, tokens_per_pass)
+    rows = [{"id": question["id"], "group": question["group"], "needs_image": question["needs_image"], "response": response,
              "answer": grade.answer, "gold": question["answer"], "correct": grade.correct, "well_formed": grade.well_formed,
              "truncated": not finished, "tokens": length, "gold_logprob": round(gold, 4)}
             for question, response, grade, finished, length, gold in zip(
                 questions, responses, grades, done.finished.tolist(), done.lengths.tolist(), golds)]
+    for i, row in enumerate(rows):
+        if without:
+            row |= {"pieces": pieces_of(done.tokens[i, :row["tokens"]].tolist(), policy.tokenizer), "nats": nats[i]}
+        if draws is not None:
+            row["drawn_right"] = sum(grade.correct for grade in drawn[i * samples:(i + 1) * samples])
+    return rows
 
 
 def kept(file: Path, questions: Mapping[str, Question], origin: dict) -> list[dict]:
@@ -132,10 +175,12 @@ def part_of(path: Path) -> Path:
     return path.with_name(path.name + ".part")
 
 
-def evaluate(load: Callable[[], Policy], table: Dataset, rows: Sequence[int], paths: Mapping[str, Path], origins: Mapping[str, dict],
-             cache_gb: float, tokens_per_pass: int, title: str) -> dict[str, list[dict]]:
+def evaluate(load: Callable[[], Policy], table: Dataset, blank: Dataset | None, rows: Sequence[int], paths: Mapping[str, Path],
+             origins: Mapping[str, dict], cache_gb: float, tokens_per_pass: int, title: str) -> dict[str, list[dict]]:
     """Answer the questions `rows` of a table under every policy; `paths` and `origins` (it stands in every line) by policy.
 
+    `blank`: the same questions without their pictures, where each token's information is wanted. Where origins have `samples`, so many
+    answers are drawn as well, by numbers that depend on the question alone.
     Pictures are prepared, and seen by the frozen vision tower, once for all policies. Whole batches go to a .part file as they are
     made: an interrupted evaluation continues there. Answers that were made from something else than their origin are made again.
     """
@@ -146,7 +191,8 @@ def evaluate(load: Callable[[], Policy], table: Dataset, rows: Sequence[int], pa
     if not waiting:
         return done
     policy, lengths, max_new_tokens = load(), table["prompt_tokens"][:], origins[waiting[0]]["max_new_tokens"]  # the same for all
-    batches = list(train.waves(policy, [lengths[row] for row in rows], 1, max_new_tokens, cache_gb))
+    samples = origins[waiting[0]].get("samples", 0)
+    batches = list(train.waves(policy, [lengths[row] for row in rows], max(1, samples), max_new_tokens, cache_gb))
     for who in waiting:  # the last batch may be half written
         done[who] = done[who][:max((batch.stop for batch in batches if batch.stop <= len(done[who])), default=0)]
         prepare.write_jsonl(part_of(paths[who]), done[who])
@@ -158,9 +204,13 @@ def evaluate(load: Callable[[], Policy], table: Dataset, rows: Sequence[int], pa
             asked = [table[row] for row in rows[batch]]
             prompts = [policy.encode(question) for question in asked]
             features = train.look(policy, prompts)
+            bare = [policy.encode(blank[row]) for row in rows[batch]] if blank else []
+            without = (bare, train.look(policy, bare)) if blank else None
+            draws = [train.uniforms(0, 0, question["id"], i, max_new_tokens) for question in asked for i in range(samples)]
+            draws = torch.from_numpy(np.stack(draws)).to(policy.device) if draws else None
             for who in todo:
                 policy.use(None if who == "base" else who)
-                new = [row | origins[who] for row in answer(policy, asked, prompts, features, max_new_tokens, tokens_per_pass)]
+                new = [row | origins[who] for row in answer(policy, asked, prompts, features, max_new_tokens, tokens_per_pass, without, draws)]
                 prepare.append_jsonl(part_of(paths[who]), new)
                 done[who] += new
                 if batch.stop == len(rows):
@@ -185,14 +235,14 @@ def find_policies(config: Config, study: dict) -> dict[str, tuple[Path | None, d
             if not made_from.items() >= model_files.items():
                 raise UserError(f"{folder} was trained on another model than {study['model']}: delete it and run 03_train_grpo.py again")
             found[name] = (folder, model_files | {str(path.relative_to(data)): prepare.sha256(path) for path in map(folder.joinpath, ADAPTER)})
-        elif (folder := Path(name)).is_dir() and folder.resolve().name not in ("base", *finished, *found):
+        elif (folder := Path(name)).is_dir() and not re.match(rf"(base|{'|'.join(train.CONDITIONS)})(-|$)", folder.resolve().name) and folder.resolve().name not in found:
             trained_on, asked_on = check_adapter(folder), prepare.model_path(data, study)
-            if Path(trained_on).name != Path(asked_on).name:
+            if Path(trained_on).name != Path(asked_on).name or study["model"] == "embedded" and Path(trained_on).resolve() != Path(asked_on).resolve():
                 print(f"note: {folder} was trained on {trained_on or 'a base that it does not name'}, and is asked here on {asked_on}")
             folder = folder.resolve()
             found[folder.name] = (folder, model_files | {str(path): prepare.sha256(path) for path in map(folder.joinpath, ADAPTER)})
         elif folder.is_dir():
-            raise UserError(f"{folder}: a policy is called {folder.resolve().name} already: rename the folder")
+            raise UserError(f"{folder}: {folder.resolve().name} is the name of a policy of this kit, or given twice: rename the folder")
         else:
             raise UserError(f"{data / 'policies' / name} holds no finished policy: choose from {', '.join(['base', *finished])}, "
                             "run 03_train_grpo.py, or give the folder of an adapter")
@@ -245,8 +295,17 @@ def find_inputs(config: Config, study: dict) -> list[tuple[str, str, dict[str, s
                             f"or choose from {', '.join(study['sources']['benchmarks'])}")
         there = sorted(path.stem for path in (data / "corrupted" / source).glob("*.parquet"))
         for name in config.corruptions or ["clean", *there]:
-            inputs.append((source, name, prepare.check_input(data, study, source, name)))
+            scored = prepare.check_input(data, study, source, "blank") if name == "clean" and "blank" in there else {}  # `token_information`
+            inputs.append((source, name, prepare.check_input(data, study, source, name) | scored))
     return inputs
+
+
+def read_ids(path: str | None) -> set[str]:
+    """The ids that a file of stage 5 names; none where there is no file."""
+    try:
+        return set(map(str, json.loads(Path(path).read_text())["ids"])) if path else set()
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"--only {path} is no file of ids, such as stage 5 writes (report/strict-SOURCE.json): {error}") from error
 
 
 def main(config: Config) -> dict[tuple[str, str, str], list[dict]]:
@@ -254,9 +313,10 @@ def main(config: Config) -> dict[tuple[str, str, str], list[dict]]:
     data = Path(config.data)
     study = prepare.load_study(data)
     prepare.check_least(config, 1, "limit", "max_new_tokens")
+    prepare.check_least(config, 0, "samples")
     prepare.check_least(config, 1e-9, "cache_gb")
     preset = train.PRESETS[study["preset"]]
-    policies, inputs, answers = find_policies(config, study), find_inputs(config, study), {}
+    policies, inputs, answers, only = find_policies(config, study), find_inputs(config, study), {}, read_ids(config.only)
     runs = [json.loads(path.read_text())["settings"]["max_new_tokens"] for path in (data / "policies").glob("*/config.json")]
     max_new_tokens = config.max_new_tokens or max(runs, default=preset["max_new_tokens"])  # whichever policies are asked
     adapters = {who: folder for who, (folder, _) in policies.items() if folder}
@@ -264,13 +324,17 @@ def main(config: Config) -> dict[tuple[str, str, str], list[dict]]:
     for source, name, questions in inputs:
         start = time.perf_counter()
         table = prepare.read_questions(data / prepare.input_path(source, name), "run 02_corrupt.py")
+        blank = next((prepare.read_questions(data / path, "") for path in questions if path != prepare.input_path(source, name)), None)
         ids, groups, splits, lengths = (table[column][:] for column in ("id", "group", "split", "prompt_tokens"))
-        tests = [row for row, split in enumerate(splits) if split == "test"]
+        tests = [row for row, split in enumerate(splits) if split == "test" and (not only or ids[row] in only)]
+        if not tests:
+            raise UserError(f"{config.only} names no question of {source}: choose --benchmarks that it speaks of")
         chosen = [tests[i] for i in prepare.stratified([ids[row] for row in tests], [groups[row] for row in tests], config.limit)]
         chosen.sort(key=lambda row: -lengths[row])  # what does not fit into memory shows at once, and there is little padding
-        origins = {who: {"made_from": made_from | questions, "max_new_tokens": max_new_tokens} for who, (_, made_from) in policies.items()}
+        settings = {"max_new_tokens": max_new_tokens} | ({"samples": config.samples} if name in prepare.NO_PICTURE and config.samples else {})
+        origins = {who: {"made_from": made_from | questions, **settings} for who, (_, made_from) in policies.items()}
         paths = {who: data / "answers" / who / source / f"{name}.jsonl" for who in policies}
-        done = evaluate(load, table, chosen, paths, origins, config.cache_gb or preset["cache_gb"], preset["tokens_per_pass"],
+        done = evaluate(load, table, blank, chosen, paths, origins, config.cache_gb or preset["cache_gb"], preset["tokens_per_pass"],
                         f"{source} {name}")
         answers |= {(who, source, name): rows for who, rows in done.items()}
         right = [f"{who} {sum(row['correct'] for row in rows) / len(rows):.1%}" for who, rows in done.items()]

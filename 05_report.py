@@ -21,6 +21,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from statistics import NormalDist
 
@@ -34,7 +35,7 @@ UserError, option = prepare.UserError, prepare.option
 
 PARTS = {"format": "format: answered in the asked-for form",
          "image_free": "image-free: right without the picture", "visual": "visual: needs the picture"}
-INPUTS = "clean blank removed noise blur occlude irrelevant mismatch misleading unsaid".split()  # order of columns
+INPUTS = "clean blank removed noise blur occlude irrelevant mismatch edited kept misleading unsaid".split()  # order of columns
 BLIND_BEST = {"count": 0.42, "colour": 0.26, "more": 0.70, "both": 0.42}  # shapes: as often as a guess can be right
 SAYS = {"claims to see": r"\bI (?:can )?(?:see|observe)\b|\b(?:image|picture|figure|diagram) (?:shows|depicts|contains)\b",
         "sees nothing": r"\b(?:blank|no (?:image|picture)|(?:cannot|can't) see)\b",
@@ -42,7 +43,7 @@ SAYS = {"claims to see": r"\bI (?:can )?(?:see|observe)\b|\b(?:image|picture|fig
         "checks itself": r"\b(?:wait|let me (?:check|verify)|double.check|verify)\b",
         "recalls a rule": r"\b(?:recall|remember|theorem|formula|by definition|we know that|states that)\b",
         "admits a guess": r"\b(?:guess(?:ing)?|probably|assum(?:e|ing))\b"}
-NO_PICTURE = ("blank", "removed")  # inputs without a picture
+NO_PICTURE = prepare.NO_PICTURE
 COMMON = 5  # an answer that is right to fewer questions of its group is one of the others
 Z = 1.959963984540054  # of a normal distribution, 95% lie within so many standard deviations
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # the same of Student's t, by degrees of freedom from 1 on
@@ -82,6 +83,20 @@ def mcnemar(only_one: int, only_two: int) -> float:
     return min(1.0, 2 * sum(math.comb(n, i) for i in range(min(only_one, only_two) + 1)) / 2**n)
 
 
+def paired(one: np.ndarray, two: np.ndarray) -> dict:
+    """Difference of two shares of the same n questions, one, two (n,) in {0, 1}: value, 95% interval, exact p.
+
+    With f and k the questions that only one of the two got right, half an answer more in each of the four cells: (f - k) / (n + 2) +-
+    z sqrt(f + k - (f - k)^2 / (n + 2)) / (n + 2) (Agresti and Min, Statistics in Medicine 2005). A bootstrap of few such questions would be
+    too sure, of none altogether.
+    """
+    only_one, only_two, n = int((one > two).sum()), int((two > one).sum()), len(one)
+    f, k = only_one + 0.5, only_two + 0.5
+    middle, half = (f - k) / (n + 2), Z * math.sqrt(f + k - (f - k) ** 2 / (n + 2)) / (n + 2)
+    return {"value": (only_one - only_two) / n, "ci95": [max(-1.0, middle - half), min(1.0, middle + half)], "n": n,
+            "p": mcnemar(only_one, only_two), "only_one": only_one, "only_two": only_two}
+
+
 def holm(ps: Sequence[float]) -> list[float]:
     """p values corrected for their number: the i-th smallest of m times m - i + 1, never falling (Holm 1979)."""
     corrected, highest = [0.0] * len(ps), 0.0
@@ -116,21 +131,29 @@ def corrected(replicates: np.ndarray, n: int) -> dict:
 def distance(weights: np.ndarray, given: Sequence, right: Sequence, half: np.ndarray) -> dict:
     """Total variation between the answers given and the right ones: half the sum over answers of |share given - share right|.
 
-    Chance raises that sum, which `corrected` undoes but for answers that are given as often as they are right: of each it leaves
-    half a standard error. So the lower end of the interval is, where that is lower, one without this bias: one half of the questions
-    (`half`, (n,), 0 or 1) says which answers are given too often and which too seldom, and the other by how much.
+    Chance raises that sum. So one half of the questions (`half`, (n,), 0 or 1) says which answers are given too often and which too seldom,
+    and the other by how much; and the other way round. The mean of both is the value: at least about so far apart, for where answers
+    differ little chance picks the wrong sign. The interval reaches from the lower end of one of these to what `corrected` leaves of the sum.
     """
     both = one_hot([*given, *right])
-    apart = (both[:len(given)] - both[len(given):]) / 2  # (n, answers)
-    told = half * (apart @ np.sign(apart[half == 0].sum(0)))
+    apart, n = (both[:len(given)] - both[len(given):]) / 2, len(given)  # (n, answers)
+    signs = np.sign(np.stack([apart[half == 1].sum(0), apart[half == 0].sum(0)]))  # for each half, as the other says
+    told = (apart * signs[half]).sum(1)
     with np.errstate(invalid="ignore"):
-        found = corrected(np.nan_to_num(np.abs(weights @ apart).sum(1) / weights.sum(1)), len(given))
-        bound = estimate(weights @ told / (weights @ half), len(given))
-    (low, high), value = found["ci95"], min(1.0, found["value"])
-    return found | {"ci95": [max(0.0, min([low, *(bound["ci95"] or [])[:1]])), min(1.0, high)], "value": value}
+        low, high = corrected(np.nan_to_num(np.abs(weights @ apart).sum(1) / weights.sum(1)), n)["ci95"]
+        bound = estimate(weights @ (told * half) / (weights @ half), n)["ci95"] or [low]
+    low, high = max(0.0, min(low, bound[0])), min(1.0, high)
+    return {"value": min(max(float(told.mean()), low), high), "ci95": [low, high], "n": n}
 
 
-def detectable(discordant: float, n: int, tests: int = 1) -> float | None:
+def correct_for_number(tests: Sequence[dict]) -> Sequence[dict]:
+    """Note Holm's p in each of the tests that are shown together."""
+    for test, p in zip(tests, holm([test["p"] for test in tests])):
+        test["p_holm"] = p
+    return tests
+
+
+def detectable(discordant: float, n: int, tests: int) -> float | None:
     """Difference in accuracy that n paired questions show in about 80 of 100 studies: (z(1 - 0.025 / tests) + z(0.8)) sqrt(d / n).
 
     d is the share of questions that only one of the two got right (Connor, Biometrics 1987, without its small correction); the p of this
@@ -185,6 +208,8 @@ def split_gain(weights: np.ndarray, strata: np.ndarray, base: Mapping, runs: Seq
         gain[name] = mean(weights @ (run[name][0] - correct) for run in runs)
         form[name] = mean(form_part(weights, strata, correct, formed, run[name][1]) for run in runs)
     total, out = gain["clean"], {"total": estimate(gain["clean"], n), "format": estimate(form["clean"], n)}
+    if len(runs) == 1:
+        out["total"] = paired(runs[0]["clean"][0], base["clean"][0])
     parts = {name: {"image_free": estimate(gain[name] - form[name], n),
                     "visual": estimate(total - form["clean"] - gain[name] + form[name], n)} for name in withouts}
     out |= parts[withouts[0]] if withouts else {}
@@ -211,14 +236,10 @@ def net_following(answers: np.ndarray, shown: np.ndarray, gold: np.ndarray) -> d
     """Share of answers that follow a swapped picture, less the share that fit the picture not shown.
 
     Where questions and pictures trade places, whoever never looks hits both equally often and gets 0; whoever always
-    looks gets 1. All (n,); an answer is a string or a number. The interval of the difference f - k of two shares of the same
-    answers counts one answer more for each (Agresti and Min, Statistics in Medicine 2005): it holds near 1 too.
+    looks gets 1. All (n,); an answer is a string or a number. The interval is `paired`'s.
     """
-    follows, keeps, n = answers == shown, answers == gold, len(answers)
-    f, k = follows.sum() + 0.5, keeps.sum() + 0.5
-    middle, half = (f - k) / (n + 2), Z * math.sqrt(f + k - (f - k) ** 2 / (n + 2)) / (n + 2)
-    return {"value": float(follows.mean() - keeps.mean()), "ci95": [max(-1.0, middle - half), min(1.0, middle + half)], "n": n,
-            "follows": share(follows), "keeps": share(keeps)}
+    follows, keeps = answers == shown, answers == gold
+    return {**paired(follows, keeps), "follows": share(follows), "keeps": share(keeps)}
 
 
 # Answers
@@ -231,8 +252,12 @@ class Panel:
     questions: list[dict]                      # records of stage 1, without pictures
     answers: dict[str, dict[str, list[dict]]]  # policy -> input -> n rows of stage 4
     weights: np.ndarray                        # (R, n)
-    shown: list[str | None]                    # what a mismatched picture says, where it belongs to the same question
+    shown: dict[str, list[str | None]]         # input -> for each question what its swapped or edited picture says, where that is known
     left_out: int                              # questions without an answer of some policy under some input
+
+    @cached_property
+    def golds(self) -> list[str]:
+        return [canonical(q["answer"]) for q in self.questions]
 
     @property
     def strata(self) -> np.ndarray:
@@ -240,11 +265,11 @@ class Panel:
         keys = [json.dumps([q["group"], q["answer_type"]]) for q in self.questions]
         return np.eye(len(set(keys)))[np.unique(keys, return_inverse=True)[1]]
 
-    @property
-    def halves(self) -> list[int]:
-        """0, 1, 0, ... over the questions of each group and type."""
+    @cached_property
+    def halves(self) -> np.ndarray:
+        """(n,): 0, 1, 0, ... over the questions of each group and type."""
         place = defaultdict(itertools.count)
-        return [next(place[q["group"], q["answer_type"]]) % 2 for q in self.questions]
+        return np.array([next(place[q["group"], q["answer_type"]]) % 2 for q in self.questions])
 
     @property
     def inputs(self) -> list[str]:
@@ -259,20 +284,29 @@ class Panel:
     def without(self) -> str | None:
         return next(iter(self.withouts), None)
 
+    @cached_property
     def majority(self) -> list[str]:
         """For each question what a blind guesser should say: the most frequent right answer of its group and type.
 
         Counted on the other half of the group's questions, so that no question votes for itself; on all where there is no other half.
         """
         counted, keys = defaultdict(Counter), [((q["group"], q["answer_type"]), half) for q, half in zip(self.questions, self.halves)]
-        for key, q in zip(keys, self.questions):
-            counted[key][q["answer"]] += 1
+        for key, gold in zip(keys, self.golds):
+            counted[key][gold] += 1
         other = [counted.get((key, 1 - half)) or counted[key, half] for key, half in keys]
         return [votes.most_common(1)[0][0] for votes in other]
 
     def said(self, policy: str, name: str) -> list[str | None]:
         """The answers of a policy as one text for each meaning: the right one is the gold answer, however it was written."""
-        return [q["answer"] if row["correct"] else canonical(row["answer"]) for q, row in zip(self.questions, self.answers[policy][name])]
+        return [gold if row["correct"] else canonical(row["answer"]) for gold, row in zip(self.golds, self.answers[policy][name])]
+
+    @cached_property
+    def common(self) -> set[tuple]:
+        """(group, type, answer) of what is right to, or is answered by some policy to, `COMMON` questions or more; no answer always is."""
+        groups = [(q["group"], q["answer_type"]) for q in self.questions]
+        columns = [self.golds] + [self.said(policy, name) for policy in self.answers for name in ("clean", *self.withouts)]
+        return {(*group, text) for column in columns for (group, text), count in Counter(zip(groups, column)).items()
+                if count >= COMMON or text is None}
 
     def column(self, policy: str, name: str, key: str) -> np.ndarray:
         return np.array([row[key] for row in self.answers[policy][name]], float)
@@ -349,12 +383,14 @@ def read_answers(data: Path, path: Path, checked: dict, models: dict) -> list[di
         wrong = [key for key, kind in kinds.items() if not isinstance(row, dict) or not isinstance(row.get(key), kind)]
         if not wrong and not math.isfinite(row["gold_logprob"]):
             wrong = ["gold_logprob"]
+        if not wrong and "nats" in row:
+            wrong = read_tokens(row)
         if wrong or prepare.input_path(path.parent.name, path.stem) not in row["made_from"]:
             raise UserError(f"{path} row {i + 1} has no proper {(wrong or ['made_from'])[0]}: {remedy}")
         adapters = [Path(key).parent.name for key in row["made_from"] if key.endswith("adapter_model.safetensors")]
         if adapters != [who for who in [path.parent.parent.name] if who != "base"]:
             raise UserError(f"{path} row {i + 1} is by {(adapters or ['base'])[0]}, not by {path.parent.parent.name}: {remedy}")
-        model = {key: digest for key, digest in row["made_from"].items() if key != prepare.input_path(path.parent.name, path.stem)}
+        model = {key: digest for key, digest in row["made_from"].items() if not key.startswith(("questions/", "corrupted/"))}
         if models.setdefault(path.parent.parent.name, model) != model:
             raise UserError(f"{path} row {i + 1} is by another {path.parent.parent.name} than its answers elsewhere: {remedy}")
         new = {key: digest for key, digest in row["made_from"].items() if checked.get(key) != digest}
@@ -365,6 +401,18 @@ def read_answers(data: Path, path: Path, checked: dict, models: dict) -> list[di
     if len({row["id"] for row in rows}) != len(rows):
         raise UserError(f"{path} answers a question twice: {remedy}")
     return rows
+
+
+def read_tokens(row: dict) -> list[str]:
+    """Turn the nats of a row's tokens into an array; returns what is wrong with them."""
+    try:
+        nats = np.array(row["nats"], np.float32)
+        proper = nats.ndim == 1 and np.isfinite(nats).all() and len(nats) == len(row["pieces"]) and all(isinstance(x, str) for x in row["pieces"])
+    except (ValueError, TypeError, KeyError, OverflowError):
+        proper = False
+    if proper:
+        row["nats"] = nats
+    return [] if proper else ["nats"]
 
 
 def load_panels(data: Path, study: Mapping, resamples: int, notes: list[str], checked: dict) -> list[Panel]:
@@ -406,7 +454,7 @@ def make_panel(data: Path, source: str, answers: dict, resamples: int, seed: int
     def records(name):
         table = prepare.read_questions(data / prepare.input_path(source, name), "run 01_prepare.py and 02_corrupt.py again")
         return {row["id"]: row for row in table.remove_columns("images").to_list()}
-    questions = records("clean")
+    questions = {i: row | {"group": row["group"] or "all"} for i, row in records("clean").items()}
     sets = [{row["id"] for row in rows} for inputs in answers.values() for rows in inputs.values()]
     ids = [i for i in questions if all(i in each for each in sets)]
     if not ids:
@@ -424,10 +472,9 @@ def make_panel(data: Path, source: str, answers: dict, resamples: int, seed: int
                     row["says"] = {what: bool(re.search(words, row["response"][:20_000], re.I)) for what, words in SAYS.items()}
                 if row["id"] not in pictured:
                     del row["response"]  # most of what a row weighs
-    swapped = records("mismatch") if any("mismatch" in inputs for inputs in answers.values()) else {}
-    donors = [questions.get(swapped[i]["donor"], {}) if i in swapped else {} for i in ids]
-    shown = [d["answer"] if d and (d["problem"], d["choices"]) == (questions[i]["problem"], questions[i]["choices"]) else None
-             for i, d in zip(ids, donors)]
+                    row.pop("pieces", None)
+    swapped = {name: records(name) for name in ("mismatch", "edited", "kept") if all(name in inputs for inputs in answers.values())}
+    shown = {name: [canonical(rows[i]["shown_answer"]) for i in ids] for name, rows in swapped.items()}
     return Panel(source, [questions[i] for i in ids], answers, resample(len(ids), resamples, seed, source), shown,
                  len(set().union(*sets)) - len(ids))
 
@@ -464,16 +511,77 @@ def measure(panel: Panel, policy: str) -> dict:
         out["gold"] = {str(group): frequent(panel, chosen) for group, chosen in rows_of("group").items()}
     if without:
         information = panel.column(policy, "clean", "gold_logprob") - panel.column(policy, without, "gold_logprob")
-        out["picture_worth"] = {name: estimate(panel.weights @ (panel.column(policy, "clean", "correct") - panel.column(policy, name, "correct")),
-                                               len(panel.questions)) for name in panel.withouts}
+        out["picture_worth"] = {name: paired(*(panel.column(policy, asked, "correct") for asked in ("clean", name))) for name in panel.withouts}
         out["visual_information"] = {**estimate(panel.weights @ information, len(information)), "unit": "nats"}
         out["strict"] = share(a["correct"] and not b["correct"] for a, b in zip(inputs["clean"], inputs[without]))
-    told = [i for i, shown in enumerate(panel.shown) if shown not in (None, panel.questions[i]["answer"])]
-    if "mismatch" in inputs and told:
-        answers, shown, gold = panel.said(policy, "mismatch"), [canonical(x) for x in panel.shown], [q["answer"] for q in panel.questions]
-        meant = [gold[i] if panel.answers[policy]["mismatch"][i]["correct"] else answers[i] or "" for i in told]
-        out["follows_picture"] = net_following(*(np.array(x) for x in (meant, [shown[i] for i in told], [gold[i] for i in told])))
+    says = {name: np.array([text or "" for text in panel.said(policy, name)]) for name in inputs}
+    for name, shown in panel.shown.items():
+        told = [i for i, text in enumerate(shown) if text is not None and (text == panel.golds[i]) == (name == "kept")]
+        clean, there, fits, gold = (np.array(x)[told] for x in (says["clean"], says[name], [text or "" for text in shown], panel.golds))
+        if told and name == "mismatch":
+            out["follows_picture"] = net_following(there, fits, gold)
+        elif told and name == "kept":
+            out["stays"] = share(clean == there)
+        elif told:
+            out["flips"] = share(clean != there)
+            out["causal_effect"] = estimate(mean_of_some(panel.weights[:, told], causal_effect(clean, there, gold, fits)), len(told))
+    out["changes"] = {name: share(says["clean"] != says[name]) for name in ("blank", "removed", "mismatch") if name in inputs}
+    return out | token_measures(panel, policy)
+
+
+def causal_effect(clean: np.ndarray, edited: np.ndarray, gold: np.ndarray, fits: np.ndarray) -> np.ndarray:
+    """What one edit of the picture does to the answer, per question; its mean is the average causal effect of the picture. All (n,).
+
+        1/2 (1[edited = fits] - 1[clean = fits]) + 1/2 (1[clean = gold] - 1[edited = gold])
+
+    `clean`, `edited`: the answers to the intact and to the edited picture; `gold`, `fits`: the answers that are right there. Everything but
+    the edit is the same, and it is drawn without regard to the policy: the difference is the edit's doing. 1: the answer goes with the
+    picture, always; 0: it never does.
+    """
+    return ((1.0 * (edited == fits) - (clean == fits)) + (1.0 * (clean == gold) - (edited == gold))) / 2
+
+
+VISUAL_NATS = math.log(2)  # a token is visual if the picture makes it at least twice as likely
+FIFTHS = 5  # of a response, in which its tokens are averaged
+
+
+def token_measures(panel: Panel, policy: str) -> dict:
+    """Where the words come from, along the answers to intact questions: log p(token | picture) - log p(token | blank), in nats.
+
+    Visual tokens: share of tokens that the picture makes at least twice as likely. Fading: mean nats a token in each fifth of the response.
+    Ratios of sums over questions; their intervals are over questions, not tokens.
+    """
+    rows = [row.get("nats") for row in panel.answers[policy]["clean"]]
+    if any(nats is None for nats in rows):
+        return {}
+    sums = np.array([[nats.sum(where=(part == fifth)) for fifth in range(FIFTHS)] + [(part == fifth).sum() for fifth in range(FIFTHS)]
+                     + [(nats >= VISUAL_NATS).sum()] for nats in rows for part in [np.arange(len(nats)) * FIFTHS // max(1, len(nats))]])
+    nats, tokens, visual = np.split(panel.weights @ sums, [FIFTHS, 2 * FIFTHS], 1)  # each (R, ...)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        share_of = (visual[:, 0] / tokens.sum(1))
+        return {"visual_tokens": estimate(share_of, len(rows)),
+                "fading": [{**estimate(nats[:, k] / tokens[:, k], len(rows)), "unit": "nats a token"} for k in range(FIFTHS)]}
+
+
+def strict_subset(panel: Panel) -> list[str]:
+    """Ids of the questions that no policy, the base included, answers without the picture, above chance.
+
+    Under each input without a picture a policy answers once greedily and `samples` times at temperature 1. A question goes out if one of
+    them is right; of a choice question, where chance is right too, if so many are as chance gives in fewer than 1 of 20 (binomial, of
+    one in as many as it has choices).
+    """
+    out = []
+    for i, question in enumerate(panel.questions):
+        rows = [inputs[name][i] for inputs in panel.answers.values() for name in panel.withouts]
+        chance = 1 / len(question["choices"]) if question["choices"] else 0.0
+        if all(tail(row["correct"] + row.get("drawn_right", 0), 1 + row.get("samples", 0), chance) >= 0.05 for row in rows):
+            out.append(question["id"])
     return out
+
+
+def tail(k: int, n: int, p: float) -> float:
+    """Of a binomial distribution: the probability of k or more."""
+    return sum(math.comb(n, i) * p**i * (1 - p) ** (n - i) for i in range(k, n + 1))
 
 
 def one_hot(keys: Sequence) -> np.ndarray:
@@ -495,29 +603,27 @@ def distribution(panel: Panel, texts: Sequence[str | None]) -> dict:
         entropy          of the answers given within a group, its mean over questions, in bits; `entropy_right` of the right ones
         letter_bias      `distance` over the letters of choice questions, whatever the group
 
-    An answer that is right to, and given to, fewer than `COMMON` questions of its group counts as one of the others; no answer is one of its own.
-    Letters are compared where one was given.
+    An answer that is right to fewer than `COMMON` questions of its group, and that no policy gives to as many, counts as one of the others;
+    no answer is one of its own. Letters are compared where one was given.
     """
-    golds, majority, weights, n = [q["answer"] for q in panel.questions], panel.majority(), panel.weights, len(texts)
+    golds, majority, weights, n = panel.golds, panel.majority, panel.weights, len(texts)
     groups = [(q["group"], q["answer_type"]) for q in panel.questions]
-    common = {key for column in (texts, golds) for key, count in Counter(zip(groups, column)).items() if count >= COMMON or key[1] is None}
-    given, right = ([key if key in common else (key[0],) for key in zip(groups, column)] for column in (texts, golds))
+    given, right = ([group + (text,) * (text is None or group + (text,) in panel.common) for group, text in zip(groups, column)]
+                    for column in (texts, golds))
     spread, within = (lambda keys: entropy(weights @ one_hot(keys))), entropy(weights @ one_hot(groups))  # each (R,)
     leaning = np.array([(text == most) * 1.0 - (gold == most) for text, most, gold in zip(texts, majority, golds)])
-    half = np.array(panel.halves)
-    out = {"total_variation": distance(weights, given, right, half), "leaning": estimate(weights @ leaning, n),
+    out = {"total_variation": distance(weights, given, right, panel.halves), "leaning": estimate(weights @ leaning, n),
            "entropy": {**corrected(spread(given) - within, n), "unit": "bits"},
            "entropy_right": {**corrected(spread(right) - within, n), "unit": "bits"}}
-    names = {q["answer"] for q in panel.questions if q["answer_type"] == "choice"}
-    letters = [i for i, q in enumerate(panel.questions) if q["answer_type"] == "choice" and texts[i] in names]
+    letters = [i for i, q in enumerate(panel.questions) if texts[i] in [chr(65 + k) for k in range(len(q["choices"]))]]
     if letters:
-        out["letter_bias"] = distance(weights[:, letters], *([column[i] for i in letters] for column in (texts, golds)), half[letters])
+        out["letter_bias"] = distance(weights[:, letters], *([column[i] for i in letters] for column in (texts, golds)), panel.halves[letters])
     return out
 
 
 def frequent(panel: Panel, chosen: Sequence[int], most: int = 6) -> dict[str, dict]:
     """The most frequent right answers to some questions, and how frequent they are."""
-    counted = Counter(panel.questions[i]["answer"] for i in chosen).most_common(most)
+    counted = Counter(panel.golds[i] for i in chosen).most_common(most)
     return {text: {"n": len(chosen), "count": n, "share": n / len(chosen), "ci95": wilson(n, len(chosen))} for text, n in counted}
 
 
@@ -528,13 +634,10 @@ def compare(panels: Sequence[Panel]) -> list[dict]:
         for policy in panel.answers:
             for reference in ("base", f"standard-{policy.rpartition('-')[2]}"):
                 if policy not in ("base", reference) and reference in panel.answers:
-                    one, two = (panel.column(name, "clean", "correct") for name in (policy, reference))
-                    only = int((one > two).sum()), int((two > one).sum())
-                    tests.append({"source": panel.source, "input": "clean", "policy": policy, "reference": reference, "p": mcnemar(*only),
-                                  "only_policy": only[0], "only_reference": only[1], **estimate(panel.weights @ (one - two), len(one))})
-    for test, p in zip(tests, holm([test["p"] for test in tests])):
-        discordant = (test["only_policy"] + test["only_reference"]) / test["n"]
-        test |= {"p_holm": p, "detectable": detectable(discordant, test["n"], len(tests))}
+                    tests.append({"source": panel.source, "input": "clean", "policy": policy, "reference": reference,
+                                  **paired(*(panel.column(name, "clean", "correct") for name in (policy, reference)))})
+    for test in correct_for_number(tests):
+        test["detectable"] = detectable((test["only_one"] + test["only_two"]) / test["n"], test["n"], len(tests))
     return tests
 
 
@@ -552,6 +655,9 @@ def collect(panels: Sequence[Panel], study: Mapping) -> dict:
         for policy in panel.answers:
             for key, value in measure(panel, policy).items():
                 out[key][policy][panel.source] = value
+        chosen = set(strict_subset(panel)) if panel.withouts else set()
+        out["strict_subset"][panel.source] = {"ids": sorted(chosen), **share(q["id"] in chosen for q in panel.questions), "clean": {
+            policy: accuracy(row for row in inputs["clean"] if row["id"] in chosen) for policy, inputs in panel.answers.items() if chosen}}
         for policy in list(panel.answers)[1:]:
             out["gains"].setdefault(policy, {})[panel.source] = gain = split([policy])
             runs = [run for run in panel.answers if family(run) == family(policy)]
@@ -560,10 +666,15 @@ def collect(panels: Sequence[Panel], study: Mapping) -> dict:
                 gain = split(runs) if len(runs) > 1 else gain
                 out["pooled"].setdefault(family(policy), {})[panel.source] = {"runs": runs, "gains": gain, "accuracy": {
                     name: estimate(panel.accuracy(runs, name, study["seed"]), len(panel.questions)) for name in asked}}
+    tests = compare(panels)
+    for test in tests:
+        if test["reference"] == "base":
+            out["gains"][test["policy"]][test["source"]]["total"]["p_holm"] = test["p_holm"]
+    correct_for_number([x for sources in out["picture_worth"].values() for worths in sources.values() for x in worths.values()])
     sources = {panel.source: {"n": len(panel.questions), "left_out": panel.left_out, "policies": list(panel.answers),
                               "inputs": panel.inputs, "without_picture": panel.without} for panel in panels}
     entries = check_measures() + [entry for panel in panels if panel.source == "shapes" for entry in check_shapes(panel)]
-    return {**out, "sources": sources, "tests": compare(panels), "claims": ledger(panels, study),
+    return {**out, "sources": sources, "tests": tests, "claims": ledger(panels, study),
             "instrument_check": {"passed": all(entry["passed"] for entry in entries), "entries": entries}}
 
 
@@ -576,13 +687,12 @@ def card(panel: Panel) -> dict:
     questions, base = panel.questions, panel.answers["base"]
     out = {"n": len(questions), "groups": len({q["group"] for q in questions}),
            "types": {name: share(q["answer_type"] == name for q in questions) for name in sorted({q["answer_type"] for q in questions})},
-           "majority": share(most == q["answer"] for most, q in zip(panel.majority(), questions)),
+           "majority": share(most == gold for most, gold in zip(panel.majority, panel.golds)),
            "said_to_need_the_picture": share(q["needs_image"] is True for q in questions),
            "need_unknown": share(q["needs_image"] is None for q in questions)}
     options = [1 / len(q["choices"]) for q in questions if q["choices"]]
     if options:
-        known = float(np.mean(options))  # not estimated
-        out["one_choice"] = {"share": known, "n": len(options), "ci95": [known, known]}
+        out["one_choice"] = {"expected": float(np.mean(options)), "n": len(options)}
     for name in panel.withouts:
         out[name] = accuracy(base[name])
     if panel.withouts:
@@ -682,7 +792,11 @@ def judge(claim: Claim, panel: Panel, study: Mapping) -> list[dict]:
         out.append(entry(claim, verdict_on(claim, found, also), found["n"]) | {
             "benchmark": panel.source, "damage": damage, "input": asked, "found": found})
         half = max(found["value"] - found["ci95"][0], found["ci95"][1] - found["value"])
-        if out[-1]["verdict"] == "undecided" and found["ci95"][0] <= 0 <= found["ci95"][1] and found["value"]:
+        single = all(sum(family(run) == kind for run in panel.answers) == 1 for _, kind, _ in fill(claim.of))
+        could = claim.high == math.inf and found["value"] and not (claim.sometimes and found["value"] < 0)
+        if out[-1]["verdict"] == "undecided" and found["ci95"][0] <= 0 <= found["ci95"][1] and could and not single:
+            out[-1]["reason"] = "more seeds decide, not more questions"
+        elif out[-1]["verdict"] == "undecided" and found["ci95"][0] <= 0 <= found["ci95"][1] and could:
             out[-1]["n_decides"] = math.ceil(found["n"] * (half / found["value"]) ** 2)
     return out
 
@@ -803,9 +917,11 @@ def check_measures(n: int = 4000, resamples: int = 500, seed: int = 1) -> list[d
         width = found["ci95"][1] - found["ci95"][0]
         value = next(found[key] for key in ("value", "share") if key in found)
         entries.append({"check": what, "truth": truth, **found, "value": value, "passed": bool(abs(value - truth) <= width < most)})
-    questions = [{"group": int(g), "answer_type": "choice" if g == 2 else "integer", "answer": int(answer)} for g, answer in zip(group, gold)]
-    panel = Panel("simulated", questions, {}, weights, [None] * n, 0)
-    panel.majority = lambda: np.zeros(n, int)  # which is so in truth, if not in every sample
+    letters, texts = list("ABCD"), lambda answers: [None if x < 0 else "ABCD"[x] if g == 2 else str(x) for g, x in zip(group, answers)]
+    questions = [{"group": int(g), "answer_type": "choice" if g == 2 else "integer", "answer": text, "choices": letters if g == 2 else []}
+                 for g, text in zip(group, texts(gold))]
+    panel = Panel("simulated", questions, {}, weights, {}, 0)
+    panel.majority = texts(np.zeros(n, int))  # which is so in truth, if not in every sample
     for learner, (was, change, part) in LEARNERS.items():
         before, after = NOVICE | was, NOVICE | was | change
         told, learnt = (simulate(rng, gold, donor, **settings) for settings in (before, after))
@@ -818,19 +934,21 @@ def check_measures(n: int = 4000, resamples: int = 500, seed: int = 1) -> list[d
         for name, survives in found["surviving_share"].items() if part else ():
             if survives["value"] is not None:
                 check(f"{learner}: survives without the picture ({name})", survives, 1.0 * (part != "visual"), 1.5)
-        spread = distribution(panel, [None if x < 0 else int(x) for x in learnt["blank"][0]])
+        spread = distribution(panel, texts(learnt["blank"][0]))
         check(f"{learner}: distance from the right answers", spread["total_variation"], expected_distance(**after))
         check(f"{learner}: distance of the letters", spread["letter_bias"], 0.75 if after["majority"] else 0.0)
         strict = policy["clean"][0] * (1 - policy["blank"][0])
         check(f"{learner}: strict accuracy", share(strict), expected_strict(**after))
         check(f"{learner}: leaning to the majority", spread["leaning"], expected_leaning(**after))
         if 0 < after["sees"] < 1:
-            check(f"{learner}: visual information", estimate(weights @ (learnt["clean"][3] - learnt["blank"][3]), n), expected_information(**after))
+            check(f"{learner}: visual information", {"unit": "nats"} | estimate(weights @ (learnt["clean"][3] - learnt["blank"][3]), n), expected_information(**after))
     swapped = (group < 3) & (gold != donor)
     for sees in (0.0, 0.6, 0.95):
-        answers = simulate(rng, gold, donor, **NOVICE | {"sees": sees, "form": 0.0})["mismatch"][0]
-        found = net_following(*(x[swapped] for x in (answers, donor, gold)))
-        check(f"looks at {sees:.0%} of swapped pictures", found, sees)
+        told = simulate(rng, gold, donor, **NOVICE | {"sees": sees, "form": 0.0})
+        clean, there, fits, right = (x[swapped] for x in (told["clean"][0], told["mismatch"][0], donor, gold))
+        check(f"looks at {sees:.0%} of swapped pictures", net_following(there, fits, right), sees)
+        effect = mean_of_some(weights[:, swapped], causal_effect(clean, there, right, fits))
+        check(f"causal effect of an edit on who looks at {sees:.0%} of them", estimate(effect, len(right)), sees)
     return entries
 
 
@@ -845,13 +963,11 @@ def check_shapes(panel: Panel) -> list[dict]:
     for policy, name in itertools.product(panel.answers, panel.withouts):
         clean, without = (panel.column(policy, asked, "correct") for asked in ("clean", name))
         if suffices.any() and name == panel.without:  # a model may fail without a picture for want of practice alone
-            a, b, weights = clean[suffices], without[suffices], panel.weights[:, suffices]
             entries.append({"check": f"{policy}: worth of the picture ({name}) where the text suffices", "truth": 0.0,
-                            "p": mcnemar(int((a > b).sum()), int((b > a).sum())), **estimate(mean_of_some(weights, a - b), len(a))})
+                            **paired(clean[suffices], without[suffices])})
         for group in sorted(BLIND_BEST.keys() & set(groups)):
             n, k, best = int((groups == group).sum()), int(without[groups == group].sum()), BLIND_BEST[group]
-            tail = sum(math.comb(n, i) * best**i * (1 - best) ** (n - i) for i in range(k, n + 1))
-            entries.append({"check": f"{policy}: right on {group} without the picture ({name}), at most", "truth": best, "p": tail,
+            entries.append({"check": f"{policy}: right on {group} without the picture ({name}), at most", "truth": best, "p": tail(k, n, best),
                             "value": k / n, "ci95": wilson(k, n), "n": n})
     for entry, p in zip(entries, holm([entry["p"] for entry in entries])):
         entry |= {"p_holm": p, "passed": p >= 0.01}
@@ -886,7 +1002,7 @@ def verdict(name: str, source: str, gain: Mapping) -> str:
     said = {part: f"{points(gain[part]['value'])} points {interval(gain[part]['ci95'], points)}" for part in ("total", "visual")
             if part in gain and gain[part]["value"] is not None}
     (low, high), surviving = gain["total"]["ci95"], next(iter(gain["surviving_share"].values()))
-    if low <= 0 <= high:
+    if low <= 0 <= high or gain["total"].get("p_holm", 0) >= 0.05:
         visual = gain.get("visual", {}).get("ci95")
         return (f"{name} cannot be told from the base on {source}: {said['total']}, n = {gain['total']['n']}."
                 + (f" But the visual part differs: {said['visual']}." if visual and not visual[0] <= 0 <= visual[1] else ""))
@@ -907,13 +1023,13 @@ def verdict(name: str, source: str, gain: Mapping) -> str:
 
 
 def dependence(r: Mapping, policy: str, source: str) -> dict:
-    """Whether a policy depends on the picture, in words; what is claimed, the interval under each input without a picture shows."""
+    """Whether a policy depends on the picture, in words: what McNemar's test says, corrected by Holm, of each input without a picture."""
     said = lambda name: f"{percent((x := r['accuracy'][policy][source][name])['accuracy'])} {interval(x['ci95'])}"
     worths = r.get("picture_worth", {}).get(policy, {}).get(source, {})
-    parts = [f"without it ({name}) {said(name)}, a difference of {points(x['value'])} points {interval(x['ci95'], points)}" for name, x in worths.items()]
-    claim = ("was not asked without the picture" if not worths else
-             "depends on the picture" if all(x["ci95"][0] > 0 for x in worths.values()) else
-             "does better without the picture" if all(x["ci95"][1] < 0 for x in worths.values()) else "is not shown to depend on the picture")
+    parts = [f"without it ({name}) {said(name)}, a difference of {points(x['value'])} points {interval(x['ci95'], points)}, p {x['p_holm']:.2g}" for name, x in worths.items()]
+    shown = [math.copysign(x["p_holm"] < 0.05, x["value"]) for x in worths.values()]
+    claim = ("was not asked without the picture" if not worths else "depends on the picture" if min(shown) == 1 else
+             "does better without the picture" if max(shown) == -1 else "is not shown to depend on the picture")
     text = f"Right with the picture: {said('clean')}; {'; '.join(parts)}" if parts else f"Right: {said('clean')}"
     return {"name": shorten(policy, 60), "source": source, "claim": claim, "text": f"{text}; n = {r['sources'][source]['n']}."}
 
@@ -925,7 +1041,7 @@ def headlines(r: Mapping) -> list[dict]:
         for name, pooled in ((name, x[source]) for name, x in r["pooled"].items() if source in x):
             label = shorten(f"{name} ({len(pooled['runs'])} seeds)" if len(pooled["runs"]) > 1 else pooled["runs"][0], 60)
             text = verdict(label, shorten(source, 60), pooled["gains"])
-            rows.append({"name": label, "source": source, "gain": pooled["gains"], "text": text})
+            rows.append({"name": label, "runs": pooled["runs"], "source": source, "gain": pooled["gains"], "text": text})
     return rows
 
 
@@ -960,10 +1076,10 @@ def gain_table(r: Mapping, source: str) -> dict:
 def tests_table(r: Mapping) -> dict:
     said = lambda t: "no difference shown" if t["p_holm"] >= 0.05 else "better" if t["value"] > 0 else "worse"
     rows = [(f"{t['policy']} against {t['reference']}, {t['source']}", [cell(t, points, n=True), *((text, "") for text in (
-        t["only_policy"], t["only_reference"], f"{t['p']:.2g}", f"{t['p_holm']:.2g}",
-        points(t["detectable"]).strip("+") if t["detectable"] else "\N{EN DASH}", said(t)))]) for t in r["tests"]]
+        t["only_one"], t["only_two"], f"{t['p']:.2g}", f"{t['p_holm']:.2g}",
+        points(t["detectable"]).strip("+") if t["detectable"] else "none", said(t)))]) for t in r["tests"]]
     return table(f"McNemar's exact test; p corrected for the number of comparisons shown, {len(rows)} (Holm); differences in points, 95% "
-                 "intervals; shown in 80%: the smallest difference that 80 of 100 studies like this would show, so corrected",
+                 "intervals; shown in 80%: the smallest difference that 80 of 100 studies like this would show, so corrected; none: so few answers differ that no difference would",
                  ["comparison", "difference", "only it right", "only the other", "p", "p, Holm", "shown in 80%", "verdict"], rows)
 
 
@@ -974,12 +1090,17 @@ def number(x: float) -> str:
 def source_tables(r: Mapping, source: str) -> list[dict]:
     """Dependence on the picture; and folded: how answers are distributed, by group, words, answers against the right ones."""
     about = r["sources"][source]
-    looks_at = {f"worth of the picture ({about['without_picture']}), points": "picture_worth", "strict accuracy": "strict", "visual information, nats": "visual_information", "follows a swapped picture": "follows_picture",
-                "well formed": "well_formed", "no answer found": "unparsed", "cut short": "truncated", "tokens": "length"}
+    worth = {f"worth of the picture ({about['without_picture']}), points": "picture_worth"} if about["without_picture"] else {}
+    looks_at = {**worth, "strict accuracy": "strict", "visual information, nats": "visual_information", "visual tokens": "visual_tokens",
+                "follows a swapped picture": "follows_picture", "causal effect of an edit": "causal_effect", "flips": "flips",
+                "stays": "stays", "well formed": "well_formed", "no answer found": "unparsed", "cut short": "truncated", "tokens": "length"}
     form = lambda key: {"picture_worth": points, "visual_information": number, "length": lambda x: f"{x:.1f}"}.get(key, percent)
     found = lambda key, policy: (x := r.get(key, {}).get(policy, {}).get(source)) and x.get("clean", x.get(about["without_picture"], x))
     looking = [(policy, [cell(x := found(key, policy), form(key), n=bool(x) and x["n"] != about["n"]) for key in looks_at.values()])
                for policy in about["policies"]]
+    fading = [(policy, [cell(x, number) for x in r["fading"][policy][source]]) for policy in about["policies"] if source in r.get("fading", {}).get(policy, {})]
+    changed = list(dict.fromkeys(name for policy in about["policies"] for name in r["changes"][policy][source]))
+    changes = [(policy, [cell(r["changes"][policy][source].get(name)) for name in changed]) for policy in about["policies"]]
     asked = [(policy, name) for policy in about["policies"] for name in r["distribution"][policy][source]]
     heads = ["", *(f"{policy}, {name}" for policy, name in asked)]
     spread = {"distance from the right answers (total variation)": "total_variation", "leaning to the majority's answer": "leaning",
@@ -993,6 +1114,10 @@ def source_tables(r: Mapping, source: str) -> list[dict]:
     given = [(f"{group}: {text}", [cell(right, n=True), *(cell(r["answers"][policy][source][name][group][text]) for policy, name in asked)])
              for group, rights in r["gold"]["base"][source].items() for text, right in rights.items()]
     return [table(f"{source}: 95% intervals, n = {about['n']} where nothing else is said", ["policy", *looks_at], looking),
+            table(f"{source}: nats a token in each fifth of the answers to intact questions, 95% intervals, n = {about['n']}",
+                  ["policy", *(f"fifth {k}" for k in range(1, FIFTHS + 1))], fading, "Where in the answer the picture counts"),
+            table(f"{source}: answers that are others than with the intact picture, 95% intervals, n = {about['n']}",
+                  ["policy", *changed], changes, "Answers that change with the picture"),
             table(f"{source}: 95% intervals, n = {about['n']}", heads, spreads, "How answers are distributed"),
             table(f"{source}: right answers, 95% intervals", heads, groups, "By group, and by whether the picture is needed"),
             table(f"{source}: responses with such words, 95% intervals, n = {about['n']}", heads, words, "What the responses say"),
@@ -1002,11 +1127,11 @@ def source_tables(r: Mapping, source: str) -> list[dict]:
 
 def card_table(r: Mapping) -> dict:
     """One line a benchmark: what it asks for, and what blind answers are worth."""
-    shares = {"always the majority's answer": "majority", "base, blank": "blank", "base, removed": "removed", "base, either": "unseen",
+    shares = {"always the majority's answer": "majority", "base, blank": "blank", "base, removed": "removed", "base, one of these": "unseen", "nobody, ever": "strict",
               "said to need the picture": "said_to_need_the_picture", "not said": "need_unknown"}
     types = lambda x: ", ".join(f"{name} {percent(y['share'])}" for name, y in x["types"].items())
-    choice = lambda x: (percent(x["one_choice"]["share"]), f"n = {x['one_choice']['n']}") if "one_choice" in x else cell(None)
-    rows = [(source, [(str(x["n"]), ""), (str(x["groups"]), ""), (types(x), ""), choice(x), *(cell(x.get(key)) for key in shares.values())])
+    choice = lambda x: (percent(x["one_choice"]["expected"]), f"n = {x['one_choice']['n']}") if "one_choice" in x else cell(None)
+    rows = [(source, [(str(x["n"]), ""), (str(x["groups"]), ""), (types(x), ""), choice(x), *(cell((x | {"strict": r["strict_subset"][source]}).get(key)) for key in shares.values())])
             for source, x in r["card"].items()]
     return table("right without looking, 95% intervals; n questions", ["benchmark", "n", "groups", "answers", "a blind choice", *shares], rows)
 
@@ -1027,9 +1152,9 @@ def claims_table(r: Mapping, asked: bool) -> dict:
 
 def check_table(r: Mapping) -> dict:
     entries = r["instrument_check"]["entries"]
-    said = lambda e: "\N{CHECK MARK} passed" if e["passed"] else "\N{BALLOT X} failed"
-    return table("in percent, 95% intervals", ["measurement", "truth", "found", "verdict"], [
-        (e["check"], [(percent(e["truth"]), ""), cell(e, n=True), (said(e), "")]) for e in entries], f"All {len(entries)} measurements")
+    said, form = lambda e: "\N{CHECK MARK} passed" if e["passed"] else "\N{BALLOT X} failed", lambda e: number if "unit" in e else percent
+    return table("in percent, information in nats; 95% intervals", ["measurement", "truth or limit", "found", "verdict"], [
+        (e["check"], [(form(e)(e["truth"]), ""), cell(e, form(e), n=True), (said(e), "")]) for e in entries], f"All {len(entries)} measurements")
 
 
 # Drawings
@@ -1081,7 +1206,7 @@ def line_chart(title: str, x_label: str, series: Sequence[Mapping]) -> Markup:
     y = lambda value: height - below - min(max(value, 0), 1) * (height - above - below)
     join = lambda xs, ys: " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in zip(xs, ys))
     parts = [draw("text", x_label, x=(left + width - right) / 2, y=height - 4, class_="tick")]
-    parts += [draw("text", f"{t:g}", x=x(t), y=height - below + 16, class_="tick") for t in (x0, float(f"{(x0 + x1) / 2:.1g}"), x1)]
+    parts += [draw("text", f"{t:g}", x=x(t), y=height - below + 16, class_="tick") for t in (x0, float(f"{(x0 + x1) / 2:.1g}"), x1) if t in (x0, x1) or x0 < t < x1]
     for t in (0.0, 0.25, 0.5, 0.75, 1.0):
         parts += [draw("line", x1=left, x2=width - right, y1=y(t), y2=y(t), class_="grid"),
                   draw("text", f"{t:.0%}", x=left - 6, y=y(t) + 4, class_="tick end")]
@@ -1183,6 +1308,17 @@ def gallery(data: Path, panel: Panel, most: int, budget: int, notes: list[str]) 
     return entries
 
 
+def shaded(row: Mapping, most: int = 1000) -> Markup | str:
+    """A response, its tokens shaded by what the picture did for them, and underlined where it made them at least twice as likely."""
+    if "pieces" not in row:
+        return row["response"]
+    span = Markup('<span{} style="--v:{:.0f}">{}</span>')
+    told = [(visible(shorten(piece, 60)), float(nats)) for piece, nats in zip(row["pieces"][:most], row["nats"])]
+    parts = [span.format(Markup(' class="visual"') * (nats >= VISUAL_NATS), 100 * min(1, nats / 3), piece) if nats >= 0.1 else Markup.escape(piece)
+             for piece, nats in told]
+    return Markup("").join(parts) + visible(shorten("".join(row["pieces"][most:]), 300))
+
+
 # The page
 
 
@@ -1235,7 +1371,8 @@ text-anchor:middle}svg .end,svg .total{text-anchor:end}svg .name,svg .total{font
 .d3{stroke-dasharray:9 3 2 3}.legend{display:flex;flex-wrap:wrap;gap:4px 18px;margin:0 0 10px;padding:0;list-style:none;font-size:.875rem}
 .legend svg{display:inline-block;width:26px;height:10px;margin-right:6px}details{margin:10px 0}summary{cursor:pointer;font-weight:600}
 .gallery :is(td,th){text-align:left;vertical-align:top;white-space:normal;min-width:132px;max-width:190px;overflow-wrap:anywhere}
-.gallery summary{font-weight:400}.gallery details{margin:2px 0}.gallery img,.none{display:block;width:112px;max-height:130px;object-fit:contain;border-radius:6px;
+.gallery summary{font-weight:400}.gallery span[style]{background:color-mix(in oklab,var(--heat) calc(var(--v)*.5%),var(--card))}
+.visual{text-decoration:underline;text-underline-offset:3px}.gallery details{margin:2px 0}.gallery img,.none{display:block;width:112px;max-height:130px;object-fit:contain;border-radius:6px;
 margin-bottom:4px}
 .none{border:1px dashed;padding:30px 20px;font-weight:400}.gallery th small{font-weight:400;display:block}
 pre,bdi{white-space:pre-wrap;font-size:.8rem;overflow-wrap:anywhere}bdi{unicode-bidi:isolate}
@@ -1264,7 +1401,7 @@ PAGE = """{% macro scroll(label) %}<div class="scroll" tabindex="0" role="region
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <title>Seeing or guessing</title><style>{{ css }}</style></head><body>
 <header><p class="soft">Seeing or guessing: {{ study.model }} model; runs of this study train on {{ study.sources.train }}</p>
-{% if trained %}{% set lead = heads[0] %}{% set bare, survives = (lead.gain.surviving_share.items()|list)[0] %}
+{% if leads %}{% set lead = leads[0] %}{% set bare, survives = (lead.gain.surviving_share.items()|list)[0] %}
 <h1>{% if survives.value is not none and survives.ci95[0] > 0 %}{{ percent(survives.value) }} of what {{ lead.name }} gained on {{ lead.source }}
 survives without the picture ({{ bare }}){% elif survives.value is not none
 %}What {{ lead.name }} gained on {{ lead.source }} is not shown to survive without the picture ({{ bare }})
@@ -1274,13 +1411,15 @@ survives without the picture ({{ bare }}){% elif survives.value is not none
 <small>{{ parts[part] or "total: gain of " ~ lead.name }}</small>
 <b>{{ points(lead.gain[part].value) }}</b><small>points {{ interval(lead.gain[part].ci95, points) }}, n = {{ lead.gain[part].n }}</small>
 </div>
-{% endfor %}</div>{% else %}{% set lead = depends|last %}<h1>{{ lead.name }} {{ lead.claim }} on {{ lead.source }}<small>{{ lead.text }}</small></h1>{% endif %}
+{% endfor %}</div>{% else %}{% set lead = depends|last %}<h1>{{ lead.name }} {{ lead.claim }} on {{ lead.source }}<small>{{ lead.text }}</small></h1>
+<ul>{% for x in depends if x != lead %}<li>{{ x.name }} {{ x.claim }} on {{ x.source }}. {{ x.text }}</li>{% endfor %}</ul>{% endif %}
 {% set check = r.instrument_check %}{% if check.passed %}<div class="box ok"><strong>✓ The instrument check passed.</strong>
-<span>All {{ check.entries|length }} measurements find the truth where it is known{% if "shapes" not in r.sources %}: simulated policies
-alone, as no answers to shapes were there to test{% endif %}. <a href="#check">See them</a></span></div>{% else %}
+<span>{{ check.entries|selectattr("p", "undefined")|list|length }} measurements of simulated policies find the truth within the width of their
+interval{% if "shapes" in r.sources %}, and no limit that holds on shapes is shown to be exceeded{% else %}; no answers to shapes were there
+to test{% endif %}. <a href="#check">See them</a></span></div>{% else %}
 <div class="box bad" role="alert"><strong>✗ The instrument check did not pass: explain this before you believe the split.</strong><ul>
-{% for e in check.entries if not e.passed %}<li>{{ e.check }} {{ percent(e.truth) }}; found {{ percent(e.value) }} {{ interval(e.ci95) }},
-n = {{ e.n }}</li>{% endfor %}</ul></div>{% endif %}
+{% for e in check.entries if not e.passed %}<li>{{ e.check }}: {{ number(e.truth) if e.unit else percent(e.truth) }}; found {{ number(e.value) if e.unit else percent(e.value) }}
+{{ interval(e.ci95, number if e.unit else percent) }}, n = {{ e.n }}</li>{% endfor %}</ul></div>{% endif %}
 {% if r.notes %}<details open><summary>What is missing</summary><ul>{% for note in r.notes %}<li>{{ note }}</li>{% endfor %}</ul>
 </details>{% endif %}
 </header><main>
@@ -1304,7 +1443,7 @@ the right answer is with the picture than without. Follows: answers that fit a s
 who never looks
 gets 0.</p><ul>{% for x in depends %}<li>{{ x.name }} {{ x.claim }} on {{ x.source }}. {{ x.text }}</li>{% endfor %}</ul>{% for source, about in r.sources.items() %}{% for t in tables[source] %}{{ table(t) }}{% if loop.first %}{% if stress[source] %}
 {{ charts(stress[source], about.policies) }}{% endif %}<h3>What is answered, and what is right</h3><p class="soft caption">The most frequent right
-answers of each group, with the picture and without; n and intervals in the last table below.</p><div class="charts">{% for title, chart in
+answers of the first eight groups, with the picture and without; n and intervals in the last table below.</p><div class="charts">{% for title, chart in
 answers_given[source] %}<figure><figcaption>{{ title }}</figcaption>{{ chart }}</figure>{% endfor %}</div>{% endif %}{% endfor %}{% endfor %}</section>
 <section><h2>Do the benchmarks need the picture?</h2>
 <p>What blind answers are worth: a benchmark whose base does as well without the picture cannot show that anyone looks.</p>{{ table(card) }}
@@ -1315,7 +1454,7 @@ run (below). The verdict is on this study&rsquo;s model and data. {{ protocol }}
 {% endif %}{% if training %}<section><h2>How training went</h2>
 <p>Means over the sampled completions of a step, on the questions as each policy saw them, smoothed
 over a twentieth of the steps: a record, not a measurement.</p>{{ charts(training, r.provenance.policies) }}</section>{% endif %}
-<section><h2>See for yourself</h2><p>The first question of each group under everything that was done to it. Single cases illustrate; they
+<section><h2>See for yourself</h2><p>The first questions of the first {{ most }} groups under everything that was done to them. Single cases illustrate; they
 prove nothing.
 </p>{% for source, entries in galleries.items() %}{% for entry in entries %}<details{{ " open" if loop.first }}>
 <summary>{{ source }}, {{ entry.question.group }}</summary><p><bdi dir="auto">{{ entry.text }}</bdi><br>
@@ -1328,7 +1467,7 @@ prove nothing.
 {% for shown in entry.shown %}
 <td>{% set a = shown.answers[policy] %}{% if a %}
 <span class="{{ "ok" if a.correct else "bad" }}">{{ "✓ right" if a.correct else "✗ wrong" }}</span>:
-<bdi dir="auto">{{ (a.answer or "no answer")|cut(40) }}</bdi><details><summary>response</summary><bdi dir="auto">{{ a.response }}</bdi>
+<bdi dir="auto">{{ (a.answer or "no answer")|cut(40) }}</bdi><details><summary>response</summary><bdi dir="auto">{{ shaded(a) }}</bdi>
 </details>
 {% endif %}</td>{% endfor %}</tr>{% endfor %}</tbody></table>{% endcall %}</details>{% endfor %}{% endfor %}</section>
 <section id="check"><h2>Does the instrument work?</h2>
@@ -1347,7 +1486,8 @@ EXPLAINED = {"Intervals of shares": wilson, "Intervals of differences": estimate
              "Strict accuracy, visual information": measure, "How answers are distributed": distribution, "Distances between distributions": distance, "Entropies": corrected,
              "What n can show": detectable, "What a benchmark is like": card, "Claims and their verdicts": judge,
              "Runs as clusters": Panel.drawn, "The majority's answer": Panel.majority,
-             "Follows a swapped picture": net_following, "Instrument check, simulated": check_measures,
+             "Follows a swapped picture": net_following, "Causal effect of an edit": causal_effect, "Words that come from the picture": token_measures,
+             "The strict subset": strict_subset, "Instrument check, simulated": check_measures,
              "Instrument check, on shapes": check_shapes}
 
 
@@ -1383,15 +1523,15 @@ def render(data: Path, study: Mapping, panels: Sequence[Panel], r: dict, most: i
     environment.filters["cut"] = shorten
     galleries = {panel.source: gallery(data, panel, most, GALLERY_CHARACTERS // len(panels), r["notes"]) for panel in panels}
     return environment.from_string(PAGE).render(
-        css=Markup(environment.from_string(CSS).render(parts=PARTS)), r=r, study=study, heads=heads, parts=PARTS, look=look,
-        trained=[run for run in r["provenance"]["policies"] if any(run in x["policies"] for x in r["sources"].values())],
+        most=most, css=Markup(environment.from_string(CSS).render(parts=PARTS)), r=r, study=study, heads=heads, parts=PARTS, look=look,
+        leads=[head for head in heads if set(head["runs"]) <= set(r["provenance"]["policies"])],
         depends=[dependence(r, policy, source) for source, x in r["sources"].items() for policy in x["policies"]],
         galleries=galleries,
         gain_charts={source: gain_chart(rows, source) if rows else "" for source, rows in drawn.items()}, gain_tables=each(gain_table),
         matrices=each(matrix_table), tests=tests_table(r), tables=each(source_tables), stress=each(stress_charts, look),
         answers_given={source: [(group, answer_chart(r, source, group)) for group in list(r["gold"]["base"][source])[:8]] for source in r["sources"]},
         training=training_charts(data, look), claims=[claims_table(r, True), claims_table(r, False)], card=card_table(r), protocol=PROTOCOL,
-        tests_of={claim.id: test_of(claim) for claim in CLAIMS}, checks=check_table(r), percent=percent, points=points,
+        tests_of={claim.id: test_of(claim) for claim in CLAIMS}, checks=check_table(r), shaded=shaded, number=number, percent=percent, points=points,
         interval=interval, how=[(name, plain(inspect.getdoc(function))) for name, function in EXPLAINED.items()],
         provenance=plain(json.dumps(r["provenance"], indent=1)))
 
@@ -1412,7 +1552,9 @@ def main(config: Config) -> dict:
     main_tables = [f(results, source) for source in results["sources"] for f in (matrix_table, gain_table)]
     tables = markdown([*main_tables, claims_table(results, True), card_table(results)])
     tables += "\nFor LaTeX (booktabs, makecell):\n\n```latex\n" + "\n".join(map(latex, main_tables)) + "```\n"
-    for name, text in ("index.html", page), ("tables.md", tables), ("results.json", json.dumps(results, indent=1)):
+    subsets = {f"strict-{source}.json": json.dumps({"source": source, "made_by": inspect.getdoc(strict_subset), "policies": results["sources"][source]["policies"],
+                                                    **chosen}, indent=1) for source, chosen in results["strict_subset"].items()}
+    for name, text in {"index.html": page, "tables.md": tables, "results.json": json.dumps(results, indent=1), **subsets}.items():
         with prepare.replacing(data / "report" / name) as part:
             part.write_text(text, encoding="utf-8")
     print(f"{data / 'report' / 'index.html'}: {len(page) / 1e6:.1f} MB" + "".join(f"\nnote: {visible(note)}" for note in notes))

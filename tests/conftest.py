@@ -27,7 +27,7 @@ evaluate = _stage("04_evaluate")
 report = _stage("05_report")
 
 VISION = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
-CORRUPTIONS = ["blank", "removed", "mismatch", "blur", "blur-0.05", "misleading"]
+CORRUPTIONS = ["blank", "removed", "mismatch", "blur-0.05", "misleading", "edited", "kept"]
 
 
 def sharpen(model):

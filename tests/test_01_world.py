@@ -99,9 +99,27 @@ def test_order_and_question_both_occur_and_only_the_reasoned_answer_shows_the_wo
         cells, _ = prepare.draw_scene(rng)
         asked = prepare.ask(rng.choice(list(prepare.WORLD)), cells, rng)
         if asked:
-            record, answers = asked
+            record, answers, _ = asked
             styles[answers["style"]] += 1
             assert prepare.grade(answers["reasoned"], record).correct and prepare.grade(answers["reasoned"], record).well_formed
             assert prepare.grade(answers["guessed"], record).well_formed and not prepare.grade(answers["prose"], record).well_formed
             assert not prepare.grade(answers["prose"], record).correct
     assert set(styles) == {"reasoned", "guessed", "prose"}
+
+
+@pytest.mark.parametrize("changes", [True, False])
+def test_an_edit_of_one_shape_changes_the_answer_or_not(prepare, world, changes):
+    clean, found = {q["id"]: q for q in world}, prepare.counterfactuals(3, None, changes)
+    needs = {name for name, q in clean.items() if q["needs_image"]}
+    assert set(found) <= needs if changes else set(found) == set(clean)  # no edit changes what the text says
+    for name in needs - set(found) if changes else ():  # which of two is more takes two edits where they differ by two or more
+        counts = Counter(kind for kind, _ in read_picture(clean[name]["images"][0], prepare.COLOURS))
+        kinds = re.findall(r"(circle|square|triangle)s", clean[name]["problem"])
+        assert clean[name]["group"] == "more" and abs(counts[kinds[0]] - counts[kinds[1]]) >= 2
+    for name, question in found.items():
+        before, after = (Counter(read_picture(q["images"][0], prepare.COLOURS)) for q in (clean[name], question))
+        assert max((before - after).total(), (after - before).total()) == 1  # one shape went, one came, or both
+        assert truth(question, list(after.elements())) == question["answer"] and question["problem"] == clean[name]["problem"]
+        assert (question["answer"] != clean[name]["answer"]) is changes
+        pixels = (np.asarray(clean[name]["images"][0]) != np.asarray(question["images"][0])).any(-1)
+        assert 0 < pixels.sum() <= 28 * 28  # within one cell

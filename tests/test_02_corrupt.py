@@ -4,16 +4,19 @@
 import io
 import itertools
 import json
-import multiprocessing
+import os
 import re
+import subprocess
+import sys
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import pytest
 from datasets import load_dataset
 from hypothesis import given, settings, strategies as st
 from PIL import Image, ImageDraw
+
+from conftest import ROOT
 
 NAMES = "blank noise blur occlude irrelevant removed misleading unsaid mismatch blur-0.05 occlude-0.25".split()
 PICTURE_ONLY = "blank noise blur occlude irrelevant mismatch".split()
@@ -111,13 +114,19 @@ def test_same_seed_same_question_whatever_came_before(corrupt, name):
     assert there == back[::-1]
 
 
-def test_any_number_of_workers_makes_the_same_questions(corrupt):
-    """Files are written one question after another; whoever shares them out among processes gets the same bytes."""
-    tasks = [(make(id=f"s/{i}", images=[scene(i)]), make(id="s/d", answer="8"), 5, name) for name in NAMES for i in range(3)]
-    alone = [content(corrupt.corrupt(*task)) for task in tasks]
-    for workers in (1, 3):
-        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork")) as pool:
-            assert [content(q) for q in pool.map(corrupt.corrupt, *zip(*tasks))] == alone
+def test_other_processes_make_the_same_bytes(prepare, corrupt, tmp_path):
+    """Whatever a process has of its own, the seed of its hashes or the number of its threads, the files are the same."""
+    written = []
+    for process, threads in ("1", "1"), ("2", "2"):
+        data = tmp_path / process
+        prepare.write_questions(data / "questions/shapes.parquet", prepare.shapes_world(0, 12), {})
+        digest = prepare.sha256(data / "questions/shapes.parquet")
+        (data / "study.json").write_text(json.dumps({"seed": 0, "limit": 12, "sources": {"train": "shapes", "benchmarks": ["shapes"]},
+                                                     "artifacts": {"questions/shapes.parquet": digest}}))
+        subprocess.run([sys.executable, str(ROOT / "02_corrupt.py"), "--data", str(data), "--preview_rows", "1"], check=True,
+                       capture_output=True, env=os.environ | {"PYTHONHASHSEED": process, "OMP_NUM_THREADS": threads})
+        written.append({path.name: path.read_bytes() for path in (data / "corrupted").rglob("*.*")})
+    assert written[0] == written[1] and len(written[0]) == 16
 
 
 @pytest.mark.parametrize("name", ["noise", "irrelevant"])
@@ -600,8 +609,8 @@ def test_main_twice_writes_nothing_and_another_order_writes_the_same(prepare, co
     rows = {i: row for i, row in enumerate(read(prepare, data / "corrupted/world/mismatch.parquet"))}
     prepare.write_questions(data / "questions/world.parquet", shuffled, {})
     table = prepare.read_questions(data / "questions/world.parquet", "")
-    found = corrupt.find_donors(table, 0, "mismatch")
-    assert {shuffled[i]["id"]: shuffled[j]["id"] for i, j in found.items()} == {
+    found = corrupt.find_donors(table, {"seed": 0, "limit": None}, "mismatch")
+    assert {shuffled[i]["id"]: donor()["id"] for i, donor in found.items()} == {
         r["id"]: r["donor"] for r in rows.values()
     }
 

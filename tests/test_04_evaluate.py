@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: MIT
 """Stage 4: the same answers however they are batched or interrupted, and log-probabilities as a plain forward gives them."""
 import json
+import math
 import shutil
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 
@@ -113,6 +115,56 @@ def test_gold_logprob_is_that_of_a_plain_forward(study, evaluate, prepare, train
         assert row["gold_logprob"] == pytest.approx(expected, abs=2e-3)
 
 
+def test_information_of_tokens_is_the_difference_of_two_plain_forwards(study, evaluate, prepare, train):
+    """Whole sequences, picture and blank, through the model's own forward; the recorded rows have the same numbers and all of the text."""
+    data, answers, _ = study
+    record = json.loads((data / "study.json").read_text())
+    policy = train.load_policy(str(data / "model"), record["max_pixels"])
+    tables = [{q["id"]: q for q in prepare.read_questions(data / prepare.input_path("shapes", name), "")} for name in ("clean", "blank")]
+    for row in answers["base", "shapes", "clean"][::9]:
+        prompts = [policy.encode(table[row["id"]]) for table in tables]
+        prefix = train.encode_prompts(policy, prompts[:1], train.look(policy, prompts[:1]))
+        tokens = train.generate(policy, prefix, 24).tokens[0, :row["tokens"]].tolist()
+        logprobs = []
+        for prompt in prompts:
+            ids = torch.tensor([prompt.input_ids + tokens])
+            with torch.no_grad():
+                logits = policy.model(input_ids=ids, pixel_values=prompt.pixel_values, image_grid_thw=prompt.image_grid_thw, use_cache=False,
+                                      mm_token_type_ids=(ids == policy.full.config.image_token_id).int()).logits[0, -len(tokens) - 1:-1].float()
+            logits[:, policy.banned] = -torch.inf
+            logprobs.append(logits.log_softmax(-1)[range(len(tokens)), tokens])
+        assert row["nats"] == pytest.approx((logprobs[0] - logprobs[1]).tolist(), abs=2e-3)
+        assert "".join(row["pieces"]).rstrip("\ufffd") == row["response"].rstrip("\ufffd") and len(row["pieces"]) == row["tokens"]
+
+
+def test_the_word_that_depends_on_the_picture_has_the_information_and_the_form_has_none(study, evaluate, prepare, train):
+    """A policy taught to say A to one picture, B to another, either to a blank one, in the same form: log 2 at the letter, 0 elsewhere."""
+    data, *_ = study
+    policy = train.load_policy(str(data / "model"), json.loads((data / "study.json").read_text())["max_pixels"], lora_rank=16)
+    pictures = [q["images"][0] for q in prepare.shapes_world(0, 2)][:2]
+    ask = lambda picture: policy.encode({"problem": "<image>Which is it?", "images": [picture]})
+    clean, blank = [ask(picture) for picture in pictures], [ask(Image.new("RGB", pictures[0].size, (120, 120, 120)))] * 2
+    said = [policy.tokenizer(f"<think>I look.</think>\\boxed{{{letter}}}<|im_end|>")["input_ids"] for letter in "AB"]
+    tokens, letter = torch.tensor(said), next(i for i, (a, b) in enumerate(zip(*said)) if a != b)
+    optimizer = torch.optim.Adam([p for p in policy.model.parameters() if p.requires_grad], 5e-3)
+    features = [train.look(policy, prompts) for prompts in (clean, blank)]
+    for _ in range(200):
+        loss = 0
+        for prompts, seen, order in ((clean, features[0], [0, 1]), (blank, features[1], [0, 1])):
+            prefix = train.encode_prompts(policy, prompts, seen)
+            loss = loss - train.score_tokens(policy, prefix, torch.tensor([0, 1]), tokens[order]).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        done = train.generate(policy, train.encode_prompts(policy, clean, features[0]), tokens.shape[1])
+        found = evaluate.token_information(policy, train.encode_prompts(policy, blank, features[1]), done, 4096)
+    assert done.tokens.tolist() == said
+    for nats in found:
+        assert nats[letter] == pytest.approx(math.log(2), abs=0.15)
+        assert all(abs(x) < 0.1 for i, x in enumerate(nats) if i != letter)
+
+
 @pytest.mark.parametrize("gold", ["D", "yes", "3", "12", "\\frac{1}{2}", "a, b"])
 def test_a_right_answer_is_scored_along_the_very_tokens_of_its_response(evaluate, prepare, study, gold):
     tokenizer, _ = prepare.load_processors(str(study[0] / "model"), 112 * 112)
@@ -162,9 +214,9 @@ def adapter_of_ones_own(data, tmp_path, **changes):
     return folder
 
 
-@pytest.mark.parametrize("base, noted", [("elsewhere/model", False), ("Qwen/Qwen2-VL-2B", True), (None, True)])
+@pytest.mark.parametrize("base, noted", [("elsewhere/model", True), ("{data}/model", False), ("Qwen/Qwen2-VL-2B", True), (None, True)])
 def test_an_adapter_of_another_base_is_noted(evaluate, prepare, data, tmp_path, capsys, base, noted):
-    folder = adapter_of_ones_own(data, tmp_path, base_model_name_or_path=base)
+    folder = adapter_of_ones_own(data, tmp_path, base_model_name_or_path=base and base.format(data=data))
     evaluate.find_policies(evaluate.Config(data=str(data), policies=[str(folder)]), prepare.load_study(data))
     assert ("was trained on" in capsys.readouterr().out) is noted
 
@@ -194,7 +246,7 @@ def test_an_adapter_from_elsewhere_answers_as_it_should(evaluate, report, data, 
     ({"peft_type": "IA3"}, "no plain LoRA.*IA3"), ({"use_dora": True}, "use_dora"), ({"bias": "all"}, "bias"), ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
     ({"init_lora_weights": "olora"}, "init_lora_weights olora"), ({"layer_replication": [[0, 2]]}, "layer_replication"), ({"of_tomorrow": 1}, "of_tomorrow"),
     ("visual", "no plain LoRA.*visual"), ("text", "does not fit|no plain LoRA"), ("rank", "does not fit"), ("fewer", "does not fit.*no counterpart"),
-    ("missing", "is no adapter"), ("pickle", "is no adapter"), ("name", "already: rename")])
+    ("missing", "is no adapter"), ("pickle", "is no adapter"), ("name", "rename the folder")])
 def test_adapters_that_cannot_be_compared_are_named(evaluate, prepare, data, tmp_path, changes, says):
     folder = adapter_of_ones_own(data, tmp_path, **(changes if isinstance(changes, dict) else {}))
     path = folder / "adapter_model.safetensors"

@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from scipy import stats
 from statsmodels.stats.contingency_tables import mcnemar
+from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
 PICTURE = {"clean": 1.0, "blur-0.02": 0.8, "blur-0.05": 0.4, "blur": 0.1, "occlude-0.25": 0.6, "occlude": 0.3,
@@ -137,11 +138,11 @@ def test_wilson_and_mcnemar_are_statsmodels(report, hits, more):
 def test_what_n_can_show_is_shown_in_80_of_100_studies(report, tests):
     """Paired outcomes of which a share d differs, and of which the truth is the smallest difference that n is said to show."""
     rng, n, discordant, found = np.random.default_rng(0), 1000, 0.2, []
-    difference, critical = report.detectable(discordant, n, tests), stats.norm.isf(0.025 / tests)
+    difference = report.detectable(discordant, n, tests)
     for _ in range(1000):
         only = rng.multinomial(n, [(discordant + difference) / 2, (discordant - difference) / 2, 1 - discordant])
-        found.append(abs(only[0] - only[1]) > critical * (only[0] + only[1] - (only[0] - only[1]) ** 2 / n) ** 0.5)
-    assert np.mean(found) == pytest.approx(0.8, abs=0.04)
+        found.append(report.mcnemar(int(only[0]), int(only[1])) * tests < 0.05)
+    assert np.mean(found) == pytest.approx(0.8, abs=0.05)
 
 
 @given(st.lists(st.floats(0, 1), max_size=12))
@@ -292,8 +293,8 @@ def test_distributions_of_answers_against_closed_forms(report, given):
     for study in range(200):
         rng = np.random.default_rng(study)
         gold, texts = (["ABCD"[i] for i in rng.choice(4, n, p=p)] for p in (right, given))
-        questions = [{"group": "g", "answer_type": "choice", "answer": a} for a in gold]
-        found = report.distribution(report.Panel("s", questions, {}, report.resample(n, 200, study), [None] * n, 0), texts)
+        questions = [{"group": "g", "answer_type": "choice", "answer": a, "choices": list("ABCD")} for a in gold]
+        found = report.distribution(report.Panel("s", questions, {}, report.resample(n, 200, study), {}, 0), texts)
         for key, value in found.items():
             hits.setdefault(key, []).append(value["ci95"][0] - 1e-9 <= truth[key] <= value["ci95"][1] + 1e-9)
             values.setdefault(key, []).append(value["value"])
@@ -378,6 +379,57 @@ def test_nobody_guesses_shapes_better_than_the_check_allows(report, prepare):
         assert right == pytest.approx(best, abs=0.03), name
 
 
+@pytest.mark.parametrize("rows, kept", [
+    ([{"correct": False, "drawn_right": 0}], True), ([{"correct": True, "drawn_right": 0}], False), ([{"correct": False, "drawn_right": 1}], False)])
+def test_a_question_without_choices_goes_out_once_it_was_answered_blind(report, rows, kept):
+    answers_ = {"base": {"clean": rows, "blank": [rows[0] | {"samples": 4}]}}
+    panel = report.Panel("s", [{"id": "s/1", "choices": []}], answers_, np.ones((1, 1)), {}, 0)
+    assert (report.strict_subset(panel) == ["s/1"]) is kept
+
+
+@pytest.mark.parametrize("choices", [2, 4, 5])
+def test_a_blind_choice_keeps_19_of_20_questions(report, choices):
+    """Policies that choose blindly: few questions go out by luck; and one that knows half of them takes just about these out."""
+    rng, n = np.random.default_rng(choices), 4000
+    questions = [{"id": str(i), "choices": ["x"] * choices} for i in range(n)]
+    luck = lambda: [{"correct": bool(rng.random() < 1 / choices), "drawn_right": int(rng.binomial(8, 1 / choices)), "samples": 8} for _ in range(n)]
+    panel = report.Panel("s", questions, {"base": {"clean": [], "blank": luck()}}, np.ones((1, 1)), {}, 0)
+    assert 0.95 <= len(report.strict_subset(panel)) / n <= 1
+    knows = [row if i % 2 else row | {"correct": True, "drawn_right": 8} for i, row in enumerate(luck())]
+    panel.answers["knows"] = {"clean": [], "blank": knows}
+    kept = set(map(int, report.strict_subset(panel)))
+    assert all(i % 2 for i in kept) and len(kept) > 0.9 * n / 2
+
+
+@pytest.mark.parametrize("looks", [0.0, 0.5, 1.0])
+def test_causal_effect_is_the_share_that_looks(report, looks):
+    """Whoever looks says what either picture shows; whoever does not says the same to both, and may well be right."""
+    rng, n = np.random.default_rng(1), 4000
+    gold, fits, guess = (rng.integers(0, 3, n) for _ in range(3))
+    fits = (gold + 1 + rng.integers(0, 2, n)) % 3
+    sees = rng.random(n) < looks
+    effect = report.causal_effect(np.where(sees, gold, guess), np.where(sees, fits, guess), gold, fits)
+    assert effect.mean() == pytest.approx(sees.mean()) and set(effect) <= {0.0, 0.5, 1.0}
+
+
+def test_tokens_are_counted_by_hand(report):
+    nats = [np.array([0, 0, 0, 0, 2.0]), np.array([1.0, 0, 0, 0, 0, 0, 0, 0, 0, -1.0])]
+    panel = report.Panel("s", [{}] * 2, {"a": {"clean": [{"nats": x} for x in nats]}}, report.resample(2, 100, 0), {}, 0)
+    found = report.token_measures(panel, "a")
+    assert found["visual_tokens"]["value"] == pytest.approx(2 / 15)
+    assert [x["value"] for x in found["fading"]] == pytest.approx([1 / 3, 0, 0, 0, 1 / 3])
+
+
+def test_shading_escapes_and_keeps_every_character(report):
+    pieces = ["<b>", "I", " see", " \u202e", "", "3", "</script>"]
+    row = {"response": "".join(pieces), "pieces": pieces, "nats": np.array([0, 0.2, -1, 3, 9, 5, 0.0])}
+    page = str(report.shaded(row))
+    assert "<b>" not in page and "</script>" not in page and "\u202e" not in page
+    plain = re.sub(r"<[^>]*>", "", page)
+    assert plain == "&lt;b&gt;I see &lt;U+202E&gt;3&lt;/script&gt;"
+    assert re.findall(r'class="visual"[^>]*>([^<]*)', page) == [" &lt;U+202E&gt;", "", "3"]
+
+
 # A whole study
 
 
@@ -400,9 +452,14 @@ def test_results_recount(results, study):
     base = answers(study, "base", "clean")
     (test,) = [t for t in results["tests"] if (t["policy"], t["reference"]) == ("mixed-blank-s0", "base")]
     mixed = answers(study, "mixed-blank-s0", "clean")
-    assert test["only_policy"] == sum(a["correct"] > b["correct"] for a, b in zip(mixed, base))
+    assert test["only_one"] == sum(a["correct"] > b["correct"] for a, b in zip(mixed, base))
     assert {(t["policy"], t["reference"]) for t in results["tests"]} >= {("hallucination-blank-s0", "standard-s0"), ("standard-s0", "base")}
     assert all(t["p_holm"] >= t["p"] for t in results["tests"])
+    z = stats.norm.ppf(1 - 0.025 / len(results["tests"])) + stats.norm.ppf(0.8)
+    assert test["detectable"] == pytest.approx(z * ((test["only_one"] + test["only_two"]) / test["n"]) ** 0.5 / test["n"] ** 0.5)
+    assert results["gains"]["mixed-blank-s0"]["shapes"]["total"]["p_holm"] == test["p_holm"]
+    checked = {e["check"] for e in results["instrument_check"]["entries"]}
+    assert all(any(f"without the picture ({name})" in check for check in checked) for name in ("blank", "removed"))
 
 
 def test_gains_find_the_simulated_policies(results):
@@ -435,7 +492,7 @@ def test_the_same_answers_give_the_same_bytes(report, copy):
     run(report, copy)
     first = {path.name: path.read_bytes() for path in (copy / "report").iterdir()}
     run(report, copy)
-    assert first == {path.name: path.read_bytes() for path in (copy / "report").iterdir()} and len(first) == 3
+    assert first == {path.name: path.read_bytes() for path in (copy / "report").iterdir()} and len(first) == 4
 
 
 def test_seeds_are_pooled_and_their_spread_shows(report, prepare, corrupt, tmp_path):
@@ -469,23 +526,60 @@ def test_sentences_claim_what_intervals_show(report):
     assert "loses" in report.verdict("a", "s", gain | {"total": part(-0.1, -0.2, -0.02)})
 
 
-@pytest.mark.parametrize("ends, says", [
-    ([(0.1, 0.3), (0.02, 0.3)], "depends on the picture"), ([(0.1, 0.3), (-0.02, 0.3)], "is not shown to depend on the picture"),
-    ([(-0.2, -0.1)], "does better without the picture"), ([], "was not asked without the picture")])
-def test_dependence_claims_what_every_interval_shows(report, ends, says):
-    names, cell = ("blank", "removed")[:len(ends)], {"accuracy": 0.5, "ci95": [0.4, 0.6]}
+@pytest.mark.parametrize("worths, says", [
+    ([(0.2, 0.01), (0.1, 0.04)], "depends on the picture"), ([(0.2, 0.01), (0.1, 0.06)], "is not shown to depend on the picture"),
+    ([(0.2, 0.01), (-0.1, 0.01)], "is not shown to depend on the picture"), ([(-0.2, 0.01)], "does better without the picture"),
+    ([], "was not asked without the picture")])
+def test_dependence_claims_what_every_test_shows(report, worths, says):
+    names, cell = ("blank", "removed")[:len(worths)], {"accuracy": 0.5, "ci95": [0.4, 0.6]}
     r = {"accuracy": {"a": {"s": {name: cell for name in ("clean", *names)}}}, "sources": {"s": {"n": 80}},
-         "picture_worth": {"a": {"s": {name: {"value": sum(x) / 2, "ci95": list(x)} for name, x in zip(names, ends)}}}}
+         "picture_worth": {"a": {"s": {name: {"value": x, "ci95": [x, x], "p_holm": p} for name, (x, p) in zip(names, worths)}}}}
     said = report.dependence(r, "a", "s")
     assert said["claim"] == says and "50.0% [40.0, 60.0]" in said["text"] and "n = 80" in said["text"]
-    assert said["text"].count("without it") == len(ends)
+    assert said["text"].count("without it") == len(worths)
 
 
 def test_worth_of_the_picture_recounts(results, study):
+    worths, page = results["picture_worth"], (study / "report" / "index.html").read_text()
     for policy in POLICIES:
-        rows = {name: answers(study, policy, name) for name in ("clean", "blank")}
-        right = {name: np.mean([row["correct"] for row in rows[name]]) for name in rows}
-        assert results["picture_worth"][policy]["shapes"]["blank"]["value"] == pytest.approx(right["clean"] - right["blank"])
+        right = {name: np.array([row["correct"] for row in answers(study, policy, name)], int) for name in ("clean", "blank", "removed")}
+        for name in ("blank", "removed"):
+            worth, difference = worths[policy]["shapes"][name], right["clean"] - right[name]
+            assert worth["value"] == pytest.approx(difference.mean())
+            assert worth["p"] == pytest.approx(stats.binomtest(int((difference > 0).sum()), int((difference != 0).sum())).pvalue)
+        sure = all(x["p_holm"] < 0.05 and x["value"] > 0 for x in worths[policy]["shapes"].values())
+        assert f"<li>{policy} {'depends' if sure else 'is not shown to depend'} on the picture on shapes. Right with the picture:" in page
+    ps = [(x["p"], x["p_holm"]) for by_source in worths.values() for x in by_source["shapes"].values()]
+    assert [p for _, p in ps] == pytest.approx(multipletests([p for p, _ in ps], method="holm")[1])
+
+
+def test_too_few_differences_are_no_difference(report, prepare, corrupt, tmp_path):
+    """Five questions that only the picture's owner gets right, of 20: an exact test does not call that a difference, nor does the page."""
+    make_study(tmp_path, prepare, corrupt, {p: POLICIES[p] for p in ("base", "standard-s0")}, names=("blank",), limit=20)
+    for policy, name, right in ("base", "clean", 5), ("base", "blank", 0), ("standard-s0", "clean", 10), ("standard-s0", "blank", 10):
+        rewrite(tmp_path, policy, name, lambda rows: [row | {"correct": i < right, "answer": row["gold"] if i < right else "?"}
+                                                      for i, row in enumerate(rows)])
+    found, page = run(report, tmp_path), (tmp_path / "report" / "index.html").read_text()
+    assert found["picture_worth"]["base"]["shapes"]["blank"]["p"] == 0.0625 and "base is not shown to depend on the picture" in page
+    assert "standard-s0 cannot be told from the base on shapes" in page and found["tests"][0]["p"] == 0.0625
+
+
+def test_yes_and_no_are_one_answer_however_they_are_written(report):
+    """Gold No or Yes, and a policy that always says No: its entropy is 0, and it says so to all."""
+    golds = ["No"] * 120 + ["Yes"] * 80
+    rows = [{"correct": gold == "No", "answer": "No", "id": str(i)} for i, gold in enumerate(golds)]
+    panel = report.Panel("s", [{"group": "g", "answer_type": "text", "answer": gold, "choices": []} for gold in golds],
+                         {"base": {"clean": rows}}, report.resample(200, 100, 0), {}, 0)
+    said = panel.said("base", "clean")
+    found = report.distribution(panel, said)
+    assert set(said) == {"no"} and found["entropy"]["value"] == pytest.approx(0, abs=1e-9)
+    assert found["leaning"]["value"] == pytest.approx(0.4) and found["total_variation"]["value"] == pytest.approx(0.4)
+
+
+def test_letters_that_are_never_right_are_letters(report):
+    questions = [{"group": "g", "answer_type": "choice", "answer": "ABC"[i % 3], "choices": list("wxyz")} for i in range(300)]
+    found = report.distribution(report.Panel("s", questions, {}, report.resample(300, 100, 0), {}, 0), ["D"] * 300)
+    assert found["letter_bias"]["value"] == pytest.approx(1)
 
 
 def test_base_alone_and_no_blank_input_still_give_a_page(report, prepare, corrupt, tmp_path):
@@ -505,7 +599,7 @@ def test_verdicts_follow_from_the_interval(report, gain, says):
     row = lambda correct: {"correct": bool(correct), "well_formed": True}
     base, policy = [row(f and gain < 0) for f in flip], [row(f and gain > 0) for f in flip]
     panel = report.Panel("shapes", [{"group": "g"}] * n, {"base": {"clean": base}, "standard-s0": {"clean": policy}},
-                         report.resample(n, 300, 0), [None] * n, 0)
+                         report.resample(n, 300, 0), {}, 0)
     (entry,) = report.judge(report.Claim("c", "t", "s", report.gain_of("standard")), panel, {"preset": "tiny", "seed": 0})
     assert entry["verdict"] == says and entry["n"] == n and entry["found"]["value"] == pytest.approx(gain, abs=0.002)
     if says == "undecided":
@@ -520,7 +614,7 @@ def test_pooled_intervals_cover_the_mean_of_all_seeds(report, k):
     for study in range(300):
         rates = 0.5 + 0.05 * rng.standard_normal(k)
         rows = {f"standard-s{i}": {"clean": [{"correct": bool(x)} for x in rng.random(n) < rate]} for i, rate in enumerate(rates)}
-        panel = report.Panel("shapes", [{"group": "g"}] * n, rows, report.resample(n, 400, study), [None] * n, 0)
+        panel = report.Panel("shapes", [{"group": "g"}] * n, rows, report.resample(n, 400, study), {}, 0)
         low, high = report.estimate(panel.accuracy(list(rows), "clean", study), n)["ci95"]
         hits.append(low <= 0.5 <= high)
     assert np.mean(hits) >= 0.92 and (k < 5 or np.mean(hits) <= 0.995)  # here each run has its own questions: they count twice
@@ -549,7 +643,7 @@ def test_whoever_learns_nothing_reproduces_nothing(report, claim, value, says):
 def test_damage_that_leaves_the_picture_is_no_training_without_it(report):
     row = lambda correct: {"correct": correct, "well_formed": True}
     answers_ = {policy: {"clean": [row(policy != "base")] * 50} for policy in ("base", "hallucination-misleading-s0", "hallucination-blank+removed-s0")}
-    panel = report.Panel("shapes", [{"group": "g"}] * 50, answers_, report.resample(50, 50, 0), [None] * 50, 0)
+    panel = report.Panel("shapes", [{"group": "g"}] * 50, answers_, report.resample(50, 50, 0), {}, 0)
     judged = report.judge(report.CLAIMS[0], panel, {"preset": "tiny", "seed": 0})
     assert [entry["damage"] for entry in judged] == ["hallucination-blank+removed"]
 
@@ -557,8 +651,9 @@ def test_damage_that_leaves_the_picture_is_no_training_without_it(report):
 @pytest.mark.parametrize("texts", [[None] * 400, ["0"] * 400])
 def test_answers_that_collapse_are_far_from_the_right_ones(report, texts):
     """400 different right answers, and one for all, or none: nothing could be further apart."""
-    questions = [{"group": "g", "answer_type": "integer", "answer": str(i + 1)} for i in range(400)]
-    found = report.distribution(report.Panel("s", questions, {}, report.resample(400, 100, 0), [None] * 400, 0), texts)
+    questions = [{"group": "g", "answer_type": "integer", "answer": str(i + 1), "choices": []} for i in range(400)]
+    rows = [{"correct": False, "answer": text} for text in texts]
+    found = report.distribution(report.Panel("s", questions, {"p": {"clean": rows}}, report.resample(400, 100, 0), {}, 0), texts)
     assert found["total_variation"]["value"] > 0.95 and found["entropy"]["value"] < 0.01
 
 
@@ -566,7 +661,7 @@ def test_the_majority_is_no_maximum_of_chance(report):
     """30 equally likely answers in 30 groups: nobody guesses more than 1 in 30, however the sample falls."""
     rng = np.random.default_rng(0)
     questions = [{"group": i % 30, "answer_type": "integer", "answer": str(rng.integers(30))} for i in range(6000)]
-    majority = report.Panel("s", questions, {}, np.ones((1, 1)), [], 0).majority()
+    majority = report.Panel("s", questions, {}, np.ones((1, 1)), {}, 0).majority
     right = np.mean([guess == q["answer"] for guess, q in zip(majority, questions)])
     assert right == pytest.approx(1 / 30, abs=0.008)
 
@@ -609,7 +704,7 @@ def test_the_card_of_a_benchmark_recounts(results, study, prepare):
     card, rows = results["card"]["shapes"], {name: answers(study, "base", name) for name in ("clean", "blank", "removed")}
     assert card["unseen"]["count"] == sum(a["correct"] or b["correct"] for a, b in zip(rows["blank"], rows["removed"]))
     assert card["removed"]["correct"] == sum(row["correct"] for row in rows["removed"])
-    assert card["one_choice"] == {"share": 0.25, "n": sum(row["group"] == "colour" for row in rows["clean"]), "ci95": [0.25, 0.25]}
+    assert card["one_choice"] == {"expected": 0.25, "n": sum(row["group"] == "colour" for row in rows["clean"])}
     assert sum(kind["count"] for kind in card["types"].values()) == card["n"] == len(rows["clean"])
     assert card["said_to_need_the_picture"]["count"] == sum(row["needs_image"] for row in rows["clean"]) and card["need_unknown"]["count"] == 0
     yes = sum(row["gold"] == "yes" for row in rows["clean"] if row["group"] == "more")
