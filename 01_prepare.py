@@ -25,6 +25,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import sys
 import unicodedata
 import warnings
@@ -121,24 +122,27 @@ class Help(RawDescriptionHelpFormatter):
 
 
 def run(main: Callable, config_class: type, description: str):
-    """Parse the command line and run a stage; bad input ends with one sentence and exit code 2, Ctrl-C with 130."""
+    """Parse the command line and run a stage; bad input ends with one sentence and exit code 2, Ctrl-C and SIGTERM with 130."""
     parser = HfArgumentParser(config_class, description=description, allow_abbrev=False, formatter_class=Help)
     config, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # about calls that other libraries make
     if not sys.stderr.isatty():  # bars are for a terminal
         disable_progress_bars()
         logging.disable_progress_bar()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as schedulers stop a job: like Ctrl-C
     try:
         if unknown:
             raise UserError(f"{unknown[0]} is no option: see --help")
-        main(config)
+        return main(config)
     except UserError as error:
         elsewhere = f" (with --data {config.data})" if config.data != "data" and ".py" in str(error) and "--data" not in str(error) else ""
-        print(f"error: {error}{elsewhere}", file=sys.stderr)
-        sys.exit(2)
+        says, code = f"error: {error}{elsewhere}", 2
     except KeyboardInterrupt:
-        print("stopped: the same command continues", file=sys.stderr)
-        sys.exit(130)
+        says, code = "stopped: the same command continues", 130
+    for number in (signal.SIGINT, signal.SIGTERM):  # it is ending already
+        signal.signal(number, signal.SIG_IGN)
+    print(says, file=sys.stderr)
+    sys.exit(code)
 
 
 def check_least(config, least: float, *names: str):

@@ -10,7 +10,8 @@ Where this departs from textbook GRPO, and why:
   state, so these become leaves, collect the gradients of all completions, and carry them through the prompt in one
   last backward pass. By the chain rule this is the exact gradient, at a fraction of the time and memory.
 - Randomness is a function: token t of completion i of question q at step s comes from a number seeded by
-  (seed, s, q, i). Whatever ran before, a resumed run continues bit for bit.
+  (seed, s, q, i). Whatever ran before, a resumed run continues bit for bit; under torchrun the questions of a step are
+  dealt out to the processes, and their gradients add up to the same update.
 - The default loss is DAPO's (arXiv 2503.14476): one mean over all completion tokens of the step, so that a long wrong
   answer is not cheaper per token; and a wider upper clip. `grpo` and `dr_grpo` are there to compare.
 - Completions are drawn at temperature 1 from the whole distribution, as the gradient supposes (the paper: 0.7).
@@ -22,21 +23,25 @@ reads   data/study.json, data/questions/TRAIN.parquet, data/corrupted/TRAIN/NAME
 writes  data/policies/RUN/: adapter_model.safetensors, adapter_config.json, config.json, train.jsonl, rollouts.jsonl
 run     python 03_train_grpo.py                       # all three conditions, seed 0: 2 minutes on 2 CPU cores
         python 03_train_grpo.py --conditions hallucination --corruption blank misleading --seeds 0 1 2
+        torchrun --nproc_per_node=2 03_train_grpo.py  # one process a card, or without cards a core
 """
 import hashlib
 import importlib
 import json
 import logging
 import math
+import os
 import random
 import resource
 import shutil
+import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
+from itertools import zip_longest
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -47,9 +52,10 @@ import bitsandbytes as bnb
 import numpy as np
 import psutil
 import torch
+import torch.distributed as dist
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
@@ -61,7 +67,7 @@ Prompt, Question, UserError, option = prepare.Prompt, prepare.Question, prepare.
 CHUNK_BYTES = 2**26  # of logits in fp32: 110 positions of a vocabulary of 151,936
 LOSSES = ("dapo", "grpo", "dr_grpo")
 # options that choose runs, or change rounding alone
-NOT_SETTINGS = ("data", "conditions", "seeds", "steps", "sample_every", "tokens_per_pass", "cache_gb", "checkpoint")
+NOT_SETTINGS = ("data", "conditions", "seeds", "steps", "sample_every", "tokens_per_pass", "cache_gb", "checkpoint", "save_every")
 CONDITIONS = ("standard", "hallucination", "mixed")
 LANGUAGE_LINEARS = r".*language_model\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj"
 REAL = {  # beside each: what the paper's trainer, EasyR1, takes as its default on eight cards
@@ -74,10 +80,11 @@ REAL = {  # beside each: what the paper's trainer, EasyR1, takes as its default 
     "tokens_per_pass": 8192,
     "cache_gb": 2.0,         # 3B: 36,864 bytes a token, so that 64 completions of 1,024 take two waves; no change of results
     "checkpoint": True,
+    "save_every": 10,        # 3B: 0.7 GB each
 }
 PRESETS = {
     "tiny": {"steps": 100, "prompts_per_step": 8, "group_size": 8, "max_new_tokens": 40, "learning_rate": 1e-3,
-             "lora_rank": 16, "tokens_per_pass": 8192, "cache_gb": 0.25, "checkpoint": False},
+             "lora_rank": 16, "tokens_per_pass": 8192, "cache_gb": 0.25, "checkpoint": False, "save_every": 1},
     "3b": REAL,
     "7b": REAL | {"tokens_per_pass": 4096},
 }
@@ -105,7 +112,72 @@ class Config:
     tokens_per_pass: int = option(None, "tokens, padding and prompts included, in a pass of the update, at least one row: lower it first [preset]")
     cache_gb: float = option(None, "memory for prompts and completions while sampling; a step that needs more is sampled in waves [preset]")
     checkpoint: bool = option(None, "keep only each layer's input for the backward pass, and run the layer again there [preset]")
+    save_every: int = option(None, "steps between checkpoints of three adapters' size: a kill costs the steps since, Ctrl-C none [preset]")
     sample_every: int = option(20, "steps between two completions shown on the terminal; all samples go to rollouts.jsonl")
+
+
+# Processes: under torchrun several work on one run, each with a device of its own
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """One of torchrun's processes, of which the first prints and writes; without torchrun nothing changes."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield
+        return
+    if torch.cuda.is_available():
+        card, cards = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if card >= cards:
+            raise UserError(f"process {card + 1} on this machine has no card: run torchrun --nproc_per_node={cards}")
+        torch.cuda.set_device(card)
+    together(dist.init_process_group)  # gloo between processors, NCCL between cards
+    try:
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere) if world()[0] else nullcontext():
+            yield
+    finally:
+        dist.destroy_process_group()
+
+
+def world() -> tuple[int, int]:
+    """This process's number, from 0, and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def together(collective: Callable, *arguments):
+    try:
+        collective(*arguments)
+    except RuntimeError as error:  # the connection is lost
+        raise UserError("another process of this run has ended: the same command continues, with any number of processes") from error
+
+
+def gather(own) -> list:
+    """What each process has, in order of their numbers; nobody gets it before all have come."""
+    parts = [own] * world()[1]
+    if len(parts) > 1:
+        together(dist.all_gather_object, parts, own)
+    return parts
+
+
+def add_up(tensors: Sequence[torch.Tensor]):
+    """Replace each tensor by its sum over all processes."""
+    if world()[1] > 1:
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        together(dist.all_reduce, flat)
+        for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
+            tensor.copy_(total.view_as(tensor))
+
+
+def by_first(write: Callable, *arguments):
+    """The first process writes, and the others wait until it has."""
+    if world()[0] == 0:
+        write(*arguments)
+    gather(None)
+
+
+def check_same(folder: Path, *found):
+    """Stop unless all processes found the same."""
+    if any(other != found for other in gather(found)):
+        raise UserError(f"the processes do not find the same in {folder}: start all with the same options and a --data folder they share")
 
 
 # The policy: 4-bit base, trainable adapter, and what its sampler must know
@@ -153,7 +225,7 @@ def load_policy(model: str, max_pixels: int, adapters: Mapping[str, Path] = {}, 
     kind = AutoConfig.from_pretrained(model, trust_remote_code=False).model_type
     if kind not in prepare.FAMILIES:
         raise UserError(f"{model} is a {kind} model: this kit trains {', '.join(prepare.FAMILIES)}")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     # fp32 also on cards that only emulate bf16; in fp16 a token's share of the loss would underflow
     native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     dtype = torch.bfloat16 if native else torch.float32
@@ -618,9 +690,10 @@ def completions_of(some: list[int], group: int, lengths: Sequence[int], prompt: 
 def accumulate_gradients(policy: Policy, batch: Batch, config: Config) -> dict[str, float]:
     """Add the gradient of the whole step's loss to the adapter's `.grad`; returns sums over tokens for the log."""
     done, group = batch.completions, len(batch.advantages) // len(batch.prompts)
-    weights = token_weights(done.lengths, config.loss, config.max_new_tokens)
+    shares = gather(done.lengths.cpu())  # the weights are those of the whole step
+    weights = token_weights(torch.cat(shares), config.loss, config.max_new_tokens).split([*map(len, shares)])[world()[0]].to(policy.device)
     sums = dict.fromkeys(("loss", "kl", "clipped", "tokens"), 0.0)
-    spread = batch.advantages.view(-1, group).abs().amax(1) > 0
+    spread = batch.advantages.view(-1, group).ne(0).any(1)  # also where one is no number, so that it is seen
     active = [p for p in range(len(batch.prompts)) if spread[p] or batch.reference is not None]
     lengths = done.lengths.tolist()
     with unpacked(policy):
@@ -637,6 +710,14 @@ def accumulate_gradients(policy: Policy, batch: Batch, config: Config) -> dict[s
                 for name, value in {"loss": losses * weights[rows, None], "kl": kl, "clipped": clipped, "tokens": mask}.items():
                     sums[name] += (value.detach() * mask).sum().item()
             carry_back(graph.tensors(), leaves.tensors())
+    totals = torch.tensor([*sums.values()], dtype=torch.float64)
+    add_up([totals])
+    sums = dict(zip(sums, totals.tolist()))
+    if world()[1] > 1 and sums["tokens"]:  # else no process has a gradient
+        trainable = [p for p in policy.model.parameters() if p.requires_grad]
+        for parameter in trainable:
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        add_up([parameter.grad for parameter in trainable])
     return sums
 
 
@@ -662,12 +743,23 @@ def score_base(policy: Policy, prompts: Sequence[Prompt], features, done: Comple
     return logprobs
 
 
+def occurrences(items: Sequence) -> list[int]:
+    """How often each item stands before its place."""
+    return [items[:k].count(item) for k, item in enumerate(items)]
+
+
 def roll_out(policy: Policy, questions: Sequence[Question], step: int, seed: int, config: Config) -> tuple[Batch, dict, list[dict]]:
-    """Sample a step's completions and grade them: the batch to learn from, its log row, and readable samples."""
-    start, group = time.perf_counter(), config.group_size
+    """Sample a step's completions and grade them: a batch to learn from, the log row, and readable samples.
+
+    The questions are dealt out to the processes: the batch is this one's, row and samples are the whole step's.
+    """
+    start, group, (rank, size) = time.perf_counter(), config.group_size, world()
+    before = occurrences([question["id"] for question in questions])[rank::size]  # asked twice in a step, it is completed otherwise
+    questions = questions[rank::size]
     prompts = [policy.encode(question) for question in questions]
     features = look(policy, prompts)
-    draws = torch.from_numpy(np.stack([uniforms(seed, step, q["id"], i, config.max_new_tokens) for q in questions for i in range(group)]))
+    draws = torch.from_numpy(np.stack([uniforms(seed, step, question["id"], k * group + i, config.max_new_tokens)
+                                       for question, k in zip(questions, before) for i in range(group)]))
     lengths, parts = [len(prompt.input_ids) for prompt in prompts], []
     with torch.no_grad(), unpacked(policy):
         for wave in waves(policy, lengths, group, config.max_new_tokens, config.cache_gb):
@@ -678,33 +770,38 @@ def roll_out(policy: Policy, questions: Sequence[Question], step: int, seed: int
     texts, grades, rewards = grade_completions(policy, questions, done)
     reference = score_base(policy, prompts, features, done, config) if config.kl else None
     advantages = group_advantages(rewards, scale=config.loss != "dr_grpo").flatten()
-    n = len(texts)
-    row = {"reward": rewards.mean().item(), "correct": sum(g.correct for g in grades) / n,
-           "well_formed": sum(g.well_formed for g in grades) / n,
-           "equal_groups": (rewards.amax(1) - rewards.amin(1) < 1e-6).float().mean().item(),
-           "entropy": (done.entropy.sum() / done.lengths.sum()).item(), "length": done.lengths.float().mean().item(),
-           "truncated": 1 - done.finished.float().mean().item(),
-           "rollout_s": time.perf_counter() - start}
-    samples = [{"step": step, "id": questions[i // group]["id"], "completion": i % group, "response": texts[i],
-                "answer": grades[i].answer, "gold": questions[i // group]["answer"], "reward": round(rewards.flatten()[i].item(), 3)}
-               for i in range(0, n, group)]
+    paid = rewards.nan_to_num(0.0, 0.0, 0.0)  # for the log; what is no number still reaches the gradient, and the step is skipped
+    samples = [{"step": step, "id": question["id"], "completion": before[p] * group, "response": texts[p * group],
+                "answer": grades[p * group].answer, "gold": question["answer"], "reward": round(paid[p, 0].item(), 3)}
+               for p, question in enumerate(questions)]
+    own = {"reward": paid.tolist(), "correct": [g.correct for g in grades], "well_formed": [g.well_formed for g in grades],
+           "entropy": done.entropy.sum(1).tolist(), "length": done.lengths.tolist(), "finished": done.finished.tolist()}
+    parts = gather((samples, own))
+    whole = {name: np.concatenate([part[name] for _, part in parts]) for name in own}
+    row = {name: float(whole[name].mean()) for name in ("reward", "correct", "well_formed", "length")}
+    row |= {"equal_groups": float((np.ptp(whole["reward"], 1) < 1e-6).mean()), "truncated": 1 - float(whole["finished"].mean()),
+            "entropy": float(whole["entropy"].sum() / whole["length"].sum()), "completion_tokens": int(whole["length"].sum()),
+            "rollout_s": time.perf_counter() - start}
+    samples = [sample for turn in zip_longest(*(some for some, _ in parts)) for sample in turn if sample]  # in the order of one process
     return Batch(prompts, features, done, advantages, reference), row, samples
 
 
 def learn(policy: Policy, optimizer: torch.optim.Optimizer, batch: Batch, config: Config) -> dict:
     """`updates_per_batch` optimizer steps on a batch; returns the log row's part."""
-    start = time.perf_counter()
+    start, parameters = time.perf_counter(), [p for p in policy.model.parameters() if p.requires_grad]
     for _ in range(config.updates_per_batch):
         sums = accumulate_gradients(policy, batch, config)
-        parameters = [p for p in policy.model.parameters() if p.requires_grad]
         norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm).item()
-        if not math.isfinite(norm):
-            raise UserError(f"the gradient is {norm}: lower --learning_rate, or report the completions in rollouts.jsonl")
-        optimizer.step()
+        skipped = not math.isfinite(norm + sums["loss"])  # the same for all processes: both are sums over them
+        if not skipped:
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        if skipped:
+            break
     tokens = sums["tokens"]  # of groups with unequal rewards; with --kl of all
-    return {"loss": sums["loss"], "kl": sums["kl"] / tokens if config.kl else None, "clipped": sums["clipped"] / tokens if tokens else None,
-            "gradient_norm": norm, "update_s": time.perf_counter() - start}
+    return {"loss": None if skipped else sums["loss"], "kl": sums["kl"] / tokens if config.kl and not skipped else None,
+            "clipped": sums["clipped"] / tokens if tokens else None, "gradient_norm": None if skipped else norm, "skipped": skipped,
+            "update_s": time.perf_counter() - start}
 
 
 # Data: which question at which step, damaged or not
@@ -747,42 +844,65 @@ class Questions:
 
     def at(self, step: int, count: int) -> list[Question]:
         chosen = []
-        for index in schedule(self.ids, self.seed, step, count):
-            draw = random.Random(f"{self.seed}|{step}|{self.ids[index]}")
+        indices = schedule(self.ids, self.seed, step, count)
+        for index, k in zip(indices, occurrences(indices)):
+            draw = random.Random(f"{self.seed}|{step}|{self.ids[index]}" + k * "|again")
             name = draw.choice(self.names) if draw.random() < self.share else "clean"
             chosen.append(self.tables[name][self.rows[index]])
         return chosen
 
 
-# Checkpoints: one safetensors file, so that it exists whole or not at all
+# Checkpoints: a safetensors file each, the newest two
 
 
-def save_checkpoint(path: Path, policy: Policy, optimizer: torch.optim.Optimizer, step: int, settings: dict):
-    """Adapter, optimizer state and the number of finished steps."""
+def digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    """sha256 of names and values: after a power cut a file may have its length and yet not its content."""
+    total = hashlib.sha256()
+    for name in sorted(tensors):
+        total.update(name.encode())
+        total.update(tensors[name].cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return total.hexdigest()
+
+
+def save_checkpoint(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, step: int, settings: dict):
+    """Adapter, optimizer state and the number of finished steps; of the earlier ones only the last is kept."""
     tensors = {}
     for name, parameter in policy.model.named_parameters():
         if parameter.requires_grad:
             tensors[f"adapter.{name}"] = parameter.detach()
             for key, value in optimizer.state[parameter].items():
                 tensors[f"{key}.{name}"] = value
+    path = folder / f"{step:06d}.safetensors"
     with prepare.replacing(path) as part:
-        save_file(tensors, part, metadata={"step": str(step), "settings": json.dumps(settings)})
+        save_file(tensors, part, metadata={"step": str(step), "settings": json.dumps(settings), "sha256": digest(tensors)})
+    earlier = sorted(other for other in folder.glob("*.safetensors") if other.name < path.name)
+    for other in {*folder.iterdir()} - {path, *earlier[-1:]}:
+        other.unlink()
 
 
-def load_checkpoint(path: Path, policy: Policy, optimizer: torch.optim.Optimizer, settings: dict) -> int:
-    """Restore what `save_checkpoint` wrote, if it is there; returns the number of finished steps."""
-    if not path.exists():
-        return 0
-    with safe_open(path, "pt", device=str(policy.device)) as file:
-        meta = file.metadata()
-        check_settings(path.parent.parent, json.loads(meta["settings"]), settings)
-        names = set(file.keys())
+def load_checkpoint(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, settings: dict, logged: int) -> int:
+    """Restore the newest whole checkpoint whose steps are all among the `logged` ones; returns the number of its steps, 0 without any."""
+    paths = sorted(folder.glob("*.safetensors"))
+    while paths:
+        path = paths.pop()
+        try:
+            with safe_open(path, "pt") as file:
+                meta, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
+            step, old = int(meta["step"]), json.loads(meta["settings"])
+            if digest(tensors) != meta["sha256"] or step > logged:
+                raise ValueError
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+            print(f"{path} is damaged, or train.jsonl lacks its steps: {f'back to {paths[-1].name}' if paths else 'starting again'}")
+            continue
+        check_settings(folder.parent, old, settings)
         for name, parameter in policy.model.named_parameters():
             if parameter.requires_grad:
-                parameter.data.copy_(file.get_tensor(f"adapter.{name}"))
-                optimizer.state[parameter] = {key: file.get_tensor(f"{key}.{name}") for key in ("step", "exp_avg", "exp_avg_sq")
-                                              if f"{key}.{name}" in names}
-    return int(meta["step"])
+                parameter.data.copy_(tensors[f"adapter.{name}"])
+                devices = {"step": "cpu", "exp_avg": policy.device, "exp_avg_sq": policy.device}
+                optimizer.state[parameter] = {key: tensors[f"{key}.{name}"].to(device, copy=True) for key, device in devices.items()
+                                              if f"{key}.{name}" in tensors}
+        return step
+    return 0
 
 
 def check_settings(folder: Path, old: dict, new: dict):
@@ -794,13 +914,34 @@ def check_settings(folder: Path, old: dict, new: dict):
         raise UserError(f"{folder} was made with other settings ({'; '.join(changed)}): delete that folder, or choose another --data")
 
 
-def keep_rows(path: Path, steps: int):
-    """Drop the rows of steps that the checkpoint does not hold: they are about to be made again."""
-    rows = [row for row in prepare.read_jsonl(path) if row["step"] <= steps] if path.exists() else []
-    prepare.write_jsonl(path, rows)
+def rows_until(path: Path, step: float = math.inf) -> list[dict]:
+    """Rows of a log up to that step."""
+    return [row for row in prepare.read_jsonl(path) if row["step"] <= step] if path.exists() else []
 
 
 # A run
+
+
+@contextmanager
+def stopping() -> Iterator[list[int]]:
+    """Collects Ctrl-C, and SIGTERM as schedulers send it, so that the step under way can end; a second one ends at once."""
+    asked = []
+
+    def ask(number, _):
+        asked.append(number)
+        for each in usual:
+            signal.signal(each, signal.default_int_handler)
+        if world()[0] == 0:
+            os.write(2, b"stopping after this step; once more stops at once\n")  # print may have been interrupted itself
+
+    usual = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in usual.items():
+            signal.signal(number, handler)
+    if asked:
+        raise KeyboardInterrupt
 
 
 def preflight(policy: Policy, questions: Questions, config: Config) -> None:
@@ -811,7 +952,7 @@ def preflight(policy: Policy, questions: Questions, config: Config) -> None:
     trainable = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
     if not trainable:
         raise UserError("no parameter is trainable: the adapter found no linear layer in the language model")
-    question, count, start = questions.longest(), config.prompts_per_step, time.perf_counter()
+    question, count, start = questions.longest(), -(-config.prompts_per_step // world()[1]), time.perf_counter()
     prompt = policy.encode(question)
     tokens = sum(len(picture.tokens) for picture in look(policy, [prompt])[0])
     placeholders = prompt.input_ids.count(policy.full.config.image_token_id)
@@ -819,7 +960,7 @@ def preflight(policy: Policy, questions: Questions, config: Config) -> None:
         raise UserError(f"{prompt.pictures} pictures have {placeholders} image tokens but {tokens} features: "
                         "the image processor is not the model's")
     endless = replace(policy, eos=torch.full_like(policy.eos, -1))
-    batch, row, _ = roll_out(endless, [question] * count, 0, 0, config)
+    batch, row, _ = roll_out(endless, [question] * config.prompts_per_step, 0, 0, config)
     batch.advantages = torch.linspace(-1, 1, len(batch.advantages), device=policy.device)
     accumulate_gradients(endless, batch, config)
     for parameter in trainable:
@@ -845,8 +986,9 @@ def one_line(run: str, row: dict, steps: int) -> str:
     return (f"{run} {row['step']:4d}/{steps}  reward {row['reward']:.3f}  correct {row['correct']:.3f}  formed {row['well_formed']:.3f}  "
             f"flat {row['equal_groups']:.2f}  length {row['length']:5.1f}  cut {row['truncated']:.2f}  entropy {row['entropy']:.2f}  "
             + (f"kl {row['kl']:.3f}  " if row["kl"] is not None else "")
-            + f"clip {row['clipped'] or 0:.3f}  grad {row['gradient_norm']:.2f}  "
-            f"{row['rollout_s']:.2f}+{row['update_s']:.2f} s  {tokens_per_s:,.0f} tok/s  {row['peak_gb']:.2f} GB")
+            + f"clip {row['clipped'] or 0:.3f}  "
+            + ("skipped: a reward or gradient is not finite  " if row["skipped"] else f"grad {row['gradient_norm']:.2f}  ")
+            + f"{row['rollout_s']:.2f}+{row['update_s']:.2f} s  {tokens_per_s:,.0f} tok/s  {row['peak_gb']:.2f} GB")
 
 
 def train_run(study: dict, condition: str, seed: int, config: Config) -> dict:
@@ -861,33 +1003,42 @@ def train_run(study: dict, condition: str, seed: int, config: Config) -> dict:
         del settings["mixed_fraction"]
     if condition == "standard":
         del settings["corruption"]
+    check_same(folder, settings, config.steps, config.save_every, sorted(path.name for path in folder.rglob("*")))
     if (folder / "config.json").exists():
         done = json.loads((folder / "config.json").read_text())
         check_settings(folder, done["settings"], settings | {"steps": config.steps})
+        by_first(partial(shutil.rmtree, folder / "checkpoint", ignore_errors=True))
         print(f"{run} is finished: kept")
         return done
-    start = time.perf_counter()
     policy = load_policy(prepare.model_path(data, study), study["max_pixels"], lora_rank=config.lora_rank, seed=seed)
     optimizer = torch.optim.AdamW([p for p in policy.model.parameters() if p.requires_grad], lr=config.learning_rate, weight_decay=0.0)
-    finished = load_checkpoint(folder / "checkpoint" / "state.safetensors", policy, optimizer, settings)
+    log, samples = folder / "train.jsonl", folder / "rollouts.jsonl"
+    finished = load_checkpoint(folder / "checkpoint", policy, optimizer, settings, len(rows_until(log)))
     if finished > config.steps:
         raise UserError(f"{folder} has already made {finished} steps, not {config.steps}: delete that folder, or ask for more --steps")
-    for name in ("train.jsonl", "rollouts.jsonl"):
-        keep_rows(folder / name, finished)
+    rows = rows_until(log, finished)  # later ones are about to be made again
+    by_first(lambda: [prepare.write_jsonl(path, rows_until(path, finished)) for path in (log, samples)])
     preflight(policy, questions, config)
     if finished:
         print(f"{run} continues after step {finished}")
-    for step in tqdm(range(finished + 1, config.steps + 1), initial=finished, total=config.steps, desc=run, disable=None):
-        row = train_step(policy, optimizer, questions, step, seed, config, folder)
-        save_checkpoint(folder / "checkpoint" / "state.safetensors", policy, optimizer, step, settings)
-        tqdm.write(one_line(run, row, config.steps))
-    save_adapter(folder, policy)
-    result = {"policy": run, "settings": settings | {"steps": config.steps}, "versions": prepare.versions(),
-              "device": torch.cuda.get_device_name() if policy.device.type == "cuda" else "cpu", "unpacked": policy.unpack,
-              "peak_gb": round(peak_gb(policy), 3), "seconds": round(time.perf_counter() - start, 1)}
-    with prepare.replacing(folder / "config.json") as part:  # last: it says that the run is whole
-        part.write_text(json.dumps(result, indent=1))
-    shutil.rmtree(folder / "checkpoint", ignore_errors=True)
+    with stopping() as asked:
+        steps, quiet = range(finished + 1, config.steps + 1), world()[0] > 0 or None  # None: unless stderr is a terminal
+        for step in tqdm(steps, initial=finished, total=config.steps, desc=run, disable=quiet):
+            rows.append(train_step(policy, optimizer, questions, step, seed, config, folder))
+            tqdm.write(one_line(run, rows[-1], config.steps))
+            if len(rows) > 2 and all(row["skipped"] for row in rows[-3:]):
+                raise UserError(f"{run} skipped steps {step - 2} to {step}, because a reward or a gradient is not finite: look into "
+                                f"{samples}, delete {folder}, and lower --learning_rate")
+            stop = any(gather(bool(asked)))
+            if stop or step % config.save_every == 0:
+                by_first(save_checkpoint, folder / "checkpoint", policy, optimizer, step, settings)
+            if stop:
+                raise KeyboardInterrupt
+        result = {"policy": run, "settings": settings | {"steps": config.steps}, "versions": prepare.versions(),
+                  "device": torch.cuda.get_device_name() if policy.device.type == "cuda" else "cpu", "unpacked": policy.unpack,
+                  "skipped": sum(row["skipped"] for row in rows), "peak_gb": max(row["peak_gb"] for row in rows),
+                  "seconds": round(sum(row["rollout_s"] + row["update_s"] for row in rows), 1)}
+        by_first(finish, folder, policy, result)
     return result
 
 
@@ -895,15 +1046,23 @@ def train_step(policy, optimizer, questions: Questions, step: int, seed: int, co
     """Rollout, update, and their rows in train.jsonl and rollouts.jsonl."""
     batch, row, samples = roll_out(policy, questions.at(step - 1, config.prompts_per_step), step, seed, config)
     before = [p.detach().clone() for p in policy.model.parameters() if p.requires_grad] if step == 1 else []
-    row = {"step": step, **row, **learn(policy, optimizer, batch, config), "completion_tokens": int(batch.completions.lengths.sum())}
-    if before and row["gradient_norm"] > 0 and all(map(torch.equal, before, (p for p in policy.model.parameters() if p.requires_grad))):
+    row = {"step": step, **row, **learn(policy, optimizer, batch, config), "peak_gb": round(max(gather(peak_gb(policy))), 3)}
+    if before and row["gradient_norm"] and all(map(torch.equal, before, (p for p in policy.model.parameters() if p.requires_grad))):
         raise UserError("step 1 had a gradient but changed no weight: the adapter is not what the optimizer holds")
-    row["peak_gb"] = round(peak_gb(policy), 3)
-    prepare.append_jsonl(folder / "train.jsonl", [row])
-    prepare.append_jsonl(folder / "rollouts.jsonl", samples)
+    if world()[0] == 0:
+        prepare.append_jsonl(folder / "train.jsonl", [row])
+        prepare.append_jsonl(folder / "rollouts.jsonl", samples)
     if config.sample_every and step % config.sample_every == 0:
         tqdm.write(f"  {samples[0]['id']}: {samples[0]['response']!r}, gold {samples[0]['gold']!r}, reward {samples[0]['reward']}")
     return row
+
+
+def finish(folder: Path, policy: Policy, result: dict):
+    """Adapter, then config.json: it says that the run is whole."""
+    save_adapter(folder, policy)
+    with prepare.replacing(folder / "config.json") as part:
+        part.write_text(json.dumps(result, indent=1))
+    shutil.rmtree(folder / "checkpoint", ignore_errors=True)
 
 
 def save_adapter(folder: Path, policy: Policy):
@@ -919,6 +1078,7 @@ def run_name(condition: str, seed: int, config: Config) -> str:
     return f"{condition}-s{seed}" if condition == "standard" else f"{condition}-{'+'.join(config.corruption)}-s{seed}"
 
 
+@joined()
 def main(config: Config) -> list[dict]:
     """Train every condition with every seed; returns their config.json."""
     study = prepare.load_study(Path(config.data))
@@ -938,7 +1098,10 @@ def check_config(config: Config):
         raise UserError(f"--loss {config.loss} is unknown: choose from {' '.join(LOSSES)}")
     if config.group_size < 2:
         raise UserError(f"--group_size {config.group_size} leaves nothing to compare a completion with: choose at least 2")
-    prepare.check_least(config, 1, "steps", "prompts_per_step", "max_new_tokens", "lora_rank", "tokens_per_pass", "updates_per_batch")
+    prepare.check_least(config, 1, "steps", "prompts_per_step", "max_new_tokens", "lora_rank", "tokens_per_pass", "updates_per_batch",
+                        "save_every")
+    if config.prompts_per_step < world()[1]:
+        raise UserError(f"--prompts_per_step {config.prompts_per_step} is too small for {world()[1]} processes: each needs a question")
     prepare.check_least(config, 1e-9, "learning_rate", "max_grad_norm", "cache_gb")
     prepare.check_least(config, 0, "kl", "clip_low", "clip_high", "sample_every")
     if "clean" in config.corruption:

@@ -10,6 +10,7 @@ reads   data/study.json, data/questions/, data/corrupted/, data/policies/
 writes  data/answers/POLICY/SOURCE/NAME.jsonl, a line per graded answer; NAME is clean or a corruption
 run     python 04_evaluate.py                     # all policies and inputs: about a minute on 2 CPU cores
         python 04_evaluate.py --policies base standard-s0 --corruptions clean blank --limit 100
+        torchrun --nproc_per_node=2 04_evaluate.py       # the questions are dealt out to two processes
         python 04_evaluate.py --policies base path/to/my_adapter     # a LoRA of your own: does it depend on the picture?
 """
 import functools
@@ -17,7 +18,7 @@ import importlib
 import json
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -144,35 +145,30 @@ def answer(policy: Policy, questions: Sequence[Question], prompts: Sequence[prep
     return rows
 
 
-def kept(file: Path, questions: Mapping[str, Question], origin: dict) -> list[dict]:
-    """The answers that a file has to the first of `questions`, in their order, if they were made from `origin`; graded anew."""
-    there = {row["id"]: row for row in prepare.read_jsonl(file)} if file.exists() else {}
-    rows = []
-    for name, question in questions.items():
-        row = there.get(name, {})
-        if row | origin != row or "response" not in row:
-            break
-        grade = prepare.grade(row["response"], question)
-        rows.append(row | {"answer": grade.answer, "correct": grade.correct, "well_formed": grade.well_formed})
+def kept(files: Iterable[Path], questions: Mapping[str, Question], origin: dict) -> dict[str, dict]:
+    """Answers in these files to `questions` that were made from `origin`, by id, graded anew; of two to the same question the later."""
+    rows = {}
+    for row in (row for file in files if file.exists() for row in prepare.read_jsonl(file)):
+        if row.get("id") in questions and row | origin == row and "response" in row:
+            grade = prepare.grade(row["response"], questions[row["id"]])
+            rows[row["id"]] = row | {"answer": grade.answer, "correct": grade.correct, "well_formed": grade.well_formed}
     return rows
 
 
-def already_answered(path: Path, questions: Mapping[str, Question], origin: dict) -> list[dict]:
-    """The answers that `path`, or the .part file of an evaluation that was interrupted, already has; under the verdicts of today's grader."""
-    part = part_of(path)
-    old, new = (kept(file, questions, origin) for file in (path, part))
-    if len(new) == len(questions) > len(old):  # killed before it was moved into place
-        part.replace(path)
-        return new
-    if len(old) == len(questions):
-        verdicts, there = {row["id"]: row for row in old}, prepare.read_jsonl(path)
-        if any(verdicts.get(row["id"], row) != row for row in there):  # the grader has changed
-            prepare.write_jsonl(path, [verdicts.get(row["id"], row) for row in there])
-    return max(old, new, key=len)
+def part(path: Path, rank: int | str = "*", size: int | str = "*") -> str:
+    """Name of the file beside `path` to which one of `size` processes appends its answers."""
+    return f"{path.name}.{rank}of{size}.part"
 
 
-def part_of(path: Path) -> Path:
-    return path.with_name(path.name + ".part")
+def settle(path: Path, rows: dict[str, dict], origin: dict):
+    """Write the whole file, unless it has these answers, perhaps among more, under today's verdicts; the parts go."""
+    old = {row["id"]: row for row in prepare.read_jsonl(path)} if path.exists() else {}
+    there = all(name in old and old[name] | origin == old[name] for name in rows)
+    new = (old if there else {}) | rows
+    if new != old:
+        prepare.write_jsonl(path, new.values())
+    for file in path.parent.glob(part(path)):
+        file.unlink()
 
 
 def evaluate(load: Callable[[], Policy], table: Dataset, blank: Dataset | None, rows: Sequence[int], paths: Mapping[str, Path],
@@ -181,42 +177,50 @@ def evaluate(load: Callable[[], Policy], table: Dataset, blank: Dataset | None, 
 
     `blank`: the same questions without their pictures, where each token's information is wanted. Where origins have `samples`, so many
     answers are drawn as well, by numbers that depend on the question alone.
-    Pictures are prepared, and seen by the frozen vision tower, once for all policies. Whole batches go to a .part file as they are
-    made: an interrupted evaluation continues there. Answers that were made from something else than their origin are made again.
+
+    What has no answer yet is dealt out to the processes, and each appends whole batches to a file of its own: an interrupted evaluation
+    continues there, and where the number of processes is another one now, the rest is dealt out anew. Pictures are prepared, and seen by
+    the frozen vision tower, once for all policies. Answers that were made from something else than their origin are made again.
     """
-    texts = table.remove_columns("images")
+    (rank, size), texts = train.world(), table.remove_columns("images")
     questions = {question["id"]: question for question in (texts[row] for row in rows)}
-    done = {who: already_answered(path, questions, origins[who]) for who, path in paths.items()}
-    waiting = [who for who in paths if len(done[who]) < len(rows)]
-    if not waiting:
-        return done
-    policy, lengths, max_new_tokens = load(), table["prompt_tokens"][:], origins[waiting[0]]["max_new_tokens"]  # the same for all
-    samples = origins[waiting[0]].get("samples", 0)
-    batches = list(train.waves(policy, [lengths[row] for row in rows], max(1, samples), max_new_tokens, cache_gb))
-    for who in waiting:  # the last batch may be half written
-        done[who] = done[who][:max((batch.stop for batch in batches if batch.stop <= len(done[who])), default=0)]
-        prepare.write_jsonl(part_of(paths[who]), done[who])
-    with tqdm(total=len(rows) * len(waiting), initial=sum(len(done[who]) for who in waiting), desc=title, leave=False, disable=None) as bar:
-        for batch in batches:
-            todo = [who for who in waiting if batch.stop > len(done[who])]
-            if not todo:
-                continue
-            asked = [table[row] for row in rows[batch]]
-            prompts = [policy.encode(question) for question in asked]
-            features = train.look(policy, prompts)
-            bare = [policy.encode(blank[row]) for row in rows[batch]] if blank else []
-            without = (bare, train.look(policy, bare)) if blank else None
-            draws = [train.uniforms(0, 0, question["id"], i, max_new_tokens) for question in asked for i in range(samples)]
-            draws = torch.from_numpy(np.stack(draws)).to(policy.device) if draws else None
+    done, new, own = {}, {}, {}  # answers by policy and id: what all processes see, what this one adds, and its file for that
+    for who, path in paths.items():
+        others = {*path.parent.glob(part(path))} - {*path.parent.glob(part(path, size=size))}
+        done[who] = kept([*sorted(others), path], questions, origins[who])
+        if len(done[who]) < len(rows):
+            own[who] = path.with_name(part(path, rank, size))
+            new[who] = kept([own[who]], questions, origins[who])
+            prepare.write_jsonl(own[who], new[who].values())  # without a last line that was half written
+    train.check_same(next(iter(paths.values())).parent, {who: sorted(done[who]) for who in own})
+    share = [(row, name) for row, name in zip(rows, questions) if any(name not in done[who] for who in own)][rank::size]
+    if share:
+        policy, lengths, settings = load(), table["prompt_tokens"][:], next(iter(origins.values()))  # the same for all
+        max_new_tokens, samples = settings["max_new_tokens"], settings.get("samples", 0)
+        batches = [share[some] for some in train.waves(policy, [lengths[row] for row, _ in share], max(1, samples), max_new_tokens, cache_gb)]
+    with tqdm(total=len(share) * len(own), desc=title, leave=False, disable=rank > 0 or None) as bar:
+        for batch in batches if share else ():
+            places = {who: [i for i, (_, name) in enumerate(batch) if name not in done[who]] for who in own}
+            todo = [who for who in own if any(batch[i][1] not in new[who] for i in places[who])]
+            if todo:
+                asked = [table[row] for row, _ in batch]
+                prompts, bare = [policy.encode(question) for question in asked], [policy.encode(blank[row]) for row, _ in batch if blank]
+                features, without = train.look(policy, prompts), train.look(policy, bare)
+                draws = [[train.uniforms(0, 0, name, i, max_new_tokens) for i in range(samples)] for _, name in batch]
             for who in todo:
                 policy.use(None if who == "base" else who)
-                new = [row | origins[who] for row in answer(policy, asked, prompts, features, max_new_tokens, tokens_per_pass, without, draws)]
-                prepare.append_jsonl(part_of(paths[who]), new)
-                done[who] += new
-                if batch.stop == len(rows):
-                    part_of(paths[who]).replace(paths[who])
-                bar.update(len(new))
-    return done
+                its = lambda items: [items[i] for i in places[who]]
+                drawn = torch.from_numpy(np.concatenate(its(draws))).to(policy.device) if samples else None
+                answers = [row | origins[who] for row in answer(policy, *map(its, (asked, prompts, features)), max_new_tokens, tokens_per_pass,
+                                                                (its(bare), its(without)) if blank else None, drawn)]
+                prepare.append_jsonl(own[who], answers)
+                new[who] |= {row["id"]: row for row in answers}
+            bar.update(len(batch) * len(own))
+    for more in train.gather(new):
+        done = {who: rows | more.get(who, {}) for who, rows in done.items()}
+    done = {who: {name: rows[name] for name in questions} for who, rows in done.items()}
+    train.by_first(lambda: [settle(path, done[who], origins[who]) for who, path in paths.items()])
+    return {who: [*rows.values()] for who, rows in done.items()}
 
 
 def find_policies(config: Config, study: dict) -> dict[str, tuple[Path | None, dict[str, str]]]:
@@ -308,6 +312,7 @@ def read_ids(path: str | None) -> set[str]:
         raise UserError(f"--only {path} is no file of ids, such as stage 5 writes (report/strict-SOURCE.json): {error}") from error
 
 
+@train.joined()
 def main(config: Config) -> dict[tuple[str, str, str], list[dict]]:
     """Evaluate; returns the rows of each answers file by (policy, source, clean or corruption)."""
     data = Path(config.data)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """The stages as fixtures: a file name that begins with a digit can only be imported by import_module."""
+import hashlib
 import importlib
 import os
 import pathlib
@@ -55,6 +56,36 @@ def tiny_model(kind, tokenizer, vocabulary=576):
     return sharpen(model_class(config_class(
         text_config=text | text_more, vision_config=small | vision, image_token_id=ids["image_pad"], video_token_id=ids["video_pad"],
         vision_start_token_id=ids["vision_start"], vision_end_token_id=ids["vision_end"], tie_word_embeddings=False)))
+
+
+@pytest.fixture(scope="session")
+def tokenizer(prepare):
+    return prepare.make_tokenizer(0)
+
+
+@pytest.fixture(scope="session")
+def base_folder(prepare, tokenizer, tmp_path_factory):
+    """The embedded architecture with random weights, as a folder that stages 1 and 3 load like any model."""
+    folder = tmp_path_factory.mktemp("model")
+    processor = prepare.Qwen2VLImageProcessorPil(size={"shortest_edge": 56 * 56, "longest_edge": 112 * 112})
+    for part in (sharpen(prepare.make_model(tokenizer)), tokenizer, processor):
+        part.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def study_folder(prepare, corrupt, base_folder, tmp_path_factory):
+    """What stages 1 and 2 leave behind; tests that write take a copy."""
+    data = tmp_path_factory.mktemp("study")
+    prepare.main(prepare.Config(model=str(base_folder), data=str(data), limit=20))
+    corrupt.main(corrupt.Config(data=str(data), corruptions=["blank", "misleading", "removed"], preview_rows=0))
+    return data
+
+
+def hashed_grade(text, question):
+    """Random weights never answer right: these verdicts differ within a group, and depend on the text alone."""
+    digest = hashlib.sha256(text.encode()).digest()
+    return importlib.import_module("01_prepare").Grade(correct=digest[0] % 3 == 0, well_formed=digest[1] % 2 == 0, answer=text[:5])
 
 
 def run_stages(data, prepare, corrupt, train, evaluate, report):

@@ -12,7 +12,9 @@ import io
 import itertools
 import json
 import math
+import os
 import shutil
+import signal
 import statistics
 from types import SimpleNamespace
 
@@ -25,7 +27,7 @@ from PIL import Image
 from scipy.stats import chisquare
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from conftest import VISION, sharpen, tiny_model
+from conftest import VISION, hashed_grade, tiny_model
 
 KINDS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 STEP = dict(prompts_per_step=4, group_size=4, max_new_tokens=12, tokens_per_pass=96, cache_gb=1.0, lora_rank=4, learning_rate=1e-2)
@@ -49,30 +51,6 @@ def stir(policy):
         if "lora_B" in name:
             parameter.data.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
     return policy
-
-
-@pytest.fixture(scope="session")
-def tokenizer(prepare):
-    return prepare.make_tokenizer(0)
-
-
-@pytest.fixture(scope="session")
-def base_folder(prepare, tokenizer, tmp_path_factory):
-    """The embedded architecture with random weights, as a folder that stages 1 and 3 load like any model."""
-    folder = tmp_path_factory.mktemp("model")
-    processor = prepare.Qwen2VLImageProcessorPil(size={"shortest_edge": 56 * 56, "longest_edge": 112 * 112})
-    for part in (sharpen(prepare.make_model(tokenizer)), tokenizer, processor):
-        part.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def study_folder(prepare, corrupt, base_folder, tmp_path_factory):
-    """What stages 1 and 2 leave behind; tests that write take a copy."""
-    data = tmp_path_factory.mktemp("study")
-    prepare.main(prepare.Config(model=str(base_folder), data=str(data), limit=20))
-    corrupt.main(corrupt.Config(data=str(data), corruptions=["blank", "misleading", "removed"], preview_rows=0))
-    return data
 
 
 @pytest.fixture
@@ -411,6 +389,22 @@ def test_completions_do_not_depend_on_what_else_is_in_the_batch(train, often_end
     assert len(set(together.lengths.tolist())) > 3
 
 
+def test_a_question_asked_twice_in_a_step_is_completed_anew(train, often_ending):
+    """The first time as if it were asked once, then by draws of its own; the log counts all."""
+    config = train.Config(group_size=4, max_new_tokens=12, cache_gb=1.0)
+    texts = lambda done, p: [done.tokens[r, :done.lengths[r]].tolist() for r in range(4 * p, 4 * p + 4)]
+    once = train.roll_out(often_ending, QUESTIONS[:2], 2, 0, config)[0].completions
+    batch, row, samples = train.roll_out(often_ending, [*QUESTIONS[:2], QUESTIONS[0], QUESTIONS[0]], 2, 0, config)
+    done = batch.completions
+    assert [texts(done, p) for p in (0, 1)] == [texts(once, p) for p in (0, 1)]
+    assert len({str(tokens) for p in (0, 2, 3) for tokens in texts(done, p)}) == 12
+    assert [sample["completion"] for sample in samples] == [0, 0, 4, 8]
+    draws = [train.uniforms(0, 2, "one", i, 1)[0] for i in range(12)]
+    first = torch.cat([done.tokens[4 * p:4 * p + 4, 0] for p in (0, 2, 3)])
+    again = train.generate(often_ending, train.encode_prompts(often_ending, batch.prompts[:1], batch.features[:1]), 1, torch.tensor(draws)[:, None])
+    assert first.tolist() == again.tokens[:, 0].tolist()
+
+
 @given(lengths=st.lists(st.integers(1, 300), min_size=1, max_size=20), group=st.integers(1, 8), new=st.integers(1, 50), cache_gb=st.floats(1e-9, 0.05))
 @settings(max_examples=100, deadline=None)
 def test_waves_hold_every_prompt_once_and_keep_the_ceiling(train, policies, lengths, group, new, cache_gb):
@@ -669,12 +663,7 @@ def test_sampled_logprobs_are_the_training_forwards_on_a_card(train, base_folder
 
 
 def grade_by_hash(prepare, monkeypatch):
-    """Random weights never answer right: these rewards differ within a group, and depend on the text alone."""
-    def grade(text, question):
-        digest = hashlib.sha256(text.encode()).digest()
-        return prepare.Grade(correct=digest[0] % 3 == 0, well_formed=digest[1] % 2 == 0, answer=text[:5])
-
-    monkeypatch.setattr(prepare, "grade", grade)
+    monkeypatch.setattr(prepare, "grade", hashed_grade)
 
 
 def run(train, data, **changes):
@@ -706,32 +695,168 @@ def test_two_runs_are_byte_identical(train, prepare, data, uninterrupted, monkey
     assert run(train, data, seeds=[1], kl=0.02, steps=1)[2] != "".join(samples.splitlines(True)[:STEP["prompts_per_step"]])
 
 
-@pytest.mark.parametrize("when", ["before its rows", "between its rows and its checkpoint"])
-def test_a_run_continues_bit_for_bit(train, prepare, data, uninterrupted, monkeypatch, when):
-    """Stopped in step 3, with rows of that step already written and the last line cut short: 2 + 2 steps are 4."""
+NAME = "mixed-blank+removed-s0"
+
+
+def interrupt(train, monkeypatch, step, act):
+    """From now on `act(real_step)` runs in place of that step."""
+    real = train.train_step
+    monkeypatch.setattr(train, "train_step", lambda *arguments: act(lambda: real(*arguments)) if arguments[3] == step else real(*arguments))
+
+
+def at_once(*_):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("when, save_every, kept, lost", [
+    ("before its rows", 1, [1, 2], 0), ("between its rows and its checkpoint", 2, [2], 0), ("between its rows and its checkpoint", 3, [], 2)])
+def test_a_run_continues_bit_for_bit(train, prepare, data, uninterrupted, monkeypatch, when, save_every, kept, lost):
+    """Ended at once in step 3, with rows of that step already written and the last line cut short: the steps since the checkpoint are made again."""
     grade_by_hash(prepare, monkeypatch)
-    step = train.train_step
+    folder = data / "policies" / NAME
 
-    def interrupted(*arguments):
-        if arguments[3] == 3:
-            if when != "before its rows":
-                step(*arguments)
-                with open(data / "policies" / "mixed-blank+removed-s0" / "train.jsonl", "a") as file:
-                    file.write('{"step": 4, "rew')
-            raise KeyboardInterrupt
-        return step(*arguments)
+    def end(step):
+        if when != "before its rows":
+            step()
+            with open(folder / "train.jsonl", "a") as file:
+                file.write('{"step": 4, "rew')
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "train_step", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        run(train, data, kl=0.02)
-    folder = data / "policies" / "mixed-blank+removed-s0"
-    assert not (folder / "config.json").exists() and (folder / "checkpoint" / "state.safetensors").exists()
-    monkeypatch.setattr(train, "train_step", step)
-    adapter, rows, samples, out = run(train, data, kl=0.02)
-    assert "continues after step 2" in out
+    with monkeypatch.context() as patch:
+        interrupt(train, patch, 3, end)
+        with pytest.raises(KeyboardInterrupt):
+            run(train, data, kl=0.02, save_every=save_every)
+    assert not (folder / "config.json").exists()
+    assert sorted(path.name for path in folder.glob("checkpoint/*")) == [f"{step:06d}.safetensors" for step in kept]
+    adapter, rows, samples, out = run(train, data, kl=0.02, save_every=save_every)
+    assert ("continues after step 2" in out) == (lost == 0)
     assert (adapter, rows, samples) == uninterrupted[1][:3]
+    result = json.loads((folder / "config.json").read_text())
+    times = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
+    assert result["seconds"] == pytest.approx(sum(row["rollout_s"] + row["update_s"] for row in times), abs=0.1)  # of both parts
     assert sorted(path.name for path in folder.iterdir()) == [
         "adapter_config.json", "adapter_model.safetensors", "config.json", "rollouts.jsonl", "train.jsonl"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_signal_ends_after_the_step_a_second_one_at_once(train, prepare, data, uninterrupted, monkeypatch, number, times):
+    """Between two checkpoints: one signal costs nothing, the second the steps since the last checkpoint. Handlers are as before."""
+    grade_by_hash(prepare, monkeypatch)
+    folder, before = data / "policies" / NAME, signal.getsignal(number)
+
+    def end(step):
+        for _ in range(times):
+            os.kill(os.getpid(), number)
+        return step()
+
+    with monkeypatch.context() as patch:
+        interrupt(train, patch, 3, end)
+        with pytest.raises(KeyboardInterrupt):
+            run(train, data, kl=0.02, save_every=2)
+    assert signal.getsignal(number) is before
+    assert len((folder / "train.jsonl").read_text().splitlines()) == (3 if times == 1 else 2)
+    adapter, rows, samples, out = run(train, data, kl=0.02, save_every=2)
+    assert f"continues after step {3 if times == 1 else 2}" in out
+    assert (adapter, rows, samples) == uninterrupted[1][:3]
+
+
+def cut_short(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def emptied(path):
+    path.write_bytes(b"")
+
+
+def garbled(path):
+    path.write_bytes(np.random.default_rng(0).bytes(path.stat().st_size))
+
+
+def zeroed_behind_the_header(path):
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-4096] + bytes(4096))
+
+
+def one_bit_flipped(path):
+    whole = bytearray(path.read_bytes())
+    whole[-1000] ^= 1
+    path.write_bytes(whole)
+
+
+def ahead_of_the_log(path):
+    log = path.parent.parent / "train.jsonl"
+    log.write_text("".join(log.read_text().splitlines(True)[:int(path.stem) - 1]))
+
+
+@pytest.mark.parametrize("damage", [cut_short, emptied, garbled, zeroed_behind_the_header, one_bit_flipped, ahead_of_the_log])
+def test_a_damaged_checkpoint_costs_one_checkpoint(train, prepare, data, uninterrupted, monkeypatch, damage):
+    """The newest one damaged, the run goes back to the one before; both, to its beginning; the end is the same."""
+    grade_by_hash(prepare, monkeypatch)
+    with monkeypatch.context() as patch:
+        interrupt(train, patch, 4, at_once)
+        with pytest.raises(KeyboardInterrupt):
+            run(train, data, kl=0.02)
+    for number in (3, 2):
+        damage(data / "policies" / NAME / "checkpoint" / f"{number:06d}.safetensors")
+        other = shutil.copytree(data, data.with_name(f"damaged from {number}"))
+        adapter, rows, samples, out = run(train, other, kl=0.02)
+        assert "000003.safetensors is damaged" in out and ("continues after step 2" in out) == (number == 3)
+        assert "back to 000002.safetensors" in out and ("starting again" in out) == (number == 2)
+        assert (adapter, rows, samples) == uninterrupted[1][:3]
+
+
+def test_two_checkpoints_are_kept_and_nothing_of_a_killed_one(train, policies, tmp_path):
+    policy, folder = policies("qwen2_5_vl"), tmp_path / "checkpoint"
+    optimizer = torch.optim.AdamW(trainable(policy).values())
+    for step in (9, 10, 11, 100):
+        train.save_checkpoint(folder, policy, optimizer, step, {})
+        (folder / ".000012.safetensors.part").write_bytes(b"killed")
+    train.save_checkpoint(folder, policy, optimizer, 20, {})  # after a damaged 100 had been passed over
+    assert sorted(path.name for path in folder.iterdir()) == ["000011.safetensors", "000020.safetensors"]
+
+
+@pytest.mark.parametrize("what, bad", [("reward", math.nan), ("reward", -math.inf), ("gradient", math.nan), ("gradient", math.inf)])
+def test_a_step_that_is_not_finite_is_skipped_and_counted(train, prepare, data, monkeypatch, what, bad):
+    """Step 2 changes no weight and is called skipped; three in a row stop the run, also if it was ended between them."""
+    grade_by_hash(prepare, monkeypatch)
+    steps, grade, norm, settings = [2], train.grade_completions, torch.nn.utils.clip_grad_norm_, {"save_every": 2}
+    now, weights = [0], {}
+
+    def watch(policy, optimizer, questions, step, *rest):
+        now[0] = step
+        row = real(policy, optimizer, questions, step, *rest)
+        weights[step] = state_hashes(policy.model)
+        return row
+
+    def graded(*arguments):
+        texts, grades, rewards = grade(*arguments)
+        rewards[0, 0] = bad if what == "reward" and now[0] in steps else rewards[0, 0]
+        return texts, grades, rewards
+
+    def clipped(parameters, most):
+        if what == "gradient" and now[0] in steps:
+            parameters[0].grad[0, 0] = bad
+        return norm(parameters, most)
+
+    real = train.train_step
+    monkeypatch.setattr(train, "train_step", watch)
+    monkeypatch.setattr(train, "grade_completions", graded)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clipped)
+    _, rows, samples, out = run(train, data, **settings)
+    assert [row["skipped"] for row in rows] == [False, True, False, False] and out.count("skipped: a reward or gradient is not finite") == 1
+    assert weights[1] == weights[2] != weights[3] and "NaN" not in samples and "Infinity" not in samples
+    assert all(math.isfinite(row[key]) for row in rows for key in ("reward", "correct", "well_formed", "length", "entropy"))
+    assert rows[1]["loss"] is None and rows[1]["gradient_norm"] is None
+    assert json.loads((data / "policies" / NAME / "config.json").read_text())["skipped"] == 1
+    shutil.rmtree(data / "policies")
+    steps += [3, 4]
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_step", lambda *arguments: at_once() if arguments[3] == 4 else watch(*arguments))
+        with pytest.raises(KeyboardInterrupt):
+            run(train, data, **settings)
+    with pytest.raises(prepare.UserError, match=f"{NAME.replace('+', '.')} skipped steps 2 to 4, because a reward or a gradient is not finite: "):
+        run(train, data, **settings)
 
 
 def test_a_finished_run_is_kept_and_a_longer_one_refused(train, prepare, uninterrupted):
@@ -747,12 +872,10 @@ def test_a_finished_run_is_kept_and_a_longer_one_refused(train, prepare, uninter
 
 def test_settings_may_not_change_on_the_way(train, prepare, data, monkeypatch):
     grade_by_hash(prepare, monkeypatch)
-    step = train.train_step
-    stop = lambda *arguments: step(*arguments) if arguments[3] < 3 else (_ for _ in ()).throw(KeyboardInterrupt)
-    monkeypatch.setattr(train, "train_step", stop)
-    with pytest.raises(KeyboardInterrupt):
-        run(train, data)
-    monkeypatch.setattr(train, "train_step", step)
+    with monkeypatch.context() as patch:
+        interrupt(train, patch, 3, at_once)
+        with pytest.raises(KeyboardInterrupt):
+            run(train, data)
     with pytest.raises(prepare.UserError, match=r"learning_rate was 0\.01, is 0\.02"):
         run(train, data, learning_rate=0.02)
     with pytest.raises(prepare.UserError, match="already made 2 steps, not 1"):
@@ -903,6 +1026,16 @@ def test_a_step_is_the_same_wherever_the_run_began(train, study_folder, tables):
     assert list(map(shown, one.at(6, 8))) == list(map(shown, two.at(6, 8)))
 
 
+def test_a_question_asked_twice_in_a_step_is_damaged_or_not_each_time_anew(train, study_folder):
+    """200 of 20 questions in one step: half are damaged, and most questions are asked both ways."""
+    questions = questions_of(train, study_folder, "mixed", corruption=["removed"])
+    asked = [(q["id"], not q["images"]) for q in questions.at(0, 200)]
+    assert abs(sum(damaged for _, damaged in asked) - 100) < 4 * math.sqrt(200 / 4)
+    assert len(set(asked)) > 30
+    alone = [(q["id"], not q["images"]) for q in questions.at(0, 20)]
+    assert asked[:20] == alone
+
+
 @given(st.integers(1, 30), st.integers(0, 5), st.integers(1, 12), st.integers(0, 8))
 @settings(max_examples=50, deadline=None)
 def test_schedule_is_epochs_cut_in_steps(train, n, seed, count, step):
@@ -927,7 +1060,7 @@ def test_longest_question_is_the_one_of_most_tokens(train, policies, study_folde
     ({"loss": "ppo"}, "ppo is unknown"),
     ({"mixed_fraction": 0.0}, "mixed_fraction 0.0"),
     ({"mixed_fraction": 1.0}, "mixed_fraction 1.0"),
-    ({"steps": 0}, "steps 0"),
+    ({"steps": 0}, "steps 0"), ({"save_every": 0}, "save_every 0"),
     ({"tokens_per_pass": -1}, "tokens_per_pass -1"),
     ({"updates_per_batch": 0}, "updates_per_batch 0"),
     ({"learning_rate": 0.0}, "learning_rate 0.0"),
@@ -941,6 +1074,16 @@ def test_settings_that_cannot_work(train, prepare, study_folder, changes, says):
         run(train, study_folder, **changes)
     assert "\n" not in str(error.value)
     assert not (study_folder / "policies").exists()
+
+
+def test_every_process_needs_a_question(train, prepare, monkeypatch):
+    config = train.Config(**STEP, steps=1, updates_per_batch=1, save_every=1)
+    for processes in (1, 4):
+        monkeypatch.setattr(train, "world", lambda: (0, processes))
+        train.check_config(config)
+    monkeypatch.setattr(train, "world", lambda: (0, 5))
+    with pytest.raises(prepare.UserError, match="prompts_per_step 4 is too small for 5 processes"):
+        train.check_config(config)
 
 
 def test_inputs_that_are_missing_or_stale(train, prepare, data, tmp_path):
@@ -965,15 +1108,3 @@ def test_a_model_of_another_family_is_refused(train, prepare, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(prepare.UserError, match="is a llama model: this kit trains"):
         train.load_policy(str(tmp_path), 112 * 112)
-
-
-def test_a_gradient_that_is_not_finite_stops_the_run(train, prepare, policies):
-    policy = policies("qwen2_5_vl")
-    _, batch = hand_made_batch(train, policy)
-    batch.advantages[0] = torch.inf
-    config = train.Config(tokens_per_pass=80, max_new_tokens=10, updates_per_batch=1)
-    before = state_hashes(policy.model)
-    with pytest.raises(prepare.UserError, match="the gradient is"):
-        train.learn(policy, torch.optim.AdamW(trainable(policy).values()), batch, config)
-    policy.model.zero_grad(set_to_none=True)
-    assert state_hashes(policy.model) == before
