@@ -194,12 +194,13 @@ def evaluate(load: Callable[[], Policy], table: Dataset, blank: Dataset | None, 
             prepare.write_jsonl(own[who], new[who].values())  # without a last line that was half written
     train.check_same(next(iter(paths.values())).parent, {who: sorted(done[who]) for who in own})
     share = [(row, name) for row, name in zip(rows, questions) if any(name not in done[who] for who in own)][rank::size]
-    if share:
+    batches = []
+    if any(name not in done[who] and name not in new[who] for _, name in share for who in own):
         policy, lengths, settings = load(), table["prompt_tokens"][:], next(iter(origins.values()))  # the same for all
         max_new_tokens, samples = settings["max_new_tokens"], settings.get("samples", 0)
         batches = [share[some] for some in train.waves(policy, [lengths[row] for row, _ in share], max(1, samples), max_new_tokens, cache_gb)]
     with tqdm(total=len(share) * len(own), desc=title, leave=False, disable=rank > 0 or None) as bar:
-        for batch in batches if share else ():
+        for batch in batches:
             places = {who: [i for i, (_, name) in enumerate(batch) if name not in done[who]] for who in own}
             todo = [who for who in own if any(batch[i][1] not in new[who] for i in places[who])]
             if todo:

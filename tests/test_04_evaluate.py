@@ -64,18 +64,22 @@ def whole_batches(study, evaluate, tmp_path_factory):
     return whole, {path.relative_to(data): path.read_bytes() for path in (data / "answers").glob("*/*/*")}, settings
 
 
-def test_whole_answers_that_were_not_moved_into_place_are_moved(evaluate, data, monkeypatch):
-    """A kill between the last line and the move; beside it lies an older, shorter file."""
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_answers_that_were_not_joined_are_joined(evaluate, data, monkeypatch, processes):
+    """A kill between the last line and the joining, on any number of processes; beside it lies nothing, or an older, shorter file."""
     whole = evaluate.main(config(evaluate, data))
     path = data / "answers" / "base" / "shapes" / "clean.jsonl"
-    lines = path.read_text()
-    for older in (None, "".join(lines.splitlines(True)[:2])):
-        path.rename(path.with_name("clean.jsonl.part"))
+    lines = path.read_text().splitlines(True)
+    monkeypatch.setattr(evaluate, "answer", None)  # nothing is answered anew
+    monkeypatch.setattr(evaluate, "load_policies", None)
+    for older in ([], lines[:2]):
+        path.unlink()
         if older:
-            path.write_text(older)
-        monkeypatch.setattr(evaluate, "answer", None)  # nothing is answered anew
+            path.write_text("".join(older))
+        for rank in range(processes):
+            path.with_name(f"clean.jsonl.{rank}of{processes}.part").write_text("".join(lines[rank::processes]))
         assert evaluate.main(config(evaluate, data)) == whole
-        assert path.read_text() == lines and not path.with_name("clean.jsonl.part").exists()
+        assert path.read_text() == "".join(lines) and [*path.parent.iterdir()] == [path]
 
 
 def test_answers_made_from_other_input_are_made_again(evaluate, data, prepare):
