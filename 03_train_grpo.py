@@ -2,8 +2,9 @@
 """Stage 3: GRPO by hand on a 4-bit model with a LoRA adapter.
 
 Group Relative Policy Optimization (arXiv 2402.03300) asks a question, samples G completions, and pays each for being
-better than its group. Three conditions differ in the pictures alone: `standard` trains on clean questions,
-`hallucination` on damaged ones only, `mixed` on both. Questions, their order, and every other setting are the same.
+better than its group. Conditions differ in the pictures alone: `standard` trains on clean questions, `hallucination` on
+damaged ones only, `mixed` on both; `grounded` is `standard` with a term that pays for using the picture (`looking_pay`).
+Questions, their order, and every other setting are the same.
 
 Where this departs from textbook GRPO, and why:
 - A prompt is encoded once, not G times: completions depend on the prompt only through its keys, values and last hidden
@@ -21,7 +22,7 @@ Where this departs from textbook GRPO, and why:
 
 reads   data/study.json, data/questions/TRAIN.parquet, data/corrupted/TRAIN/NAME.parquet, data/model/ (preset tiny)
 writes  data/policies/RUN/: adapter_model.safetensors, adapter_config.json, config.json, train.jsonl, rollouts.jsonl
-run     python 03_train_grpo.py                       # all three conditions, seed 0: 2 minutes on 2 CPU cores
+run     python 03_train_grpo.py                       # all four conditions, seed 0: 3 minutes on 2 CPU cores
         python 03_train_grpo.py --conditions hallucination --corruption blank misleading --seeds 0 1 2
         torchrun --nproc_per_node=2 03_train_grpo.py  # one process a card, or without cards a core
 """
@@ -68,7 +69,7 @@ CHUNK_BYTES = 2**26  # of logits in fp32: 110 positions of a vocabulary of 151,9
 LOSSES = ("dapo", "grpo", "dr_grpo")
 # options that choose runs, or change rounding alone
 NOT_SETTINGS = ("data", "conditions", "seeds", "steps", "sample_every", "tokens_per_pass", "cache_gb", "checkpoint", "save_every")
-CONDITIONS = ("standard", "hallucination", "mixed")
+CONDITIONS = ("standard", "hallucination", "mixed", "grounded")
 LANGUAGE_LINEARS = r".*language_model\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj"
 REAL = {  # beside each: what the paper's trainer, EasyR1, takes as its default on eight cards
     "steps": 500,            # 4,000 questions, 1.9 epochs of geometry3k; there 15 epochs
@@ -93,9 +94,11 @@ PRESETS = {
 @dataclass
 class Config:
     data: str = option("data", "the study's folder")
-    conditions: list[str] = option(list(CONDITIONS), "which of: standard hallucination mixed")
+    conditions: list[str] = option(list(CONDITIONS), "which of: standard hallucination mixed grounded")
     corruption: list[str] = option(["blank"], "what damages a question; of several, each question gets one by its seed")
     mixed_fraction: float = option(0.5, "share of damaged questions in condition mixed")
+    looking_weight: float = option(0.2, "of what condition grounded pays for using the picture; 0 is standard")
+    looking_bound: float = option(2.0, "nats a token beyond which more use of the picture earns nothing")
     seeds: list[int] = option([0], "one run per condition and seed")
     steps: int = option(None, "updates of the policy [preset]")
     prompts_per_step: int = option(None, "questions a step [preset]")
@@ -629,12 +632,50 @@ def token_loss(logprobs, old_logprobs, advantages, reference, config: Config) ->
     return -torch.minimum(ratio * advantages, clipped * advantages) + config.kl * k3, clipped * advantages < ratio * advantages, k3
 
 
-def score_tokens(policy: Policy, prefix: Prefix, rows: torch.Tensor, tokens: torch.Tensor,
-                 checkpoint_layers: bool = False) -> torch.Tensor:
+def looking_pay(divergence: torch.Tensor, entropy: torch.Tensor, correct: torch.Tensor, bound: float) -> torch.Tensor:
+    """What condition `grounded` pays for each token of a completion, in nats: (R, T), (R, T), (R,) -> (R, T).
+
+        correct * min(KL(p || q) - H(p), bound)
+
+    p: the next-token distribution given the picture, q: that given the damaged one, along the policy's own completion. Where the picture
+    says nothing, p = q, and KL is 0 with its gradient; where it does, pay grows with what it says. q is held fixed: the policy cannot earn
+    by forgetting what to say without a picture. Two guards against the collapse that PAPO (arXiv 2507.06448) saw, which kept raising KL
+    with answers of no sense: entropy costs what KL gains by it, and only right completions are paid.
+    """
+    return correct[:, None] * (divergence - entropy).clamp(max=bound)
+
+
+def score_tokens(policy: Policy, prefix: Prefix, rows: torch.Tensor, tokens: torch.Tensor, checkpoint_layers: bool = False,
+                 against: Prefix | None = None) -> torch.Tensor:
     """log p, in nats, of each completion token (R, T), given the prompts `rows` (R,) of `prefix`.
+
+    With `against`, the same prompts damaged: (3, R, T), that and, of the distribution p that each token comes from, KL(p || q) to the one
+    given the damaged prompt, through which no gradient flows, and p's entropy.
 
     The vocabulary's logits exist only for one chunk of positions at a time; where there are several, the backward pass makes them again.
     """
+    hidden = completion_hidden(policy, prefix, rows, tokens, checkpoint_layers)
+    with torch.no_grad():
+        damaged = [completion_hidden(policy, against, rows, tokens)] if against else []
+
+    def chunk(target, hidden, other=None):
+        logprobs = next_logprobs(policy, hidden)
+        own = logprobs.gather(1, target[:, None])[:, 0]
+        if other is None:
+            return own
+        with torch.no_grad():
+            there = next_logprobs(policy, other).index_fill(-1, policy.banned, 0)
+        p, logprobs = logprobs.exp(), logprobs.index_fill(-1, policy.banned, 0)  # p is 0 there, and -inf * 0 no number
+        return torch.stack([own, (p * (logprobs - there)).sum(-1), -(p * logprobs).sum(-1)])
+
+    size = max(1, CHUNK_BYTES // (4 * policy.full.get_input_embeddings().num_embeddings))
+    pieces = list(zip(*(x.flatten(0, 1).split(size) for x in (tokens, hidden, *damaged))))
+    parts = [chunk(*piece) if len(pieces) == 1 else checkpoint(chunk, *piece, use_reentrant=False) for piece in pieces]
+    return torch.cat(parts, -1).unflatten(-1, tokens.shape)
+
+
+def completion_hidden(policy: Policy, prefix: Prefix, rows: torch.Tensor, tokens: torch.Tensor, checkpoint_layers: bool = False) -> torch.Tensor:
+    """Hidden states (R, T, hidden) of which the one at position t predicts token t of the completions (R, T) of prompts `rows` (R,)."""
     # index_select, for the backward pass of plain indexing adds up in the order in which threads arrive
     hidden = prefix.last_hidden.index_select(0, rows)[:, None]
     if tokens.shape[1] > 1:
@@ -645,15 +686,8 @@ def score_tokens(policy: Policy, prefix: Prefix, rows: torch.Tensor, tokens: tor
         with checkpointed(policy, cache) if checkpoint_layers else nullcontext():
             behind = policy.full.model(input_ids=tokens[:, :-1], attention_mask=mask, position_ids=positions.expand(3, -1, -1),
                                        past_key_values=cache, use_cache=True).last_hidden_state
-        hidden = torch.cat([hidden, behind], 1)  # (R, T, hidden): position t predicts token t
-
-    def chunk(hidden, target):
-        return next_logprobs(policy, hidden).gather(1, target[:, None])[:, 0]
-
-    size = max(1, CHUNK_BYTES // (4 * policy.full.get_input_embeddings().num_embeddings))
-    pieces = list(zip(hidden.flatten(0, 1).split(size), tokens.flatten().split(size)))
-    parts = [chunk(*piece) if len(pieces) == 1 else checkpoint(chunk, *piece, use_reentrant=False) for piece in pieces]
-    return torch.cat(parts).view(tokens.shape)
+        hidden = torch.cat([hidden, behind], 1)
+    return hidden
 
 
 # One step
@@ -667,6 +701,8 @@ class Batch:
     completions: Completions
     advantages: torch.Tensor        # (P * G,)
     reference: torch.Tensor | None  # (P * G, T) log-probabilities under the base
+    correct: torch.Tensor           # (P * G,), 1 or 0
+    damaged: tuple[list[Prompt], list] | None = None  # the same prompts without their pictures, and what is seen then
 
 
 def passes(rows: Sequence[int], lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
@@ -692,22 +728,30 @@ def accumulate_gradients(policy: Policy, batch: Batch, config: Config) -> dict[s
     done, group = batch.completions, len(batch.advantages) // len(batch.prompts)
     shares = gather(done.lengths.cpu())  # the weights are those of the whole step
     weights = token_weights(torch.cat(shares), config.loss, config.max_new_tokens).split([*map(len, shares)])[world()[0]].to(policy.device)
-    sums = dict.fromkeys(("loss", "kl", "clipped", "tokens"), 0.0)
+    sums = dict.fromkeys(("loss", "kl", "clipped", "looking", "tokens"), 0.0)
     spread = batch.advantages.view(-1, group).ne(0).any(1)  # also where one is no number, so that it is seen
-    active = [p for p in range(len(batch.prompts)) if spread[p] or batch.reference is not None]
-    lengths = done.lengths.tolist()
+    paid = batch.correct.view(-1, group).any(1) & (batch.damaged is not None)
+    active = [p for p in range(len(batch.prompts)) if spread[p] or paid[p] or batch.reference is not None]
+    lengths, against = done.lengths.tolist(), None
     with unpacked(policy):
         for some in passes(active, [len(prompt.input_ids) for prompt in batch.prompts], config.tokens_per_pass):
+            if batch.damaged:
+                with torch.no_grad():
+                    against = encode_prompts(policy, *([items[p] for p in some] for items in batch.damaged))
             graph = encode_prompts(policy, [batch.prompts[p] for p in some], [batch.features[p] for p in some], config.checkpoint)
             leaves = graph.as_leaves()
             for rows, owner, length in completions_of(some, group, lengths, graph.mask.shape[1], config.tokens_per_pass):
                 mask, tokens = done.mask[rows, :length], done.tokens[rows, :length]
-                logprobs = score_tokens(policy, leaves, owner.to(policy.device), tokens, config.checkpoint)
+                scores = score_tokens(policy, leaves, owner.to(policy.device), tokens, config.checkpoint, against)
+                logprobs, divergence, entropy = scores if batch.damaged else (scores, torch.zeros_like(scores), torch.zeros_like(scores))
                 logprobs = logprobs.masked_fill(~mask, 0)  # padding may be a banned token: -inf, and 0 * inf is no number
                 reference = None if batch.reference is None else batch.reference[rows, :length].masked_fill(~mask, 0)
                 losses, clipped, kl = token_loss(logprobs, done.logprobs[rows, :length], batch.advantages[rows, None], reference, config)
+                if batch.damaged:
+                    losses = losses - config.looking_weight * looking_pay(divergence, entropy, batch.correct[rows], config.looking_bound)
                 (losses * weights[rows, None] * mask).sum().backward()
-                for name, value in {"loss": losses * weights[rows, None], "kl": kl, "clipped": clipped, "tokens": mask}.items():
+                for name, value in {"loss": losses * weights[rows, None], "kl": kl, "clipped": clipped, "looking": divergence,
+                                    "tokens": mask}.items():
                     sums[name] += (value.detach() * mask).sum().item()
             carry_back(graph.tensors(), leaves.tensors())
     totals = torch.tensor([*sums.values()], dtype=torch.float64)
@@ -748,7 +792,8 @@ def occurrences(items: Sequence) -> list[int]:
     return [items[:k].count(item) for k, item in enumerate(items)]
 
 
-def roll_out(policy: Policy, questions: Sequence[Question], step: int, seed: int, config: Config) -> tuple[Batch, dict, list[dict]]:
+def roll_out(policy: Policy, questions: Sequence[Question], step: int, seed: int, config: Config,
+             damaged: Sequence[Question] = ()) -> tuple[Batch, dict, list[dict]]:
     """Sample a step's completions and grade them: a batch to learn from, the log row, and readable samples.
 
     The questions are dealt out to the processes: the batch is this one's, row and samples are the whole step's.
@@ -783,7 +828,9 @@ def roll_out(policy: Policy, questions: Sequence[Question], step: int, seed: int
             "entropy": float(whole["entropy"].sum() / whole["length"].sum()), "completion_tokens": int(whole["length"].sum()),
             "rollout_s": time.perf_counter() - start}
     samples = [sample for turn in zip_longest(*(some for some, _ in parts)) for sample in turn if sample]  # in the order of one process
-    return Batch(prompts, features, done, advantages, reference), row, samples
+    others = [policy.encode(question) for question in damaged[rank::size]]
+    correct = torch.tensor([1.0 * g.correct for g in grades], device=policy.device)
+    return Batch(prompts, features, done, advantages, reference, correct, (others, look(policy, others)) if others else None), row, samples
 
 
 def learn(policy: Policy, optimizer: torch.optim.Optimizer, batch: Batch, config: Config) -> dict:
@@ -798,9 +845,10 @@ def learn(policy: Policy, optimizer: torch.optim.Optimizer, batch: Batch, config
         optimizer.zero_grad(set_to_none=True)
         if skipped:
             break
-    tokens = sums["tokens"]  # of groups with unequal rewards; with --kl of all
+    tokens = sums["tokens"]  # of groups with unequal rewards, of paid ones; with --kl of all
     return {"loss": None if skipped else sums["loss"], "kl": sums["kl"] / tokens if config.kl and not skipped else None,
-            "clipped": sums["clipped"] / tokens if tokens else None, "gradient_norm": None if skipped else norm, "skipped": skipped,
+            "clipped": sums["clipped"] / tokens if tokens else None, "looking": sums["looking"] / tokens if batch.damaged and tokens else None,
+            "gradient_norm": None if skipped else norm, "skipped": skipped,
             "update_s": time.perf_counter() - start}
 
 
@@ -824,7 +872,8 @@ class Questions:
     def __init__(self, study: dict, condition: str, seed: int, config: Config):
         data, source = Path(config.data), study["sources"]["train"]
         names = [] if condition == "standard" else config.corruption
-        self.share = {"standard": 0.0, "hallucination": 1.0, "mixed": config.mixed_fraction}[condition]
+        self.share = {"standard": 0.0, "hallucination": 1.0, "mixed": config.mixed_fraction, "grounded": 0.0}[condition]
+        self.paid = condition == "grounded" and config.looking_weight > 0
         self.seed, self.names, self.tables, self.made_from = seed, names, {}, {}
         for name in ["clean", *names] if self.share < 1 else names:
             self.made_from |= prepare.check_input(data, study, source, name)
@@ -842,12 +891,13 @@ class Questions:
         name, row = max(((name, row) for name in self.tables for row in self.rows), key=lengths.__getitem__)
         return self.tables[name][row]
 
-    def at(self, step: int, count: int) -> list[Question]:
+    def at(self, step: int, count: int, damaged: bool = False) -> list[Question]:
+        """The questions of a step as the condition says, or all of them damaged."""
         chosen = []
         indices = schedule(self.ids, self.seed, step, count)
         for index, k in zip(indices, occurrences(indices)):
             draw = random.Random(f"{self.seed}|{step}|{self.ids[index]}" + k * "|again")
-            name = draw.choice(self.names) if draw.random() < self.share else "clean"
+            name = draw.choice(self.names) if damaged or draw.random() < self.share else "clean"
             chosen.append(self.tables[name][self.rows[index]])
         return chosen
 
@@ -960,7 +1010,8 @@ def preflight(policy: Policy, questions: Questions, config: Config) -> None:
         raise UserError(f"{prompt.pictures} pictures have {placeholders} image tokens but {tokens} features: "
                         "the image processor is not the model's")
     endless = replace(policy, eos=torch.full_like(policy.eos, -1))
-    batch, row, _ = roll_out(endless, [question] * config.prompts_per_step, 0, 0, config)
+    worst = [question] * config.prompts_per_step
+    batch, row, _ = roll_out(endless, worst, 0, 0, config, worst if questions.paid else ())
     batch.advantages = torch.linspace(-1, 1, len(batch.advantages), device=policy.device)
     accumulate_gradients(endless, batch, config)
     for parameter in trainable:
@@ -986,6 +1037,7 @@ def one_line(run: str, row: dict, steps: int) -> str:
     return (f"{run} {row['step']:4d}/{steps}  reward {row['reward']:.3f}  correct {row['correct']:.3f}  formed {row['well_formed']:.3f}  "
             f"flat {row['equal_groups']:.2f}  length {row['length']:5.1f}  cut {row['truncated']:.2f}  entropy {row['entropy']:.2f}  "
             + (f"kl {row['kl']:.3f}  " if row["kl"] is not None else "")
+            + (f"looks {row['looking']:.2f}  " if row["looking"] is not None else "")
             + f"clip {row['clipped'] or 0:.3f}  "
             + ("skipped: a reward or gradient is not finite  " if row["skipped"] else f"grad {row['gradient_norm']:.2f}  ")
             + f"{row['rollout_s']:.2f}+{row['update_s']:.2f} s  {tokens_per_s:,.0f} tok/s  {row['peak_gb']:.2f} GB")
@@ -1003,6 +1055,8 @@ def train_run(study: dict, condition: str, seed: int, config: Config) -> dict:
         del settings["mixed_fraction"]
     if condition == "standard":
         del settings["corruption"]
+    if condition != "grounded":
+        del settings["looking_weight"], settings["looking_bound"]
     check_same(folder, settings, config.steps, config.save_every, sorted(path.name for path in folder.rglob("*")))
     if (folder / "config.json").exists():
         done = json.loads((folder / "config.json").read_text())
@@ -1044,7 +1098,9 @@ def train_run(study: dict, condition: str, seed: int, config: Config) -> dict:
 
 def train_step(policy, optimizer, questions: Questions, step: int, seed: int, config: Config, folder: Path) -> dict:
     """Rollout, update, and their rows in train.jsonl and rollouts.jsonl."""
-    batch, row, samples = roll_out(policy, questions.at(step - 1, config.prompts_per_step), step, seed, config)
+    asked = questions.at(step - 1, config.prompts_per_step)
+    damaged = questions.at(step - 1, config.prompts_per_step, damaged=True) if questions.paid else ()
+    batch, row, samples = roll_out(policy, asked, step, seed, config, damaged)
     before = [p.detach().clone() for p in policy.model.parameters() if p.requires_grad] if step == 1 else []
     row = {"step": step, **row, **learn(policy, optimizer, batch, config), "peak_gb": round(max(gather(peak_gb(policy))), 3)}
     if before and row["gradient_norm"] and all(map(torch.equal, before, (p for p in policy.model.parameters() if p.requires_grad))):
@@ -1103,7 +1159,7 @@ def check_config(config: Config):
     if config.prompts_per_step < world()[1]:
         raise UserError(f"--prompts_per_step {config.prompts_per_step} is too small for {world()[1]} processes: each needs a question")
     prepare.check_least(config, 1e-9, "learning_rate", "max_grad_norm", "cache_gb")
-    prepare.check_least(config, 0, "kl", "clip_low", "clip_high", "sample_every")
+    prepare.check_least(config, 0, "kl", "clip_low", "clip_high", "sample_every", "looking_weight", "looking_bound")
     if "clean" in config.corruption:
         raise UserError("--corruption clean damages nothing: for clean questions use --conditions standard")
     if not 0 < config.mixed_fraction < 1:

@@ -174,7 +174,7 @@ def hand_made_batch(train, policy, group=3, longest=7):
     prompts = [policy.encode(q) for q in QUESTIONS]
     done = train.Completions(tokens, torch.zeros(tokens.shape), torch.zeros(tokens.shape), lengths, lengths % 2 == 1)
     advantages = torch.tensor(rng.standard_normal(len(completions)), dtype=torch.float32)
-    return completions, train.Batch(prompts, train.look(policy, prompts), done, advantages, None)
+    return completions, train.Batch(prompts, train.look(policy, prompts), done, advantages, None, torch.zeros_like(advantages))
 
 
 def padded(rows, width):
@@ -221,6 +221,40 @@ def test_gradient_of_the_shared_prompt_is_that_of_whole_sequences(train, policie
     assert sums["kl"] == pytest.approx((gap.exp() - gap - 1).sum().item(), rel=1e-3)
 
 
+@pytest.mark.parametrize("kind", [*KINDS, "nf4"])
+def test_gradient_of_looking_is_that_of_whole_sequences(train, policies, kind, monkeypatch):
+    """What `grounded` adds: KL to the distribution given a blank picture, bounded, less entropy, on right completions alone; however it is cut."""
+    policy = policies(kind)
+    completions, batch = hand_made_batch(train, policy)
+    prompts = [batch.prompts[i // 3] for i in range(len(completions))]
+    blank = [policy.encode(q | {"images": [Image.new("RGB", p.size, (90, 140, 60)) for p in q["images"]]}) for q in QUESTIONS]
+    correct = torch.tensor([i % 3 < 2 for i in range(len(completions))], dtype=torch.float32)
+    correct[:3] = 0  # a question that nobody got right earns nothing
+    batch.advantages[3:6] = 0  # and one whose answers are all alike can
+    step = dataclasses.replace(batch, correct=correct, damaged=(blank, train.look(policy, blank)))
+    logprobs = [plain_logprobs(policy, *pair) for pair in zip(prompts, completions)]
+    step.completions.logprobs = padded([row.detach() for row in logprobs], 7)
+    config = train.Config(loss="dapo", max_new_tokens=10, looking_weight=0.7, looking_bound=-1.0)
+    loss, clipped, count = paper_loss(config, logprobs, [row.detach() for row in logprobs], batch.advantages, None), 0, sum(map(len, completions))
+    for i, tokens in enumerate(completions):
+        p = plain_forward(policy, prompts[i], tokens)
+        with torch.no_grad():
+            q = plain_forward(policy, blank[i // 3], tokens)
+        sampled = torch.isfinite(p[0])
+        p, q = p[:, sampled], q[:, sampled]
+        for t in range(len(tokens)):
+            pay = (p[t].exp() * (p[t] - q[t])).sum() + (p[t].exp() * p[t]).sum()
+            clipped += float(pay) > -1.0
+            loss = loss - 0.7 * correct[i] * torch.clip(pay, max=-1.0) / count
+    assert 0 < clipped < count
+    truth = dict(zip(trainable(policy), torch.autograd.grad(loss, list(trainable(policy).values()))))
+    for config.tokens_per_pass, config.checkpoint, chunk in ((1, False, 2**26), (120, True, 2**26), (2000, False, 4 * 576 * 5)):
+        monkeypatch.setattr(train, "CHUNK_BYTES", chunk)
+        gradient, sums = shared_gradient(train, policy, step, config)
+        assert largest_error(gradient, truth) < 1e-4
+        assert sums["loss"] == pytest.approx(loss.item(), rel=1e-4)
+
+
 def test_the_gradient_is_the_same_to_the_bit_each_time(train, policies):
     """At the size of the default study, where threads share the work: sums in the order of their arrival would differ in the last bit."""
     policy, rng = policies("nf4"), np.random.default_rng(0)
@@ -229,7 +263,7 @@ def test_the_gradient_is_the_same_to_the_bit_each_time(train, policies):
     tokens = torch.from_numpy(rng.choice(allowed, (64, 24)))
     done = train.Completions(tokens, torch.full(tokens.shape, -6.0), torch.ones(tokens.shape),
                              torch.from_numpy(rng.integers(1, 25, 64)), torch.ones(64, dtype=torch.bool))
-    batch = train.Batch(prompts, train.look(policy, prompts), done, torch.from_numpy(rng.standard_normal(64)).float(), None)
+    batch = train.Batch(prompts, train.look(policy, prompts), done, torch.from_numpy(rng.standard_normal(64)).float(), None, torch.zeros(64))
     gradients = [shared_gradient(train, policy, batch, train.Config(tokens_per_pass=4096, max_new_tokens=24))[0] for _ in range(6)]
     assert all(torch.equal(gradients[0][name], again[name]) for again in gradients[1:] for name in again)
 
@@ -259,7 +293,7 @@ def test_the_end_of_sequence_is_trained(train, policies):
     _, batch = hand_made_batch(train, policy)
     eos = policy.eos[:1, None]
     done = train.Completions(eos, torch.full((1, 1), -5.0), torch.ones(1, 1), torch.ones(1, dtype=torch.long), torch.ones(1, dtype=torch.bool))
-    batch = train.Batch(batch.prompts[:1], batch.features[:1], done, torch.ones(1), None)
+    batch = train.Batch(batch.prompts[:1], batch.features[:1], done, torch.ones(1), None, torch.zeros(1))
     gradient, _ = shared_gradient(train, policy, batch, train.Config(tokens_per_pass=1, max_new_tokens=10, clip_high=1e9))
     before = plain_logprobs(policy, batch.prompts[0], eos[0].tolist()).item()
     with torch.no_grad():
