@@ -367,7 +367,7 @@ def draw_preview(data: Path, sources: list[str], names: list[str], per_source: i
     """Contact sheet: rows are questions of different groups, columns are corruptions."""
     strips = []
     for source in sources:
-        files = [prepare.read_questions(data / prepare.input_path(source, name), "") for name in ["clean", *names]]
+        files = [prepare.read_questions(data / prepare.input_path(source, name), "run 02_corrupt.py again") for name in ["clean", *names]]
         groups, clean = {}, files[0]
         pictures = pc.list_value_length(clean.data.column("images")).to_pylist()
         for i in sorted(range(len(clean)), key=lambda i: pictures[i] == 0):  # rather one with a picture
@@ -438,9 +438,7 @@ def main(config: Config) -> dict[str, int]:
     sources = list(dict.fromkeys([study["sources"]["train"], *study["sources"]["benchmarks"]]))
     written = {}
     for source in sources:
-        clean = prepare.input_path(source, "clean")
-        digest = study["artifacts"].get(clean, "")
-        prepare.check_fresh(data, data / "study.json", {clean: digest}, f"run 01_prepare.py --data {data} again")
+        (digest,) = prepare.check_input(data, study, source, "clean").values()
         for name in names:
             written[prepare.input_path(source, name)] = write_damaged(data, source, digest, study["seed"], name)
     if config.preview_rows:

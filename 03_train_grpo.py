@@ -855,14 +855,14 @@ def train_run(study: dict, condition: str, seed: int, config: Config) -> dict:
     run = run_name(condition, seed, config)
     folder = data / "policies" / run
     questions = Questions(study, condition, seed, config)
-    settings = {"condition": condition, "seed": seed, "model": study["model"], "made_from": questions.made_from | study["model_files"],
+    settings = {"condition": condition, "seed": seed, "model": study["model"], "made_from": questions.made_from | study["model_files"], **prepare.versions(),
                 **{f.name: getattr(config, f.name) for f in fields(Config) if f.name not in NOT_SETTINGS}}
     if condition != "mixed":
         del settings["mixed_fraction"]
     if condition == "standard":
         del settings["corruption"]
     if (folder / "config.json").exists():
-        done = json.loads((folder / "config.json").read_text())
+        done = read_run(folder)
         check_settings(folder, done["settings"], settings | {"steps": config.steps})
         print(f"{run} is finished: kept")
         return done
@@ -882,7 +882,7 @@ def train_run(study: dict, condition: str, seed: int, config: Config) -> dict:
         save_checkpoint(folder / "checkpoint" / "state.safetensors", policy, optimizer, step, settings)
         tqdm.write(one_line(run, row, config.steps))
     save_adapter(folder, policy)
-    result = {"policy": run, "settings": settings | {"steps": config.steps}, "versions": prepare.versions(),
+    result = {"policy": run, "settings": settings | {"steps": config.steps},
               "device": torch.cuda.get_device_name() if policy.device.type == "cuda" else "cpu", "unpacked": policy.unpack,
               "peak_gb": round(peak_gb(policy), 3), "seconds": round(time.perf_counter() - start, 1)}
     with prepare.replacing(folder / "config.json") as part:  # last: it says that the run is whole
@@ -913,6 +913,12 @@ def save_adapter(folder: Path, policy: Policy):
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         (part / name).replace(folder / name)
     shutil.rmtree(part)
+
+
+def read_run(folder: Path) -> dict:
+    """config.json of a finished run."""
+    shape = {"settings": {"made_from": dict, "max_new_tokens": int}}
+    return prepare.read_json(folder / "config.json", shape, f"delete {folder} and run 03_train_grpo.py again")
 
 
 def run_name(condition: str, seed: int, config: Config) -> str:

@@ -103,11 +103,11 @@ def answer(policy: Policy, questions: Sequence[Question], prompts: Sequence[prep
 
 def kept(file: Path, questions: Mapping[str, Question], origin: dict) -> list[dict]:
     """The answers that a file has to the first of `questions`, in their order, if they were made from `origin`; graded anew."""
-    there = {row["id"]: row for row in prepare.read_jsonl(file)} if file.exists() else {}
+    there = {row.get("id"): row for row in prepare.read_jsonl(file)} if file.exists() else {}
     rows = []
     for name, question in questions.items():
         row = there.get(name, {})
-        if row | origin != row or "response" not in row:
+        if row | origin != row or not isinstance(row.get("response"), str):
             break
         grade = prepare.grade(row["response"], question)
         rows.append(row | {"answer": grade.answer, "correct": grade.correct, "well_formed": grade.well_formed})
@@ -179,11 +179,12 @@ def find_policies(config: Config, study: dict) -> dict[str, tuple[Path | None, d
             found[name] = (None, model_files)
         elif name in finished:
             folder = data / "policies" / name
-            made_from = json.loads((folder / "config.json").read_text())["settings"]["made_from"]
+            made_from = train.read_run(folder)["settings"]["made_from"]
             files = {artifact: digest for artifact, digest in made_from.items() if artifact not in model_files}
             prepare.check_fresh(data, folder, files, "delete that folder and run 03_train_grpo.py again")
             if not made_from.items() >= model_files.items():
                 raise UserError(f"{folder} was trained on another model than {study['model']}: delete it and run 03_train_grpo.py again")
+            check_adapter(folder)
             found[name] = (folder, model_files | {str(path.relative_to(data)): prepare.sha256(path) for path in map(folder.joinpath, ADAPTER)})
         elif (folder := Path(name)).is_dir() and folder.resolve().name not in ("base", *finished, *found):
             check_adapter(folder)
@@ -207,7 +208,7 @@ def check_adapter(folder: Path):
         with safe_open(folder / ADAPTER[1], "pt") as file:
             names = list(file.keys())
     except (OSError, ValueError, TypeError, SafetensorError) as error:
-        raise UserError(f"{folder} is no adapter (adapter_config.json and adapter_model.safetensors, as PEFT saves them): {error}") from error
+        raise UserError(f"{folder} is no adapter (adapter_config.json and adapter_model.safetensors, as PEFT saves them: {error}): save or train it again") from error
     usual = LoraConfig().to_dict()
     odd = [f"{key} {value}" for key, value in settings.items() if key not in LORA_SETTINGS and value and value != usual.get(key)]
     odd += ["no peft_type LORA"] * (settings.get("peft_type") != "LORA") + [name for name in names if not LORA_WEIGHT.fullmatch(name)][:1]
@@ -254,8 +255,9 @@ def main(config: Config) -> dict[tuple[str, str, str], list[dict]]:
     prepare.check_least(config, 1e-9, "cache_gb")
     preset = train.PRESETS[study["preset"]]
     policies, inputs, answers = find_policies(config, study), find_inputs(config, study), {}
-    runs = [json.loads(path.read_text())["settings"]["max_new_tokens"] for path in (data / "policies").glob("*/config.json")]
+    runs = [train.read_run(path.parent)["settings"]["max_new_tokens"] for path in (data / "policies").glob("*/config.json")]
     max_new_tokens = config.max_new_tokens or max(runs, default=preset["max_new_tokens"])  # whichever policies are asked
+    made_with = ", ".join(map(" ".join, prepare.versions().items()))
     adapters = {who: folder for who, (folder, _) in policies.items() if folder}
     load = functools.cache(lambda: load_policies(prepare.model_path(data, study), study["max_pixels"], adapters))
     for source, name, questions in inputs:
@@ -265,7 +267,8 @@ def main(config: Config) -> dict[tuple[str, str, str], list[dict]]:
         tests = [row for row, split in enumerate(splits) if split == "test"]
         chosen = [tests[i] for i in prepare.stratified([ids[row] for row in tests], [groups[row] for row in tests], config.limit)]
         chosen.sort(key=lambda row: -lengths[row])  # what does not fit into memory shows at once, and there is little padding
-        origins = {who: {"made_from": made_from | questions, "max_new_tokens": max_new_tokens} for who, (_, made_from) in policies.items()}
+        origins = {who: {"made_from": made_from | questions, "made_with": made_with, "max_new_tokens": max_new_tokens}
+                   for who, (_, made_from) in policies.items()}
         paths = {who: data / "answers" / who / source / f"{name}.jsonl" for who in policies}
         done = evaluate(load, table, chosen, paths, origins, config.cache_gb or preset["cache_gb"], preset["tokens_per_pass"],
                         f"{source} {name}")
