@@ -116,7 +116,7 @@ class Config:
 def run(main: Callable, config_class: type, description: str):
     """Parse the command line and run a stage; bad input ends with one sentence and exit code 2, Ctrl-C with 130."""
     parser = HfArgumentParser(config_class, description=description, allow_abbrev=False)
-    config, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
+    config, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True, look_for_args_file=False)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # about calls that other libraries make
     if not sys.stderr.isatty():  # bars are for a terminal
         disable_progress_bars()
@@ -249,7 +249,7 @@ def read_json(path: Path, shape: Mapping, remedy: str) -> dict:
 def read_jsonl(path: Path) -> list[dict]:
     """Rows of a JSON lines file up to the first broken line: the last one, where a kill cut it short."""
     rows = []
-    with suppress(ValueError, RecursionError):
+    with suppress(ValueError, TypeError, RecursionError):
         for line in path.read_bytes().splitlines():
             rows.append(dict(json.loads(line)))
     return rows
@@ -1227,6 +1227,8 @@ def from_own(problem, images, answer, answer_type=None, choices=None, id=None, g
     if not (lists and known):
         raise Rejected(f"not a question: choices and images are lists, answer_type is one of {', '.join(ANSWER_TYPES)}, split is train or "
                        "test, needs_image is true or false, or they are left out")
+    if isinstance(answer, float) and not math.isfinite(answer):
+        raise Rejected("gold: the answer is no finite number")
     choices, plainly = [str(choice) for choice in choices or []], str(answer).strip()
     if choices and not re.fullmatch("[A-Z]", plainly):
         answer = letter(plainly, choices)
@@ -1330,6 +1332,8 @@ def open_picture(raw: Mapping | str, folder: Path | None) -> Image.Image:
             ImageOps.exif_transpose(picture, in_place=True)
             if picture.mode[0] in "IF":  # grey of more than 8 bits, which Pillow alone would clip
                 values = np.asarray(picture, np.float32)
+                if not math.isfinite(values.max()):
+                    raise Rejected("picture unreadable: its brightness is no number")
                 most = next((top for top in (1 if picture.mode == "F" else 255, 255, 65535) if values.max() <= top), values.max())
                 picture = Image.fromarray((values.clip(0) * (255 / most)).astype(np.uint8))
             if picture.has_transparency_data:  # as on paper: what is transparent shows white
@@ -1532,15 +1536,17 @@ def load_model_parts(model: str, max_pixels: int) -> tuple:
         kind = AutoConfig.from_pretrained(model, trust_remote_code=False).model_type
         tokenizer, image_processor = load_processors(model, max_pixels)
         side = int(image_processor.patch_size) * image_processor.merge_size
+        image_processor(Image.new("RGB", (side, side)))  # it works
     if kind not in FAMILIES:
         raise UserError(f"{model} is a {kind} model: this kit trains {', '.join(FAMILIES)}")
     try:
-        placeholders = tokenize_prompt("<image>", [1], tokenizer).count(tokenizer.convert_tokens_to_ids("<|image_pad|>"))
+        ids = tokenize_prompt("<image>", [1], tokenizer)
+        whole = ids.count(tokenizer.convert_tokens_to_ids("<|image_pad|>")) == 1 and INSTRUCTION in tokenizer.decode(ids)
     except Exception:  # none, or a broken one
-        placeholders = 0
-    if placeholders != 1:
-        raise UserError(f"{model} has no chat template for pictures: copy chat_template.jinja or tokenizer_config.json "
-                        "of the published model there")
+        whole = False
+    if not whole:
+        raise UserError(f"{model} has no chat template for pictures or no whole tokenizer: copy chat_template.jinja, tokenizer.json and "
+                        "tokenizer_config.json of the published model there")
     if max_pixels < side**2:
         raise UserError(f"--max_pixels {max_pixels} is less than one image token: choose at least {side**2}")
     return tokenizer, image_processor
@@ -1570,7 +1576,7 @@ def embedded_model(data: Path, seed: int, max_pixels: int):
     """Make data/model/ unless it was made by this very recipe: seed, pixels, packages and code."""
     recipe = {"seed": seed, "max_pixels": max_pixels, "versions": versions(), "code": sha256(Path(__file__))}
     note = data / "model" / MADE_FROM
-    if note.exists() and json.loads(note.read_text()) == recipe:
+    if note.exists() and read_jsonl(note) == [recipe]:
         print(f"{data / 'model'}: up to date")
         return
     print(f"{data / 'model'}: learning for three minutes, and again after a change of this file, --seed, --max_pixels or packages", flush=True)
