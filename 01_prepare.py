@@ -185,7 +185,8 @@ def locked(data: Path, begin: bool):
         else:
             holder.truncate(0)
             print(os.getpid(), file=holder, flush=True)
-            for folder in (data, *map(data.joinpath, FOLDERS)):
+            for folder in (data, *filter(Path.is_dir, map(data.joinpath, FOLDERS))):
+                os.listdir(folder)  # glob passes over a folder that may not be read, without a word
                 for part in folder.glob(".*.part" if folder == data else "**/.*.part"):
                     remove(part)
         yield

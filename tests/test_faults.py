@@ -7,6 +7,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+import kills
 from conftest import ROOT, artifacts
 from stage import SMALLEST
 
@@ -511,7 +513,7 @@ def check_goes_on(server, study, data, stage, options, before):
     done = server(stage, "--data", data, *options, seconds=60)
     assert (done.code, done.stderr) == (0, "")
     made = artifacts(data)
-    assert {name for name in made if made[name] != whole.get(name)} == set() and len(made) > len(before)
+    assert {name: made[name] for name in made if made[name] != whole.get(name)} == {} and len(made) > len(before)
 
 
 @pytest.mark.parametrize("stage, free_kb", [("01_prepare", 2000), ("02_corrupt", 0), ("02_corrupt", 100), ("03_train_grpo", 20),
@@ -551,4 +553,48 @@ def test_lost_permission_is_one_sentence(server, study, disk, stage):
         (data / name).chmod(0)
         check_sentence(server(stage, "--data", data, *SMALLEST[stage], user=NOBODY), "Permission denied")
         (data / name).chmod(0o755)
-    assert artifacts(data) == before
+    assert before.items() <= artifacts(data).items()
+
+
+# Processes: a second one, one that is killed, and one without a network
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The smallest study by five processes that nobody disturbs: its files, and the seconds of each stage."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    return folder, *kills.undisturbed(folder)
+
+
+def test_a_second_run_on_the_same_folder_is_one_sentence(server, copy_of):
+    """Refused while the first lives, also one that sleeps; and not a moment longer."""
+    first = kills.begin("04_evaluate", copy_of)
+    os.kill(first.pid, signal.SIGSTOP)
+    for stage in SMALLEST:
+        check_sentence(server(stage, "--data", copy_of), f"is in use by another run (process {first.pid}): wait for its end, or choose another")
+    first.kill()
+    first.wait()
+    done = server("05_report", "--data", copy_of)
+    assert (done.code, done.stderr) == (0, "")
+
+
+def test_the_default_study_opens_no_socket_and_ends_as_in_one_process(study, whole):
+    """A connection, or a look-up of a name, would have ended each process with code 9, as it does here."""
+    code = "import sys, stage; sys.addaudithook(stage.no_socket); import socket; socket.create_connection(('localhost', 9))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT / "tests", capture_output=True).returncode == 9
+    there = artifacts(study[0])
+    assert [name for name, content in whole[1].items() if there.get(name) != content and not name.startswith(("answers/", "report/"))] == []
+
+
+@pytest.mark.parametrize("options", [["--preset", "3b"], ["--benchmarks", "mathvista", "--model", "{model}"], ["--benchmarks", "mmmu", "--model", "{model}"]])
+def test_a_hub_out_of_reach_is_one_sentence(model, tmp_path, options):
+    """Nothing listens there; the library would try each file six times, and say so."""
+    environment = {key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"} | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    command = [sys.executable, str(ROOT / "01_prepare.py"), "--data", str(tmp_path / "data"), *(option.format(model=model) for option in options)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "could not be loaded from the hub" in done.stderr, done.stderr
+
+
+def test_killed_and_continued_to_the_same_bytes(whole):
+    """A handful; `python tests/kills.py` makes as many as you like."""
+    assert kills.kill(*whole, kills=4, seed=0) >= 1
