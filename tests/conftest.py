@@ -82,8 +82,9 @@ def run_stages(data, *modules):
 def artifacts(data):
     """Path -> content of all in a data folder, but for what a clock or the memory says, and where PEFT found the base."""
     told = re.compile(rb'("|&#34;)(\w+_s|seconds|peak_gb)\1: [\d.e-]+|(?<="base_model_name_or_path": )"[^"]*"')
-    return {str(path.relative_to(data)): told.sub(b"", path.read_bytes()) if path.suffix in (".json", ".jsonl", ".html") else path.read_bytes()
-            for path in sorted(data.rglob("*")) if path.is_file() and path.name != ".lock"}
+    files = [path for path in sorted(data.rglob("*")) if path.is_file() and path.name != ".lock"]
+    content = lambda path: told.sub(b"", path.read_bytes()) if path.suffix in (".json", ".jsonl", ".html") else path.read_bytes()
+    return {str(path.relative_to(data)): content(path) for path in files}
 
 
 @pytest.fixture(scope="session")

@@ -113,7 +113,8 @@ PICTURES = {
     "truncated WebP": (saved(Image.effect_noise((300, 200), 90).convert("RGB"), "WEBP", lossless=True)[:9_000], "picture unreadable"),
     "truncated TIFF": (GREY16[:200], "picture unreadable"),
     "GIF header alone": (b"GIF89a but no", "picture unreadable"),
-    "BMP of negative size": (b"BM" + struct.pack("<IHHIIiiHHIIiiII", 54, 0, 0, 54, 40, -60, -40, 1, 24, 0, 0, 0, 0, 0, 0), "picture unreadable"),
+    "BMP of negative size": (b"BM" + struct.pack("<IHHIIiiHHIIiiII", 54, 0, 0, 54, 40, -60, -40, 1, 24, 0, 0, 0, 0, 0, 0),
+                             "picture unreadable"),
     "zero bytes": (b"", "picture unreadable"),
     "random bytes": (np.random.default_rng(0).bytes(5000), "picture unreadable"),
     "EPS": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n", "picture unreadable"),
@@ -162,12 +163,14 @@ LINES = [
     ({"answer": "w" * 10_000_000}, "too long"), ({"choices": ["w" * 900_000, "b"], "answer": "A"}, "too long"),
     ({"problem": "\ud800"}, "not a question"), ({"id": "\ud800"}, "not a question"), ({"group": "\ud800"}, "not a question"),
     ({"unit": "\ud800"}, "not a question"), ({"answer": ["\ud800"]}, "not a question"),
-    ({"problem": "a\0b"}, "control characters"), ({"problem": "\x1b]0;title\x07"}, "control characters"), ({"id": "\x1b[2J"}, "control characters"),
+    ({"problem": "a\0b"}, "control characters"), ({"problem": "\x1b]0;title\x07"}, "control characters"),
+    ({"id": "\x1b[2J"}, "control characters"),
     ({"answer": "\beta"}, "control characters"), ({"choices": ["a", "\x7f"], "answer": "A"}, "control characters"),
     ({"problem": "\N{RIGHT-TO-LEFT OVERRIDE}How many?\r\n\f"}, None), ({"problem": "e" + "\u0301" * 10_000}, "too long"),
     ({"problem": "<image>" * 500}, "picture missing"), ({"problem": "<image> and <image>?"}, "picture missing"),
     ({"problem": "<image 7>"}, "picture missing"), ({"images": []}, "no picture"), ({"images": [7]}, "picture unreadable"),
-    ({"images": "0.png"}, "not a question"), ({"images": [["0.png"]]}, "picture unreadable"), ({"images": [{"bytes": None, "path": None}]}, "no picture"),
+    ({"images": "0.png"}, "not a question"), ({"images": [["0.png"]]}, "picture unreadable"),
+    ({"images": [{"bytes": None, "path": None}]}, "no picture"),
     ({"images": [{"bytes": "abc", "path": None}]}, "picture unreadable"), ({"images": ["0.png"] * 900}, "too long"),
     ({"answer": None}, "gold"), ({"answer": ""}, "gold"), ({"answer": {"a": 1}}, "gold"), ({"answer": " \n"}, "gold"),
     ({"answer_type": "integer", "answer": "many"}, "gold"), ({"answer_type": "math", "answer": "9" * 400 + "^" + "9" * 400}, "gold"),
@@ -189,7 +192,8 @@ def hostile(tmp_path):
         plain_picture().save(path)
     (folder / "folder.png").mkdir()
     os.mkfifo(folder / "fifo.png")
-    for link, target in (("link.png", around / "secret.png"), ("linked", around), ("zero.png", "/dev/zero"), ("loop.png", folder / "loop.png")):
+    links = {"link.png": around / "secret.png", "linked": around, "zero.png": "/dev/zero", "loop.png": folder / "loop.png"}
+    for link, target in links.items():
         (folder / link).symlink_to(target)
     for number, (name, (content, reason, *_)) in enumerate(PICTURES.items()):
         (folder / f"picture{number}.png").write_bytes(content)
@@ -227,11 +231,12 @@ def test_every_hostile_row_is_rejected_with_its_reason(prepare, server, home, mo
 @pytest.mark.parametrize("mode, kind", [("RGBA", "PNG"), ("I;16", "PNG"), ("P", "GIF")])
 def test_the_largest_pictures_take_no_more_memory(prepare, server, model, tmp_path, mode, kind):
     """Just below the limit of pixels, and a few kB as a file."""
-    (tmp_path / "mine").mkdir()
+    folder = tmp_path / "mine"
+    folder.mkdir()
     options = {"transparency": 0} if mode == "P" else {}
-    Image.new(mode, (9000, prepare.MOST_PIXELS // 9000)).save(tmp_path / "mine" / "0.png", kind, **options)
-    (tmp_path / "mine" / "questions.jsonl").write_text(json.dumps(GOOD))
-    done = server("01_prepare", "--data", tmp_path / "data", "--model", model, "--benchmarks", "mine", "--local", f"mine={tmp_path / 'mine'}")
+    Image.new(mode, (9000, prepare.MOST_PIXELS // 9000)).save(folder / "0.png", kind, **options)
+    (folder / "questions.jsonl").write_text(json.dumps(GOOD))
+    done = server("01_prepare", "--data", tmp_path / "data", "--model", model, "--benchmarks", "mine", "--local", f"mine={folder}")
     assert (done.code, done.stderr) == (0, "") and done.mb < MB_BESIDE_IMPORTS, done
 
 
@@ -287,20 +292,25 @@ SOURCES = {
     "a FIFO": (lambda f: os.mkfifo(f / "questions.jsonl"), "has no parquet of split test and no questions.jsonl"),
     "a FIFO as parquet": (lambda f: os.mkfifo(f / "test.parquet"), "has no parquet of split test and no questions.jsonl"),
     "a device as parquet": (lambda f: (f / "test.parquet").symlink_to("/dev/zero"), "has no parquet of split test and no questions.jsonl"),
-    "a loop of links": (lambda f: (f / "test.parquet").symlink_to(f / "test.parquet"), "has no parquet of split test and no questions.jsonl"),
+    "a loop of links": (lambda f: (f / "test.parquet").symlink_to(f / "test.parquet"),
+                        "has no parquet of split test and no questions.jsonl"),
     "zero bytes": (lambda f: (f / "a.parquet").write_bytes(b""), "a.parquet cannot be read"),
     "no parquet": (lambda f: (f / "a.parquet").write_bytes(b"PAR1" + bytes(100) + b"PAR1"), "a.parquet cannot be read"),
     "truncated": (lambda f: (write_parquet(f / "a.parquet", **ROW), truncate(f / "a.parquet")), "a.parquet cannot be read"),
     "no columns": (lambda f: pq.write_table(pa.table({}), f / "a.parquet"), "lacks the columns problem, images, answer"),
     "no rows": (lambda f: pq.write_table(pa.table(ROW).slice(0, 0), f / "a.parquet"), "its files are empty"),
-    "nulls": (lambda f: write_parquet(f / "a.parquet", problem=[None], images=pa.array([None], pa.list_(pa.string())), answer=[None]), "not a question 1"),
+    "nulls": (lambda f: write_parquet(f / "a.parquet", problem=[None], images=pa.array([None], pa.list_(pa.string())), answer=[None]),
+              "not a question 1"),
     "numbers for text": (lambda f: write_parquet(f / "a.parquet", problem=[7], images=[1.5], answer=[True]), "not a question 1"),
     "a struct for text": (lambda f: write_parquet(f / "a.parquet", problem=[{"text": [{"deep": "How many?"}]}]), "not a question 1"),
     "bytes for text": (lambda f: write_parquet(f / "a.parquet", problem=[b"\xff\xfe"]), "not a question 1"),
-    "invalid text": (lambda f: write_parquet(f / "a.parquet", problem=pa.array([b"\xff\xfe"]).view(pa.string())), "a.parquet cannot be read"),
+    "invalid text": (lambda f: write_parquet(f / "a.parquet", problem=pa.array([b"\xff\xfe"]).view(pa.string())),
+                     "a.parquet cannot be read"),
     "a cell of 100 MB": (lambda f: write_parquet(f / "a.parquet", problem=["w" * 100_000_000]), "too long 1"),
-    "a picture of 100 MB": (lambda f: write_parquet(f / "a.parquet", images=[[{"bytes": bytes(100_000_000), "path": None}]]), "picture unreadable 1"),
-    "64 cells of 20 MB in 1 MB": (lambda f: write_parquet(f / "a.parquet", problem=["w" * 20_000_000] * 64, images=[["0.png"]] * 64, answer=["3"] * 64),
+    "a picture of 100 MB": (lambda f: write_parquet(f / "a.parquet", images=[[{"bytes": bytes(100_000_000), "path": None}]]),
+                            "picture unreadable 1"),
+    "64 cells of 20 MB in 1 MB": (lambda f: write_parquet(f / "a.parquet", problem=["w" * 20_000_000] * 64, images=[["0.png"]] * 64,
+                                                         answer=["3"] * 64),
                                   "too long 64"),
 }
 
@@ -351,9 +361,11 @@ MODELS = {
     "another family": (lambda f: (f / "config.json").write_text('{"model_type": "llama"}'), "is a llama model: this kit trains"),
     "half a tokenizer": (lambda f: truncate(f / "tokenizer.json"), "could not be loaded"),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "no whole tokenizer"),
-    "a template that never ends": (lambda f: (f / "chat_template.jinja").write_text("{% for i in range(10**12) %}x{% endfor %}"), "has no chat template"),
+    "a template that never ends": (lambda f: (f / "chat_template.jinja").write_text("{% for i in range(10**12) %}x{% endfor %}"),
+                                   "has no chat template"),
     "a template that runs code": (lambda f: (f / "chat_template.jinja").write_text(
-        "{{ ''.__class__.__mro__[1].__subclasses__() }}{{ cycler.__init__.__globals__.os.system('touch $HOME/evil') }}"), "has no chat template"),
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}{{ cycler.__init__.__globals__.os.system('touch $HOME/evil') }}"),
+                                  "has no chat template"),
     "half a processor": (lambda f: truncate(f / "preprocessor_config.json"), "could not be loaded"),
     "patches of size 0": (lambda f: edit_json(f / "preprocessor_config.json", patch_size=0), "could not be loaded"),
 }
@@ -391,6 +403,10 @@ def in_its_place(path):
     path.mkdir()
 
 
+def change(path, old, new):
+    path.write_bytes(path.read_bytes().replace(old, new))
+
+
 def other_columns(path):
     table = pq.read_table(path)
     pq.write_table(table.drop_columns(["answer"]).replace_schema_metadata(table.schema.metadata), path)
@@ -401,7 +417,8 @@ FRESH = ["--seeds", "7", "--steps", "1", "--conditions", "hallucination"]  # a r
 ARTIFACTS = [  # path, what happens to it, stage, its options, what it says
     ("study.json", lambda p: p.write_bytes(b""), "02_corrupt", [], "study.json cannot be read"),
     ("study.json", truncate, "03_train_grpo", [], "study.json cannot be read"),
-    ("study.json", lambda p: p.write_text("[]"), "04_evaluate", [], "study.json is damaged (it has no proper preset): delete it and run 01"),
+    ("study.json", lambda p: p.write_text("[]"), "04_evaluate", [],
+     "study.json is damaged (it has no proper preset): delete it and run 01"),
     ("study.json", lambda p: p.write_text("[" * 100_000), "05_report", [], "study.json cannot be read"),
     ("study.json", lambda p: p.write_text("9" * 5000), "02_corrupt", [], "study.json cannot be read"),
     ("study.json", lambda p: p.write_bytes(b"\xff\xfe\xfd"), "01_prepare", [], "study.json cannot be read"),
@@ -427,6 +444,8 @@ ARTIFACTS = [  # path, what happens to it, stage, its options, what it says
     (f"{RUN}/config.json", lambda p: p.write_text("{"), "04_evaluate", [], "config.json cannot be read"),
     (f"{RUN}/config.json", lambda p: p.write_text("[]"), "03_train_grpo", [], "config.json is damaged"),
     (f"{RUN}/config.json", lambda p: p.write_text('{"settings": {}}'), "04_evaluate", [], "config.json is damaged"),
+    (f"{RUN}/config.json", lambda p: change(p, b'"torch": "', b'"torch": "1.'), "03_train_grpo", [],
+     "made with other settings (torch was 1."),
     (f"{RUN}/config.json", in_its_place, "04_evaluate", [], "config.json cannot be read"),
     (f"{RUN}/adapter_model.safetensors", lambda p: p.unlink(), "04_evaluate", [], "is no adapter"),
     (f"{RUN}/adapter_model.safetensors", lambda p: p.rename(p.with_name("adapter_model.bin")), "04_evaluate", [], "is no adapter"),
@@ -439,6 +458,8 @@ ARTIFACTS = [  # path, what happens to it, stage, its options, what it says
     ("answers/base/shapes/clean.jsonl", lambda p: p.write_text("[1]\n"), "05_report", [], "clean.jsonl row 1 cannot be read"),
     ("answers/base/shapes/clean.jsonl", lambda p: p.write_text("[" * 100_000), "05_report", [], "clean.jsonl row 1 cannot be read"),
     ("answers/base/shapes/clean.jsonl", lambda p: p.write_text('{"id": 3}\n'), "05_report", [], "clean.jsonl row 1 has no proper"),
+    ("answers/base/shapes/clean.jsonl", lambda p: change(p, b"torch ", b"torch 1."), "05_report", [],
+     "by another base than its answers elsewhere"),
     ("answers/base/shapes/clean.jsonl", in_its_place, "05_report", [], "clean.jsonl cannot be"),
     (".lock", in_its_place, "04_evaluate", [], ".lock cannot be"),
 ]
@@ -467,10 +488,12 @@ def test_a_damaged_artifact_is_one_sentence(server, home, study, copy_of, path, 
     assert made <= {str(data)}, made
 
 
-@pytest.mark.parametrize("content", [b"\xff\xfe garbage", b"[1, 2]\n", b'{"id": "shapes/test-0000"}\n', b"[" * 100_000 + b"\n", b'{"id": 9}\n' * 3])
-def test_answers_of_garbage_are_made_again(server, study, copy_of, content):
+@pytest.mark.parametrize("damage", [
+    lambda p: p.write_bytes(b"\xff\xfe garbage"), lambda p: p.write_bytes(b'[1, 2]\n{"id": "shapes/test-0000"}\n' + b'{"id": 9}\n' * 3),
+    lambda p: change(p, b"transformers ", b"transformers 1.")])
+def test_answers_of_garbage_or_by_other_packages_are_made_again(server, study, copy_of, damage):
     path = copy_of / "answers" / "base" / "shapes" / "clean.jsonl"
-    path.write_bytes(content)
+    damage(path)
     done = server("04_evaluate", "--data", copy_of, "--policies", "base", "--corruptions", "clean", "--max_new_tokens", 24)
     assert (done.code, done.stderr) == (0, "")
     assert path.read_bytes() == (study[0] / path.relative_to(copy_of)).read_bytes()
@@ -571,7 +594,7 @@ def test_a_second_run_on_the_same_folder_is_one_sentence(server, copy_of):
     first = kills.begin("04_evaluate", copy_of)
     os.kill(first.pid, signal.SIGSTOP)
     for stage in SMALLEST:
-        check_sentence(server(stage, "--data", copy_of), f"is in use by another run (process {first.pid}): wait for its end, or choose another")
+        check_sentence(server(stage, "--data", copy_of), f"is in use by another run (process {first.pid}): wait for its end, or")
     first.kill()
     first.wait()
     done = server("05_report", "--data", copy_of)
@@ -586,12 +609,12 @@ def test_the_default_study_opens_no_socket_and_ends_as_in_one_process(study, who
     assert [name for name, content in whole[1].items() if there.get(name) != content and not name.startswith(("answers/", "report/"))] == []
 
 
-@pytest.mark.parametrize("options", [["--preset", "3b"], ["--benchmarks", "mathvista", "--model", "{model}"], ["--benchmarks", "mmmu", "--model", "{model}"]])
+@pytest.mark.parametrize("options", [["--preset", "3b"], ["--benchmarks", "mmmu", "--model", "{model}"]])
 def test_a_hub_out_of_reach_is_one_sentence(model, tmp_path, options):
     """Nothing listens there; the library would try each file six times, and say so."""
-    environment = {key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"} | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
-    command = [sys.executable, str(ROOT / "01_prepare.py"), "--data", str(tmp_path / "data"), *(option.format(model=model) for option in options)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    environment = os.environ | {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    command = [sys.executable, str(ROOT / "01_prepare.py"), "--data", str(tmp_path / "data")]
+    done = subprocess.run([*command, *(option.format(model=model) for option in options)], env=environment, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "could not be loaded from the hub" in done.stderr, done.stderr
 
 
