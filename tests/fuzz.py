@@ -100,5 +100,5 @@ def saved(kind):
 if __name__ == "__main__":
     SEEDS, FOLDER = {kind: saved(kind) for kind in prepare.PICTURE_FORMATS}, pathlib.Path(tempfile.mkdtemp())
     target = {"grader": grader, "options": options, "loaders": loaders}[sys.argv.pop(1)]
-    atheris.Setup([sys.argv[0], "-max_len=600", "-len_control=0", "-timeout=60", *sys.argv[1:]], target)
+    atheris.Setup([sys.argv[0], "-max_len=600", "-len_control=0", "-timeout=300", *sys.argv[1:]], target)
     atheris.Fuzz()

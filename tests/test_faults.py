@@ -620,4 +620,4 @@ def test_a_hub_out_of_reach_is_one_sentence(model, tmp_path, options):
 
 def test_killed_and_continued_to_the_same_bytes(whole):
     """A handful; `python tests/kills.py` makes as many as you like."""
-    assert kills.kill(*whole, kills=4, seed=0) >= 1
+    assert kills.kill(*whole, kills=5, seed=0) >= 1
