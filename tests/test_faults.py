@@ -11,9 +11,9 @@ import signal
 import struct
 import subprocess
 import sys
+import time
 import zlib
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -23,9 +23,8 @@ from PIL import Image
 
 import kills
 from conftest import ROOT, artifacts
-from stage import SMALLEST
+from stage import SMALLEST, Server
 
-STAGE = [sys.executable, str(ROOT / "tests" / "stage.py")]
 MB_BESIDE_IMPORTS = 1000
 RED = (200, 30, 30)
 
@@ -40,14 +39,9 @@ def home(tmp_path_factory):
 def server(home):
     os.makedirs(home / "tmp")
     environment = os.environ | {"HOME": str(home), "TMPDIR": str(home / "tmp")}
-    with subprocess.Popen(STAGE, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=home, env=environment) as process:
-        assert process.stdout.readline() == "ready\n"
-
-        def run(stage, *options, seconds=10, user=0):
-            print(json.dumps([seconds, user, stage, *map(str, options)]), file=process.stdin, flush=True)
-            return SimpleNamespace(**json.loads(process.stdout.readline()))
-        yield run
-        process.stdin.close()
+    server = Server(cwd=home, env=environment)
+    yield server
+    server.close()
 
 
 def listing(*folders, without=()):
@@ -583,15 +577,19 @@ def test_lost_permission_is_one_sentence(server, study, disk, stage):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """The smallest study by five processes that nobody disturbs: its files, and the seconds of each stage."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    return folder, *kills.undisturbed(folder)
+def whole(server, tmp_path_factory):
+    """The smallest study by five processes that nobody disturbs: its folder, its files, and the seconds of each stage."""
+    data = tmp_path_factory.mktemp("undisturbed") / "data"
+    return data, *kills.undisturbed(server, data)
 
 
 def test_a_second_run_on_the_same_folder_is_one_sentence(server, copy_of):
     """Refused while the first lives, also one that sleeps; and not a moment longer."""
-    first = kills.begin("04_evaluate", copy_of)
+    command = [sys.executable, str(ROOT / "04_evaluate.py"), "--data", str(copy_of), "--max_new_tokens", "23"]
+    first, lock = subprocess.Popen(command, stdout=subprocess.DEVNULL), copy_of / ".lock"
+    while not lock.exists() or lock.read_text() != f"{first.pid}\n":
+        assert first.poll() is None
+        time.sleep(0.01)
     os.kill(first.pid, signal.SIGSTOP)
     for stage in SMALLEST:
         check_sentence(server(stage, "--data", copy_of), f"is in use by another run (process {first.pid}): wait for its end, or")
@@ -618,6 +616,6 @@ def test_a_hub_out_of_reach_is_one_sentence(model, tmp_path, options):
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "could not be loaded from the hub" in done.stderr, done.stderr
 
 
-def test_killed_and_continued_to_the_same_bytes(whole):
+def test_killed_and_continued_to_the_same_bytes(server, whole):
     """A handful; `python tests/kills.py` makes as many as you like."""
-    assert kills.kill(*whole, kills=5, seed=0) >= 1
+    assert kills.kill(server, *whole, kills=8, seed=0) >= 1
