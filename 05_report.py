@@ -371,17 +371,14 @@ def read_answers(data: Path, path: Path, checked: dict, models: dict) -> list[di
     `checked`: artifact -> sha256; `models`: policy -> the artifacts of its model, the same in all files. Both grow.
     """
     remedy = f"delete it and run 04_evaluate.py --data {data} again"
-    try:
-        rows = prepare.read_jsonl(path)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is no file of answers ({error}): {remedy}") from error
+    rows = prepare.read_jsonl(path)
     with open(path, "rb") as file:
         if len(rows) != sum(1 for _ in file) or not rows:
             raise UserError(f"{path} row {len(rows) + 1} cannot be read: {remedy}")
     kinds = {"id": str, "response": str, "answer": (str, type(None)), "gold": str, "correct": bool, "well_formed": bool,
              "truncated": bool, "tokens": int, "gold_logprob": (int, float), "made_from": dict}
     for i, row in enumerate(rows):
-        wrong = [key for key, kind in kinds.items() if not isinstance(row, dict) or not isinstance(row.get(key), kind)]
+        wrong = [key for key, kind in kinds.items() if not isinstance(row.get(key), kind)]
         if not wrong and not math.isfinite(row["gold_logprob"]):
             wrong = ["gold_logprob"]
         if not wrong and "nats" in row:
@@ -392,12 +389,13 @@ def read_answers(data: Path, path: Path, checked: dict, models: dict) -> list[di
         if adapters != [who for who in [path.parent.parent.name] if who != "base"]:
             raise UserError(f"{path} row {i + 1} is by {(adapters or ['base'])[0]}, not by {path.parent.parent.name}: {remedy}")
         model = {key: digest for key, digest in row["made_from"].items() if not key.startswith(("questions/", "corrupted/"))}
+        model["made_with"] = row.get("made_with")  # packages
         if models.setdefault(path.parent.parent.name, model) != model:
             raise UserError(f"{path} row {i + 1} is by another {path.parent.parent.name} than its answers elsewhere: {remedy}")
         new = {key: digest for key, digest in row["made_from"].items() if checked.get(key) != digest}
         prepare.check_fresh(data, path, new, f"run 04_evaluate.py --data {data} again, or delete {path.parent.parent} to do without this policy")
         checked |= new
-        for key in ("made_from", "group", "needs_image"):  # checked, or known from the question: half of what a row weighs
+        for key in ("made_from", "made_with", "group", "needs_image"):  # checked, or known from the question: half of what a row weighs
             row.pop(key, None)
     if len({row["id"] for row in rows}) != len(rows):
         raise UserError(f"{path} answers a question twice: {remedy}")
