@@ -65,6 +65,7 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForImageTextTo
 
 Prompt, Question, UserError, option = prepare.Prompt, prepare.Question, prepare.UserError, prepare.option
 
+ENTROPY_GUARD = 2.0  # nats of a token: as if seven words were equally likely
 CHUNK_BYTES = 2**26  # of logits in fp32: 110 positions of a vocabulary of 151,936
 LOSSES = ("dapo", "grpo", "dr_grpo")
 # options that choose runs, or change rounding alone
@@ -98,7 +99,7 @@ class Config:
     corruption: list[str] = option(["blank"], "what damages a question; of several, each question gets one by its seed")
     mixed_fraction: float = option(0.5, "share of damaged questions in condition mixed")
     looking_weight: float = option(0.2, "of what condition grounded pays for using the picture; 0 is standard")
-    looking_bound: float = option(2.0, "nats a token beyond which more use of the picture earns nothing")
+    looking_bound: float = option(5.0, "nats a token beyond which more use of the picture earns nothing")
     seeds: list[int] = option([0], "one run per condition and seed")
     steps: int = option(None, "updates of the policy [preset]")
     prompts_per_step: int = option(None, "questions a step [preset]")
@@ -635,14 +636,17 @@ def token_loss(logprobs, old_logprobs, advantages, reference, config: Config) ->
 def looking_pay(divergence: torch.Tensor, entropy: torch.Tensor, correct: torch.Tensor, bound: float) -> torch.Tensor:
     """What condition `grounded` pays for each token of a completion, in nats: (R, T), (R, T), (R,) -> (R, T).
 
-        correct * min(KL(p || q) - H(p), bound)
+        correct * [H(p) < 2] * min(KL(p || q), bound)
 
     p: the next-token distribution given the picture, q: that given the damaged one, along the policy's own completion. Where the picture
-    says nothing, p = q, and KL is 0 with its gradient; where it does, pay grows with what it says. q is held fixed: the policy cannot earn
-    by forgetting what to say without a picture. Two guards against the collapse that PAPO (arXiv 2507.06448) saw, which kept raising KL
-    with answers of no sense: entropy costs what KL gains by it, and only right completions are paid.
+    says nothing, p = q, and KL is 0 with its gradient; where it does, pay grows with what it says. Guards against the collapse that PAPO
+    (arXiv 2507.06448) saw, where KL kept rising with answers of no sense: only right completions are paid; q is held fixed, so that nothing
+    is earned by forgetting what to say without a picture; pay is bounded; and a token that could be any of many earns nothing.
+
+    Tried on shapes, one seed, and left: KL - H (the policy settles on its likeliest words: flips 36% instead of 49%), KL + H (no gain),
+    pay for wrong completions too (more information, 3 points less right), weight 1 (26 points less right).
     """
-    return correct[:, None] * (divergence - entropy).clamp(max=bound)
+    return correct[:, None] * (entropy < ENTROPY_GUARD) * divergence.clamp(max=bound)
 
 
 def score_tokens(policy: Policy, prefix: Prefix, rows: torch.Tensor, tokens: torch.Tensor, checkpoint_layers: bool = False,

@@ -223,7 +223,7 @@ def test_gradient_of_the_shared_prompt_is_that_of_whole_sequences(train, policie
 
 @pytest.mark.parametrize("kind", [*KINDS, "nf4"])
 def test_gradient_of_looking_is_that_of_whole_sequences(train, policies, kind, monkeypatch):
-    """What `grounded` adds: KL to the distribution given a blank picture, bounded, less entropy, on right completions alone; however it is cut."""
+    """What `grounded` adds: KL to the distribution given a blank picture, bounded, of tokens with little entropy, on right completions alone; however it is cut."""
     policy = policies(kind)
     completions, batch = hand_made_batch(train, policy)
     prompts = [batch.prompts[i // 3] for i in range(len(completions))]
@@ -234,8 +234,10 @@ def test_gradient_of_looking_is_that_of_whole_sequences(train, policies, kind, m
     step = dataclasses.replace(batch, correct=correct, damaged=(blank, train.look(policy, blank)))
     logprobs = [plain_logprobs(policy, *pair) for pair in zip(prompts, completions)]
     step.completions.logprobs = padded([row.detach() for row in logprobs], 7)
-    config = train.Config(loss="dapo", max_new_tokens=10, looking_weight=0.7, looking_bound=-1.0)
+    config = train.Config(loss="dapo", max_new_tokens=10, looking_weight=0.7, looking_bound=0.5)
+    monkeypatch.setattr(train, "ENTROPY_GUARD", 3.0)
     loss, clipped, count = paper_loss(config, logprobs, [row.detach() for row in logprobs], batch.advantages, None), 0, sum(map(len, completions))
+    spread = 0
     for i, tokens in enumerate(completions):
         p = plain_forward(policy, prompts[i], tokens)
         with torch.no_grad():
@@ -243,10 +245,10 @@ def test_gradient_of_looking_is_that_of_whole_sequences(train, policies, kind, m
         sampled = torch.isfinite(p[0])
         p, q = p[:, sampled], q[:, sampled]
         for t in range(len(tokens)):
-            pay = (p[t].exp() * (p[t] - q[t])).sum() + (p[t].exp() * p[t]).sum()
-            clipped += float(pay) > -1.0
-            loss = loss - 0.7 * correct[i] * torch.clip(pay, max=-1.0) / count
-    assert 0 < clipped < count
+            divergence, entropy = (p[t].exp() * (p[t] - q[t])).sum(), -(p[t].exp() * p[t]).sum()
+            clipped, spread = clipped + (float(divergence) > 0.5), spread + (float(entropy) > 3.0)
+            loss = loss - 0.7 * correct[i] * (entropy < 3.0) * torch.clip(divergence, max=0.5) / count
+    assert 0 < clipped < count and 0 < spread < count
     truth = dict(zip(trainable(policy), torch.autograd.grad(loss, list(trainable(policy).values()))))
     for config.tokens_per_pass, config.checkpoint, chunk in ((1, False, 2**26), (120, True, 2**26), (2000, False, 4 * 576 * 5)):
         monkeypatch.setattr(train, "CHUNK_BYTES", chunk)
