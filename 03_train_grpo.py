@@ -41,6 +41,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass, fields, replace
+from datetime import timedelta
 from functools import cached_property, partial
 from itertools import zip_longest
 from pathlib import Path
@@ -134,7 +135,10 @@ def joined() -> Iterator[None]:
         if card >= cards:
             raise UserError(f"process {card + 1} on this machine has no card: run torchrun --nproc_per_node={cards}")
         torch.cuda.set_device(card)
-    together(dist.init_process_group)  # gloo between processors, NCCL between cards
+    try:  # gloo between processors, NCCL between cards; one process may wait long for another, as stage 4 deals out whole files
+        dist.init_process_group(timeout=timedelta(days=7))
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"the processes cannot meet ({str(error).splitlines()[0]}): start them with torchrun") from error
     try:
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere) if world()[0] else nullcontext():
             yield
@@ -744,7 +748,8 @@ def accumulate_gradients(policy: Policy, batch: Batch, config: Config) -> dict[s
                     against = encode_prompts(policy, *([items[p] for p in some] for items in batch.damaged))
             graph = encode_prompts(policy, [batch.prompts[p] for p in some], [batch.features[p] for p in some], config.checkpoint)
             leaves = graph.as_leaves()
-            for rows, owner, length in completions_of(some, group, lengths, graph.mask.shape[1], config.tokens_per_pass):
+            before = graph.mask.shape[1] + (against.mask.shape[1] if against else 0)
+            for rows, owner, length in completions_of(some, group, lengths, before, config.tokens_per_pass):
                 mask, tokens = done.mask[rows, :length], done.tokens[rows, :length]
                 scores = score_tokens(policy, leaves, owner.to(policy.device), tokens, config.checkpoint, against)
                 logprobs, divergence, entropy = scores if batch.damaged else (scores, torch.zeros_like(scores), torch.zeros_like(scores))
@@ -805,8 +810,8 @@ def roll_out(policy: Policy, questions: Sequence[Question], step: int, seed: int
     start, group, (rank, size) = time.perf_counter(), config.group_size, world()
     before = occurrences([question["id"] for question in questions])[rank::size]  # asked twice in a step, it is completed otherwise
     questions = questions[rank::size]
-    prompts = [policy.encode(question) for question in questions]
-    features = look(policy, prompts)
+    prompts, others = ([policy.encode(question) for question in some] for some in (questions, damaged[rank::size]))
+    features, unseen = look(policy, prompts), look(policy, others)
     draws = torch.from_numpy(np.stack([uniforms(seed, step, question["id"], k * group + i, config.max_new_tokens)
                                        for question, k in zip(questions, before) for i in range(group)]))
     lengths, parts = [len(prompt.input_ids) for prompt in prompts], []
@@ -819,11 +824,11 @@ def roll_out(policy: Policy, questions: Sequence[Question], step: int, seed: int
     texts, grades, rewards = grade_completions(policy, questions, done)
     reference = score_base(policy, prompts, features, done, config) if config.kl else None
     advantages = group_advantages(rewards, scale=config.loss != "dr_grpo").flatten()
-    paid = rewards.nan_to_num(0.0, 0.0, 0.0)  # for the log; what is no number still reaches the gradient, and the step is skipped
+    earned = rewards.nan_to_num(0.0, 0.0, 0.0)  # for the log; what is no number still reaches the gradient, and the step is skipped
     samples = [{"step": step, "id": question["id"], "completion": before[p] * group, "response": texts[p * group],
-                "answer": grades[p * group].answer, "gold": question["answer"], "reward": round(paid[p, 0].item(), 3)}
+                "answer": grades[p * group].answer, "gold": question["answer"], "reward": round(earned[p, 0].item(), 3)}
                for p, question in enumerate(questions)]
-    own = {"reward": paid.tolist(), "correct": [g.correct for g in grades], "well_formed": [g.well_formed for g in grades],
+    own = {"reward": earned.tolist(), "correct": [g.correct for g in grades], "well_formed": [g.well_formed for g in grades],
            "entropy": done.entropy.sum(1).tolist(), "length": done.lengths.tolist(), "finished": done.finished.tolist()}
     parts = gather((samples, own))
     whole = {name: np.concatenate([part[name] for _, part in parts]) for name in own}
@@ -832,9 +837,8 @@ def roll_out(policy: Policy, questions: Sequence[Question], step: int, seed: int
             "entropy": float(whole["entropy"].sum() / whole["length"].sum()), "completion_tokens": int(whole["length"].sum()),
             "rollout_s": time.perf_counter() - start}
     samples = [sample for turn in zip_longest(*(some for some, _ in parts)) for sample in turn if sample]  # in the order of one process
-    others = [policy.encode(question) for question in damaged[rank::size]]
     correct = torch.tensor([1.0 * g.correct for g in grades], device=policy.device)
-    return Batch(prompts, features, done, advantages, reference, correct, (others, look(policy, others)) if others else None), row, samples
+    return Batch(prompts, features, done, advantages, reference, correct, (others, unseen) if others else None), row, samples
 
 
 def learn(policy: Policy, optimizer: torch.optim.Optimizer, batch: Batch, config: Config) -> dict:
@@ -851,7 +855,7 @@ def learn(policy: Policy, optimizer: torch.optim.Optimizer, batch: Batch, config
             break
     tokens = sums["tokens"]  # of groups with unequal rewards, of paid ones; with --kl of all
     return {"loss": None if skipped else sums["loss"], "kl": sums["kl"] / tokens if config.kl and not skipped else None,
-            "clipped": sums["clipped"] / tokens if tokens else None, "looking": sums["looking"] / tokens if batch.damaged and tokens else None,
+            "clipped": sums["clipped"] / tokens if tokens else None, "looking": sums["looking"] / tokens if batch.damaged and tokens and not skipped else None,
             "gradient_norm": None if skipped else norm, "skipped": skipped,
             "update_s": time.perf_counter() - start}
 
@@ -1069,9 +1073,12 @@ def train_run(study: dict, condition: str, seed: int, config: Config) -> dict:
         print(f"{run} is finished: kept")
         return done
     policy = load_policy(prepare.model_path(data, study), study["max_pixels"], lora_rank=config.lora_rank, seed=seed)
+    if study["model"] != "embedded":  # what the hub calls it, not where this machine keeps it
+        policy.model.peft_config["default"].base_model_name_or_path = study["model"]
     optimizer = torch.optim.AdamW([p for p in policy.model.parameters() if p.requires_grad], lr=config.learning_rate, weight_decay=0.0)
     log, samples = folder / "train.jsonl", folder / "rollouts.jsonl"
     finished = load_checkpoint(folder / "checkpoint", policy, optimizer, settings, len(rows_until(log)))
+    check_same(folder, finished, policy.unpack)
     if finished > config.steps:
         raise UserError(f"{folder} has already made {finished} steps, not {config.steps}: delete that folder, or ask for more --steps")
     rows = rows_until(log, finished)  # later ones are about to be made again
@@ -1127,11 +1134,14 @@ def finish(folder: Path, policy: Policy, result: dict):
 
 def save_adapter(folder: Path, policy: Policy):
     """adapter_model.safetensors and adapter_config.json as PEFT writes them."""
-    part = folder / ".adapter.part"
-    policy.model.save_pretrained(part)
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        (part / name).replace(folder / name)
-    shutil.rmtree(part)
+    whole = folder / ".adapter.part"
+    try:
+        policy.model.save_pretrained(whole)
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            with prepare.replacing(folder / name) as part:
+                (whole / name).replace(part)
+    finally:
+        prepare.remove(whole)
 
 
 def read_run(folder: Path) -> dict:
@@ -1178,4 +1188,4 @@ def check_config(config: Config):
 
 
 if __name__ == "__main__":
-    prepare.run(main, Config, __doc__)
+    prepare.run(main, Config, __doc__, several=True)

@@ -568,14 +568,14 @@ def strict_subset(panel: Panel) -> list[str]:
     """Ids of the questions that no policy, the base included, answers without the picture, above chance.
 
     Under each input without a picture a policy answers once greedily and `samples` times at temperature 1. A question goes out if one of
-    them is right; of a choice question, where chance is right too, if so many are as chance gives in fewer than 1 of 20 (binomial, of
-    one in as many as it has choices).
+    them is right; a choice question, where chance is right too, if so many of one policy's answers to one input are that chance, one in as
+    many as it has choices, would do so for any of them in fewer than 1 of 20 questions (binomial, Bonferroni).
     """
     out = []
     for i, question in enumerate(panel.questions):
         rows = [inputs[name][i] for inputs in panel.answers.values() for name in panel.withouts]
         chance = 1 / len(question["choices"]) if question["choices"] else 0.0
-        if all(tail(row["correct"] + row.get("drawn_right", 0), 1 + row.get("samples", 0), chance) >= 0.05 for row in rows):
+        if all(tail(row["correct"] + row.get("drawn_right", 0), 1 + row.get("samples", 0), chance) >= 0.05 / len(rows) for row in rows):
             out.append(question["id"])
     return out
 
@@ -657,7 +657,8 @@ def collect(panels: Sequence[Panel], study: Mapping) -> dict:
             for key, value in measure(panel, policy).items():
                 out[key][policy][panel.source] = value
         chosen = set(strict_subset(panel)) if panel.withouts else set()
-        out["strict_subset"][panel.source] = {"ids": sorted(chosen), **share(q["id"] in chosen for q in panel.questions), "clean": {
+        drawn = {policy: {name: inputs[name][0].get("samples", 0) for name in panel.withouts} for policy, inputs in panel.answers.items()}
+        out["strict_subset"][panel.source] = {"samples": drawn, "ids": sorted(chosen), **share(q["id"] in chosen for q in panel.questions), "clean": {
             policy: accuracy(row for row in inputs["clean"] if row["id"] in chosen) for policy, inputs in panel.answers.items() if chosen}}
         for policy in list(panel.answers)[1:]:
             out["gains"].setdefault(policy, {})[panel.source] = gain = split([policy])
@@ -1234,7 +1235,7 @@ def training_charts(data: Path, look: Mapping[str, str]) -> list[tuple[str, Mark
     for path in [path for run in look if (path := data / "policies" / run / "train.jsonl").exists()]:
         rows = prepare.read_jsonl(path)
         for i, row in enumerate(rows):
-            if not isinstance(row, dict) or not all(isinstance(row.get(key), (int, float)) and math.isfinite(row[key]) for key in keys):
+            if not all(isinstance(row.get(key), (int, float)) and math.isfinite(row[key]) for key in keys):
                 raise UserError(f"{path} row {i + 1} is no step of a training: delete {path.parent} and run 03_train_grpo.py again")
         if rows:
             steps = np.array([[row[key] for key in keys] for row in rows], float).T  # (4, steps)
@@ -1547,7 +1548,7 @@ def main(config: Config) -> dict:
     runs = sorted({policy for panel in panels for policy in panel.answers if (data / "policies" / policy / "config.json").exists()},
                   key=policy_order)
     results = collect(panels, study) | {"notes": notes, "provenance": {
-        "study": study, "policies": {run: json.loads((data / "policies" / run / "config.json").read_text()) for run in runs},
+        "study": study, "policies": {run: prepare.read_json(data / "policies" / run / "config.json", {}, "delete it and run 03_train_grpo.py again") for run in runs},
         "resamples": config.resamples, "versions": prepare.versions(), "inputs": dict(sorted(checked.items()))}}
     results["dependence"] = [dependence(results, policy, source) for source, x in results["sources"].items() for policy in x["policies"]]
     page = render(data, study, panels, results, config.gallery)
