@@ -855,7 +855,8 @@ def learn(policy: Policy, optimizer: torch.optim.Optimizer, batch: Batch, config
             break
     tokens = sums["tokens"]  # of groups with unequal rewards, of paid ones; with --kl of all
     return {"loss": None if skipped else sums["loss"], "kl": sums["kl"] / tokens if config.kl and not skipped else None,
-            "clipped": sums["clipped"] / tokens if tokens else None, "looking": sums["looking"] / tokens if batch.damaged and tokens and not skipped else None,
+            "clipped": sums["clipped"] / tokens if tokens else None,
+            "looking": sums["looking"] / tokens if batch.damaged and tokens and not skipped else None,
             "gradient_norm": None if skipped else norm, "skipped": skipped,
             "update_s": time.perf_counter() - start}
 
@@ -1057,8 +1058,8 @@ def train_run(study: dict, condition: str, seed: int, config: Config) -> dict:
     run = run_name(condition, seed, config)
     folder = data / "policies" / run
     questions = Questions(study, condition, seed, config)
-    settings = {"condition": condition, "seed": seed, "model": study["model"], "made_from": questions.made_from | study["model_files"], **prepare.versions(),
-                **{f.name: getattr(config, f.name) for f in fields(Config) if f.name not in NOT_SETTINGS}}
+    settings = {"condition": condition, "seed": seed, "model": study["model"], "made_from": questions.made_from | study["model_files"],
+                **prepare.versions(), **{f.name: getattr(config, f.name) for f in fields(Config) if f.name not in NOT_SETTINGS}}
     if condition != "mixed":
         del settings["mixed_fraction"]
     if condition == "standard":

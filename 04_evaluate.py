@@ -130,7 +130,7 @@ def answer(policy: Policy, questions: Sequence[Question], prompts: Sequence[prep
         responses, grades, _ = train.grade_completions(policy, questions, done)
         golds = gold_logprobs(policy, prefix, questions, responses, tokens_per_pass)
         if draws is not None:
-            drawn, samples = train.grade_completions(policy, questions, train.generate(policy, prefix, max_new_tokens, draws))[1], len(draws) // len(prompts)
+            _, drawn, _ = train.grade_completions(policy, questions, train.generate(policy, prefix, max_new_tokens, draws))
         if without:
             nats = token_information(policy, train.encode_prompts(policy, *without), done, tokens_per_pass)
     rows = [{"id": question["id"], "group": question["group"], "needs_image": question["needs_image"], "response": response,
@@ -142,6 +142,7 @@ def answer(policy: Policy, questions: Sequence[Question], prompts: Sequence[prep
         if without:
             row |= {"pieces": pieces_of(done.tokens[i, :row["tokens"]].tolist(), policy.tokenizer), "nats": nats[i]}
         if draws is not None:
+            samples = len(drawn) // len(rows)
             row["drawn_right"] = sum(grade.correct for grade in drawn[i * samples:(i + 1) * samples])
     return rows
 
@@ -266,7 +267,8 @@ def check_adapter(folder: Path) -> str:
         with safe_open(folder / ADAPTER[1], "pt") as file:
             names = list(file.keys())
     except (OSError, ValueError, TypeError, SafetensorError) as error:
-        raise UserError(f"{folder} is no adapter (adapter_config.json and adapter_model.safetensors, as PEFT saves them: {error}): save or train it again") from error
+        raise UserError(f"{folder} is no adapter (adapter_config.json and adapter_model.safetensors, as PEFT saves them: {error}): "
+                        "save or train it again") from error
     usual = LoraConfig().to_dict()
     odd = [f"{key} {value}" for key, value in settings.items() if key not in LORA_SETTINGS and value and value != usual.get(key)]
     odd += ["no peft_type LORA"] * (settings.get("peft_type") != "LORA") + [name for name in names if not LORA_WEIGHT.fullmatch(name)][:1]
