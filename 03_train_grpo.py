@@ -66,6 +66,7 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForImageTextTo
 Prompt, Question, UserError, option = prepare.Prompt, prepare.Question, prepare.UserError, prepare.option
 
 CHUNK_BYTES = 2**26  # of logits in fp32: 110 positions of a vocabulary of 151,936
+STRETCH = 128        # tokens that a captured step is replayed for: a capture takes about as long as a step without one
 LOSSES = ("dapo", "grpo", "dr_grpo")
 # options that choose runs, or change rounding alone
 NOT_SETTINGS = ("data", "conditions", "seeds", "steps", "sample_every", "tokens_per_pass", "cache_gb", "checkpoint", "save_every")
@@ -456,27 +457,30 @@ class Completions:
 class OwnTokens:
     """Keys and values of R completions so far, per layer; those of their prompts stay in the Prefix, once for the whole group.
 
-    Buffers grow by blocks: concatenating would copy all of them at every token.
+    Nothing moves from one token to the next: buffers have all places from the start, and a tensor, `at`, says where the next token is written.
     """
-    BLOCK = 64
-
-    def __init__(self):
-        self.length, self.stores = 0, []  # per layer (2, R, kv heads, capacity, head dim)
+    def __init__(self, places: int, at: torch.Tensor):
+        self.places, self.at, self.stores = places, at, []  # per layer (2, R, kv heads, places, head dim)
+        self.seen = 1  # the places, from the first, that attention looks at
 
     def update(self, keys, values, layer: int, *_, **__):
         if layer == len(self.stores):
-            self.stores.append(keys.new_empty(2, *keys.shape[:2], 0, keys.shape[3]))
-        if self.length == self.stores[layer].shape[3]:
-            self.stores[layer] = torch.cat([self.stores[layer], keys.new_empty(2, *keys.shape[:2], self.BLOCK, keys.shape[3])], 3)
-        store = self.stores[layer]
-        store[0, :, :, self.length], store[1, :, :, self.length] = keys[:, :, 0], values[:, :, 0]
-        return store[:, :, :, :self.length + 1].unbind()
+            self.stores.append(keys.new_zeros(2, *keys.shape[:2], self.places, keys.shape[3]))
+        for store, new in zip(self.stores[layer], (keys, values)):
+            store.index_copy_(2, self.at, new)
+        return self.stores[layer][:, :, :, :self.seen].unbind()
+
+    def bias(self, dtype: torch.dtype) -> torch.Tensor:
+        """(seen,): what a score of attention gets at the places that are not written yet."""
+        places = torch.arange(self.seen, device=self.at.device)
+        return torch.zeros(self.seen, dtype=dtype, device=self.at.device).masked_fill(places > self.at, -torch.inf)
 
     def get_seq_length(self, *_) -> int:
-        return self.length
+        return self.seen
 
     def keep(self, rows: torch.Tensor):
-        self.stores = [store[:, rows] for store in self.stores]
+        for layer, store in enumerate(self.stores):  # one at a time: twice the memory of a layer, not of all
+            self.stores[layer] = store[:, rows]
 
 
 @dataclass
@@ -505,15 +509,15 @@ class Sharing:
         return rows if self.full else rows[self.place]
 
 
-def attend(module, query, key, value, mask, scaling: float, prefix: Prefix, sharing: Sharing, **_):
-    """Attention of one new token per row to its prompt and to its own completion: query (R, heads, 1, d), key, value (R, kv heads, t, d).
+def attend(module, query, key, value, mask, scaling: float, prefix: Prefix, sharing: Sharing, bias: torch.Tensor, **_):
+    """Attention of one new token per row to its prompt and to its own completion: query (R, heads, 1, d), key, value (R, kv heads, t, d), bias (t,).
 
     The keys and values of a prompt are read once for all its rows, and nowhere is there a copy of them for each.
     """
     prompt_keys, prompt_values = prefix.keys_values[module.layer_idx]  # (P, kv heads, L, d)
     query = scaling * query.view(len(query), key.shape[1], -1, query.shape[3])  # the heads that share a kv head side by side
     before = sharing.scatter(sharing.gather(query) @ prompt_keys.transpose(2, 3) + prefix.bias)
-    weights = torch.cat([before, query @ key.transpose(2, 3)], -1).softmax(-1, dtype=torch.float32).to(query.dtype)
+    weights = torch.cat([before, query @ key.transpose(2, 3) + bias], -1).softmax(-1, dtype=torch.float32).to(query.dtype)
     before, own = weights.split([before.shape[3], key.shape[2]], -1)
     seen = sharing.scatter(sharing.gather(before) @ prompt_values) + own @ value
     return seen.reshape(len(query), 1, -1, query.shape[3]), None
@@ -528,49 +532,76 @@ def decode_step(policy: Policy, prefix: Prefix, sharing: Sharing, own: OwnTokens
     usual, text.config._attn_implementation = text.config._attn_implementation, "shared_prefix"
     try:
         hidden = text(input_ids=tokens, position_ids=position[:, None].expand(3, -1, -1), past_key_values=own, use_cache=True,
-                      prefix=prefix, sharing=sharing).last_hidden_state
+                      prefix=prefix, sharing=sharing, bias=own.bias(policy.dtype)).last_hidden_state
     finally:
         text.config._attn_implementation = usual
-    own.length += 1
     return hidden[:, 0]
 
 
+def captured(step: Callable, device: torch.device) -> Callable:
+    """On a card the same step as a CUDA graph: its kernels, some thousand, then wait for one launch, not each for Python."""
+    if device.type != "cuda":
+        return step
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):  # records, without running it
+        step()
+    return graph.replay
+
+
 @torch.no_grad()
-def generate(policy: Policy, prefix: Prefix, max_new_tokens: int, draws: torch.Tensor | None = None) -> Completions:
+def generate(policy: Policy, prefix: Prefix, max_new_tokens: int, draws: torch.Tensor | None = None, stretch: int | None = None) -> Completions:
     """Complete every prompt of `prefix` G times in one batch.
 
     `draws` (P * G, max_new_tokens), uniform in [0, 1), picks each token by the inverse of the cumulative distribution;
-    None takes the likeliest token, G = 1. A row that has ended leaves the batch. T of what returns is `max_new_tokens`.
+    None takes the likeliest token, G = 1. T of what returns is `max_new_tokens`.
+
+    For a `stretch` of tokens [on a card 128, else 1] all shapes stay, and nothing waits for the device: so on a card its second step is
+    captured, and replayed to its end. Rows that have ended leave the batch between two stretches.
     """
     group = 1 if draws is None else len(draws) // len(prefix.mask)
     rows, device = len(prefix.mask) * group, policy.device
-    out = Completions(torch.full((rows, max_new_tokens), policy.tokenizer.pad_token_id, device=device),
-                      torch.zeros(rows, max_new_tokens, device=device), torch.zeros(rows, max_new_tokens, device=device),
-                      torch.full((rows,), max_new_tokens, device=device), torch.zeros(rows, dtype=torch.bool, device=device))
-    owner = torch.arange(rows, device=device) // group
-    own, alive, sharing = OwnTokens(), torch.arange(rows, device=device), Sharing.of(owner, len(prefix.mask))
-    hidden, position = prefix.last_hidden[owner], prefix.next_position[owner]
-    for t in range(max_new_tokens):
+    stretch = stretch or (STRETCH if device.type == "cuda" else 1)
+    tokens = torch.full((rows, max_new_tokens), policy.tokenizer.pad_token_id, device=device)
+    taken, entropy = torch.zeros(2, rows, max_new_tokens, device=device)
+    owner, at = torch.arange(rows, device=device) // group, torch.zeros(1, dtype=torch.long, device=device)  # at: the newest token's column
+    own, alive, sharing = OwnTokens(max_new_tokens, at), torch.arange(rows, device=device), Sharing.of(owner, len(prefix.mask))
+
+    def draw(hidden):
         logprobs = next_logprobs(policy, hidden)
         probabilities = logprobs.exp()
         if draws is None:
             token = logprobs.argmax(-1, keepdim=True)
         else:
             cdf = probabilities.cumsum(-1, dtype=torch.float64)  # a sum over 150,000 tokens must not lose the small ones
-            token = torch.searchsorted(cdf, draws[alive, t, None] * cdf[:, -1:], right=True).clamp(max=cdf.shape[1] - 1)
-        out.tokens[alive, t], out.logprobs[alive, t] = token[:, 0], logprobs.gather(1, token)[:, 0]
-        out.entropy[alive, t] = torch.special.entr(probabilities).sum(-1)
-        ended = torch.isin(token[:, 0], policy.eos)
-        if ended.any():
-            out.finished[alive[ended]], out.lengths[alive[ended]] = True, t + 1
-            stay = (~ended).nonzero()[:, 0]
-            alive, token = alive[stay], token[stay]
-            own.keep(stay)
-            sharing = Sharing.of(owner[alive], len(prefix.mask)) if len(alive) else None
-        if not len(alive) or t == max_new_tokens - 1:
-            break
-        hidden = decode_step(policy, prefix, sharing, own, token, position[alive] + t)
-    return out
+            token = torch.searchsorted(cdf, draws[alive, at, None] * cdf[:, -1:], right=True).clamp(max=cdf.shape[1] - 1)
+        tokens[alive, at], taken[alive, at] = token[:, 0], logprobs.gather(1, token)[:, 0]
+        entropy[alive, at] = torch.special.entr(probabilities).sum(-1)
+
+    def step():
+        hidden = decode_step(policy, prefix, sharing, own, tokens[alive, at, None], prefix.next_position[owner[alive]] + at)
+        at.add_(1)
+        draw(hidden)
+
+    draw(prefix.last_hidden[owner])
+    for t in range(max_new_tokens - 1):
+        if t % stretch == 0:
+            stay = (~torch.isin(tokens[alive, max(0, t + 1 - stretch):t + 1], policy.eos).any(1)).nonzero()[:, 0]
+            if not len(stay):
+                break
+            if len(stay) < len(alive):
+                alive = alive[stay]
+                own.keep(stay)
+                sharing = Sharing.of(owner[alive], len(prefix.mask))
+            own.seen, run = min(t + stretch, max_new_tokens), step
+        elif t % stretch == 1:  # after one that ran: it made what is made once, as prefix.bias
+            run = captured(step, device)
+        run()
+    ends = torch.isin(tokens, policy.eos)
+    finished = ends.any(1)
+    lengths = torch.where(finished, ends.int().argmax(1) + 1, max_new_tokens)  # of several the first
+    behind = torch.arange(max_new_tokens, device=device) >= lengths[:, None]
+    return Completions(tokens.masked_fill(behind, policy.tokenizer.pad_token_id), taken.masked_fill(behind, 0), entropy.masked_fill(behind, 0),
+                       lengths, finished)
 
 
 def waves(policy: Policy, lengths: Sequence[int], group: int, max_new_tokens: int, cache_gb: float) -> Iterator[slice]:
