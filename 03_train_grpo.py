@@ -69,7 +69,7 @@ CHUNK_BYTES = 2**26  # of logits in fp32: 110 positions of a vocabulary of 151,9
 STRETCH = 128        # tokens that a captured step is replayed for: a capture takes about as long as a step without one
 LOSSES = ("dapo", "grpo", "dr_grpo")
 # options that choose runs, or change rounding alone
-NOT_SETTINGS = ("data", "conditions", "seeds", "steps", "sample_every", "tokens_per_pass", "cache_gb", "checkpoint", "save_every")
+NOT_SETTINGS = ("data", "conditions", "seeds", "steps", "sample_every", "memory_gb", "tokens_per_pass", "cache_gb", "checkpoint", "save_every")
 CONDITIONS = ("standard", "hallucination", "mixed", "grounded")
 LANGUAGE_LINEARS = r".*language_model\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj"
 REAL = {  # beside each: what the paper's trainer, EasyR1, takes as its default on eight cards
@@ -79,7 +79,7 @@ REAL = {  # beside each: what the paper's trainer, EasyR1, takes as its default 
     "max_new_tokens": 1024,  # there 2,048; what is cut is counted in the log
     "learning_rate": 1e-5,   # there 1e-6 on all weights, and as here on LoRA
     "lora_rank": 32,         # there none, and the vision tower learns too: 40 GB for the 3B, by its own guide
-    "tokens_per_pass": 8192,
+    "tokens_per_pass": 8192,  # this and cache_gb only without a card: on one they follow from its memory
     "cache_gb": 2.0,         # 3B: 36,864 bytes a token, so that 64 completions of 1,024 take two waves; no change of results
     "checkpoint": True,
     "save_every": 10,        # 3B: 0.7 GB each
@@ -113,8 +113,9 @@ class Config:
     kl: float = option(0.0, "weight of the k3 estimate of KL(policy || base), per token (EasyR1: 0.01)")
     updates_per_batch: int = option(1, "optimizer steps on the same completions")
     max_grad_norm: float = option(1.0, "larger gradients are scaled down to it")
-    tokens_per_pass: int = option(None, "tokens, padding and prompts included, in a pass of the update, at least one row: lower it first [preset]")
-    cache_gb: float = option(None, "memory for prompts and completions while sampling; a step that needs more is sampled in waves [preset]")
+    memory_gb: float = option(None, "what weights and all that is computed may take: the next two follow from it [what is free on the card]")
+    tokens_per_pass: int = option(None, "tokens, padding and prompts included, in a pass of the update, at least one row [memory_gb; no card: preset]")
+    cache_gb: float = option(None, "for prompts and completions while sampling; a step that needs more takes several waves [as tokens_per_pass]")
     checkpoint: bool = option(None, "keep only each layer's input for the backward pass, and run the layer again there [preset]")
     save_every: int = option(None, "steps between checkpoints of three adapters' size: a kill costs the steps since, Ctrl-C none [preset]")
     sample_every: int = option(20, "steps between two completions shown on the terminal; all samples go to rollouts.jsonl")
@@ -256,11 +257,8 @@ def load_policy(model: str, max_pixels: int, adapters: Mapping[str, Path] = {}, 
     banned = [*tokenizer.convert_tokens_to_ids(names), *range(len(tokenizer), full.get_input_embeddings().num_embeddings)]
     eos = full.generation_config.eos_token_id
     eos = [eos] if isinstance(eos, int) else list(eos or [])
-    copies = 1 if dtype == torch.bfloat16 else 3  # plain, with the adapter added, and the gradient of that
-    size = copies * dtype.itemsize * sum(math.prod(module.weight.quant_state.shape) for module in full.modules() if is_packed(module))
-    free = torch.cuda.mem_get_info()[0] if device.type == "cuda" else psutil.virtual_memory().available
     return Policy(policy.train(), tokenizer, image_processor, torch.tensor(sorted({tokenizer.eos_token_id, *eos}), device=device),
-                  torch.tensor(banned, device=device), unpack=2 * size < free)
+                  torch.tensor(banned, device=device))
 
 
 def module_name(adapter: str) -> str:
@@ -604,22 +602,70 @@ def generate(policy: Policy, prefix: Prefix, max_new_tokens: int, draws: torch.T
                        lengths, finished)
 
 
-def waves(policy: Policy, lengths: Sequence[int], group: int, max_new_tokens: int, cache_gb: float) -> Iterator[slice]:
-    """Runs of prompts of these lengths, in order, that can be sampled together, `group` completions of each; at least one prompt.
+# Memory: what a step may hold at a time
 
-    A token costs its keys and values; one of a prompt also, while it is encoded, about three times the width of a layer.
+
+def token_bytes(policy: Policy) -> tuple[int, int, int]:
+    """Of a token: keys and values in all layers, the inputs of all layers, and a number in the widest place of a layer.
+
+    A layer at work holds, counted at the shapes of the 3B and the 7B, up to 16 bytes of the last where it only encodes, and
+    30 where it runs again for the backward pass: in 16 bits as in 32, for the adapter is in 32.
     """
     text, size = policy.full.config.text_config, policy.dtype.itemsize
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    cached = 2 * text.num_hidden_layers * text.num_key_value_heads * head * size
+    return (2 * text.num_hidden_layers * text.num_key_value_heads * head * size, text.num_hidden_layers * text.hidden_size * size,
+            text.intermediate_size)
+
+
+def question_bytes(policy: Policy, length: int, group: int, max_new_tokens: int) -> int:
+    """What a question adds to the peak of sampling, with a prompt of that length: while it is encoded, or completed `group` times."""
+    cached, _, width = token_bytes(policy)
+    drawing = 28 * policy.full.get_input_embeddings().num_embeddings  # log p, p and its sums in fp32 and fp64
+    return length * cached + max(length * 16 * width, group * (max_new_tokens * cached + drawing))
+
+
+def waves(policy: Policy, lengths: Sequence[int], group: int, max_new_tokens: int, cache_gb: float) -> Iterator[slice]:
+    """Runs of prompts of these lengths, in order, that can be sampled together, `group` completions of each; at least one prompt."""
     start, longest = 0, 0
     for stop, length in enumerate(lengths):
         longest = max(longest, length)
-        each = longest * (cached + 3 * text.intermediate_size * size) + group * max_new_tokens * cached
-        if stop > start and (stop + 1 - start) * each > cache_gb * 1e9:
+        if stop > start and (stop + 1 - start) * question_bytes(policy, longest, group, max_new_tokens) > cache_gb * 1e9:
             yield slice(start, stop)
             start, longest = stop, length
     yield slice(start, len(lengths))
+
+
+def plan(policy: Policy, config: Config, preset: Mapping, longest: int) -> Config:
+    """The config with `cache_gb` and `tokens_per_pass` where they are not given: what memory leaves, or the preset's without a card and
+    without --memory_gb. Also decides whether the 4-bit weights are unpacked while they are in use.
+
+    Memory first goes to weights, gradients, Adam's two averages and some chunks of logits, then to unpacked weights if they take less than half of the
+    rest. A pass then holds as many tokens of prompts as of completions: of each token keys and values twice (values and gradients, or a
+    row's copies), each layer's input, and one layer at work [without --checkpoint all of them].
+    """
+    copies = 1 if policy.dtype == torch.bfloat16 else 3  # plain, with the adapter added, and the gradient of that
+    plain = copies * policy.dtype.itemsize * sum(math.prod(m.weight.quant_state.shape) for m in policy.full.modules() if is_packed(m))
+    memory_gb, card = config.memory_gb, policy.device.type == "cuda"
+    if card and memory_gb is None:
+        memory_gb = 0.95 * (torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()) / 1e9  # a rest for gaps between tensors
+    if memory_gb is None:
+        policy.unpack = 2 * plain < psutil.virtual_memory().available
+        cache_gb, tokens_per_pass = preset["cache_gb"], preset["tokens_per_pass"]
+    else:
+        held = 6 * CHUNK_BYTES + sum(p.nbytes * (4 if p.requires_grad else 1) for p in policy.model.parameters())
+        left, layers = 1e9 * memory_gb - held, policy.full.config.text_config.num_hidden_layers
+        policy.unpack = 2 * plain < left
+        left -= plain * policy.unpack
+        cached, inputs, width = token_bytes(policy)
+        token = 4 * cached + (2 * inputs + 30 * width if config.checkpoint else 2 * layers * 30 * width)
+        need = max(question_bytes(policy, longest, config.group_size, config.max_new_tokens), (longest + config.max_new_tokens) * token)
+        if left < need:
+            raise UserError(f"{memory_gb:.1f} GB of memory are too little: {held / 1e9:.1f} GB are held all the time, and one question takes up to "
+                            f"{need / 1e9:.1f}: lower --group_size or --max_new_tokens, or 01_prepare.py --max_pixels")
+        cache_gb, tokens_per_pass = left / 1e9, int(left // token)
+        if card:  # beyond it torch says that memory is out
+            torch.cuda.set_per_process_memory_fraction(min(1.0, 1e9 * memory_gb / torch.cuda.mem_get_info()[1]))
+    return replace(config, memory_gb=memory_gb, cache_gb=config.cache_gb or cache_gb, tokens_per_pass=config.tokens_per_pass or tokens_per_pass)
 
 
 # Loss
@@ -1025,34 +1071,47 @@ def stopping() -> Iterator[list[int]]:
         raise KeyboardInterrupt
 
 
-def preflight(policy: Policy, questions: Questions, config: Config) -> None:
+def preflight(policy: Policy, questions: Questions, config: Config) -> Config:
     """A whole step of the worst size before step 1, without the optimizer: the longest prompt each time, completions that never end.
 
-    It shows what memory and time a step can take at most, and that placeholders, features and trainable parameters are there.
+    It shows what memory and time a step can take at most, and that placeholders, features and trainable parameters are there. Where a card's
+    memory does not hold it, it is cut smaller: the config with which it went through returns.
     """
     trainable = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
     if not trainable:
         raise UserError("no parameter is trainable: the adapter found no linear layer in the language model")
-    question, count, start = questions.longest(), -(-config.prompts_per_step // world()[1]), time.perf_counter()
+    question, count = questions.longest(), -(-config.prompts_per_step // world()[1])
     prompt = policy.encode(question)
     tokens = sum(len(picture.tokens) for picture in look(policy, [prompt])[0])
     placeholders = prompt.input_ids.count(policy.full.config.image_token_id)
     if tokens != placeholders:
         raise UserError(f"{prompt.pictures} pictures have {placeholders} image tokens but {tokens} features: "
                         "the image processor is not the model's")
-    endless = replace(policy, eos=torch.full_like(policy.eos, -1))
+    endless, length = replace(policy, eos=torch.full_like(policy.eos, -1)), len(prompt.input_ids)
     worst = [question] * config.prompts_per_step
-    batch, row, _ = roll_out(endless, worst, 0, 0, config, worst if questions.paid else ())
-    batch.advantages = torch.linspace(-1, 1, len(batch.advantages), device=policy.device)
-    accumulate_gradients(endless, batch, config)
-    for parameter in trainable:
-        parameter.grad = None
-    length = len(prompt.input_ids)
-    wave = next(waves(policy, [length] * count, config.group_size, config.max_new_tokens, config.cache_gb)).stop
-    rows = min(count * config.group_size, max(1, config.tokens_per_pass // (length + config.max_new_tokens)))
+    while True:
+        start, failed = time.perf_counter(), None
+        wave = next(waves(policy, [length] * count, config.group_size, config.max_new_tokens, config.cache_gb)).stop
+        rows = min(count * config.group_size, max(1, config.tokens_per_pass // (length + config.max_new_tokens)))
+        try:
+            batch = roll_out(endless, worst, 0, 0, config, worst if questions.paid else ())[0]
+            batch.advantages = torch.linspace(-1, 1, len(batch.advantages), device=policy.device)
+            accumulate_gradients(endless, batch, config)
+        except torch.OutOfMemoryError as error:
+            failed = str(error).splitlines()[0]
+        for parameter in trainable:
+            parameter.grad = None
+        if failed is None:
+            break
+        if wave * rows == 1 or world()[1] > 1:  # others would wait for this one
+            raise UserError(f"a step of the largest size does not fit into memory ({failed}): lower --group_size, --max_new_tokens or "
+                            "--prompts_per_step, with several processes --memory_gb, or 01_prepare.py --max_pixels")
+        batch, config = None, replace(config, cache_gb=config.cache_gb / 2, tokens_per_pass=max(1, config.tokens_per_pass // 2))
     print(f"preflight: {sum(p.numel() for p in trainable) / 1e6:.2f} M trainable parameters, longest prompt {length} tokens "
           f"({tokens} of the picture); the largest step samples {wave * config.group_size} completions at a time, learns from {rows} at a time, and takes "
-          f"{time.perf_counter() - start:.1f} s and {peak_gb(policy):.2f} GB")
+          f"{time.perf_counter() - start:.1f} s and {peak_gb(policy):.2f} GB" + (f" of {config.memory_gb:.2f}" if config.memory_gb else "")
+          + ("" if policy.unpack else "; 4-bit weights are not unpacked"))
+    return config
 
 
 def peak_gb(policy: Policy) -> float:
@@ -1103,7 +1162,7 @@ def train_run(study: dict, condition: str, seed: int, config: Config) -> dict:
         raise UserError(f"{folder} has already made {finished} steps, not {config.steps}: delete that folder, or ask for more --steps")
     rows = rows_until(log, finished)  # later ones are about to be made again
     by_first(lambda: [prepare.write_jsonl(path, rows_until(path, finished)) for path in (log, samples)])
-    preflight(policy, questions, config)
+    config = preflight(policy, questions, plan(policy, config, PRESETS[study["preset"]], questions.longest()["prompt_tokens"]))
     if finished:
         print(f"{run} continues after step {finished}")
     with stopping() as asked:
@@ -1170,7 +1229,7 @@ def main(config: Config) -> list[dict]:
     """Train every condition with every seed; returns their config.json."""
     study = prepare.load_study(Path(config.data))
     for name, value in PRESETS[study["preset"]].items():
-        if getattr(config, name) is None:
+        if getattr(config, name) is None and name not in ("tokens_per_pass", "cache_gb"):  # these two follow from memory: `plan`
             setattr(config, name, value)
     check_config(config)
     return [train_run(study, condition, seed, config) for seed in config.seeds for condition in config.conditions]
@@ -1189,7 +1248,7 @@ def check_config(config: Config):
                         "save_every")
     if config.prompts_per_step < world()[1]:
         raise UserError(f"--prompts_per_step {config.prompts_per_step} is too small for {world()[1]} processes: each needs a question")
-    prepare.check_least(config, 1e-9, "learning_rate", "max_grad_norm", "cache_gb")
+    prepare.check_least(config, 1e-9, "learning_rate", "max_grad_norm", "memory_gb", "cache_gb")
     prepare.check_least(config, 0, "kl", "clip_low", "clip_high", "sample_every", "looking_weight", "looking_bound")
     if "clean" in config.corruption:
         raise UserError("--corruption clean damages nothing: for clean questions use --conditions standard")

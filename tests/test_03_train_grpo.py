@@ -495,7 +495,7 @@ def test_waves_hold_every_prompt_once_and_keep_the_ceiling(train, policies, leng
     """Each is as long as it can be: one prompt more would not fit."""
     text = policies("qwen2_5_vl").full.config.text_config
     cached = 2 * 3 * 2 * 16 * 4  # keys and values, layers, kv heads, head dim, bytes
-    cost = lambda some: len(some) * (max(some) * (cached + 3 * text.intermediate_size * 4) + group * new * cached)
+    cost = lambda some: len(some) * (max(some) * cached + max(max(some) * 16 * text.intermediate_size, group * (new * cached + 28 * 576)))
     found = list(train.waves(policies("qwen2_5_vl"), lengths, group, new, cache_gb))
     assert [n for wave in found for n in range(len(lengths))[wave]] == [*range(len(lengths))]
     for wave in found:
