@@ -16,7 +16,7 @@ run     python 01_prepare.py                                    # shapes and the
 """
 import ast
 import cmath
-import errno
+import fcntl
 import hashlib
 import io
 import json
@@ -32,7 +32,7 @@ import warnings
 from argparse import SUPPRESS, RawDescriptionHelpFormatter
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import lru_cache, partial
@@ -45,13 +45,16 @@ from types import SimpleNamespace
 
 os.environ.setdefault("GOMP_SPINCOUNT", "2500")  # before torch: threads that wait by spinning make a shared core 100 times slower
 
+import huggingface_hub
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from datasets import (
-    Dataset, Features, Image as ImageFeature, List, Value, disable_progress_bars, get_dataset_config_names, load_dataset)
+    Dataset, Features, Image as ImageFeature, List, Value, config as datasets_config, disable_progress_bars, get_dataset_config_names,
+    load_dataset)
 from PIL import Image, ImageDraw, ImageOps
+from safetensors import safe_open
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer, HfArgumentParser, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 from transformers.utils import logging
@@ -124,7 +127,7 @@ class Help(RawDescriptionHelpFormatter):
 def run(main: Callable, config_class: type, description: str):
     """Parse the command line and run a stage; bad input ends with one sentence and exit code 2, Ctrl-C and SIGTERM with 130."""
     parser = HfArgumentParser(config_class, description=description, allow_abbrev=False, formatter_class=Help)
-    config, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
+    config, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True, look_for_args_file=False)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # about calls that other libraries make
     if not sys.stderr.isatty():  # bars are for a terminal
         disable_progress_bars()
@@ -133,7 +136,8 @@ def run(main: Callable, config_class: type, description: str):
     try:
         if unknown:
             raise UserError(f"{unknown[0]} is no option: see --help")
-        return main(config)
+        with writing(Path(config.data)), locked(Path(config.data), begin=config_class is Config):
+            return main(config)
     except UserError as error:
         elsewhere = f" (with --data {config.data})" if config.data != "data" and ".py" in str(error) and "--data" not in str(error) else ""
         says, code = f"error: {error}{elsewhere}", 2
@@ -157,36 +161,112 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-CANNOT_WRITE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST, errno.ENOENT)
+@contextmanager
+def writing(path: Path):
+    """A fault of the file system becomes a sentence; libraries written in Rust tell its number in their text alone."""
+    try:
+        yield
+    except Exception as error:
+        told = re.search(r"os error (\d+)", str(error))
+        number = getattr(error, "errno", None) or told and int(told[1])
+        if not number or isinstance(error, UserError):
+            raise
+        raise UserError(f"{getattr(error, 'filename', None) or path} cannot be written or read ({os.strerror(number)}): make room, give "
+                        "permission, or choose another folder with --data") from error
+
+
+@contextmanager
+def locked(data: Path, begin: bool):
+    """Keep other runs off the data folder, and clear away what killed ones left half written.
+
+    The kernel lets go of the lock when its holder ends, however it ends. Of torchrun's processes the first takes it.
+    """
+    if not begin and not data.is_dir():
+        raise UserError(f"{data} is missing: run 01_prepare.py --data {data} first")
+    if os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    data.mkdir(parents=True, exist_ok=True)
+    with open(data / ".lock", "a+") as holder:
+        try:
+            fcntl.flock(holder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder.seek(0)
+            raise UserError(f"{data} is in use by another run (process {holder.read().strip()}): wait for its end, or choose another "
+                            "folder with --data") from None
+        except OSError:
+            pass  # a file system without locks
+        else:
+            holder.truncate(0)
+            print(os.getpid(), file=holder, flush=True)
+            for folder in (data, *filter(Path.is_dir, map(data.joinpath, FOLDERS))):
+                os.listdir(folder)  # glob passes over a folder that may not be read, without a word
+                for part in folder.glob(".*.part" if folder == data else "**/.*.part"):
+                    remove(part)
+        yield
+
+
+FOLDERS = ("questions", "corrupted", "policies", "answers", "report")  # of the data folder, beside model
+
+
+def remove(path: Path):
+    """A file or a folder with all in it, if it is there."""
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary name beside `path`, moved into place at the end: the artifact exists whole or not at all."""
     part = path.with_name(f".{path.name}.part")
+    with writing(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield part
+            if part.is_file():
+                with open(part) as file:
+                    os.fsync(file)  # what the name promises survives a power cut
+            os.replace(part, path)
+        finally:
+            remove(part)
+
+
+@contextmanager
+def reading(path: Path | str, remedy: str):
+    """What is wrong with a file becomes a sentence."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if not os.access(path.parent, os.W_OK):
-            raise PermissionError(errno.EACCES, "no permission")
-        yield part
-        os.replace(part, path)
-    except OSError as error:
-        if error.errno not in CANNOT_WRITE:
-            raise
-        raise UserError(f"{path} cannot be written ({error.strerror}): make room or choose another folder with --data") from error
-    finally:
-        if part.is_file():
-            part.unlink()
+        yield
+    except (OSError, ValueError, RecursionError, pa.ArrowException) as error:
+        raise UserError(f"{path} cannot be read ({str(error).partition(chr(10))[0][:200]}): {remedy}") from error
+
+
+def has_shape(value, shape) -> bool:
+    """Whether a value from JSON is of this type, text of this pattern, a list of this, or a mapping with such values."""
+    if isinstance(shape, dict):
+        return isinstance(value, dict) and all(has_shape(value.get(key), each) for key, each in shape.items())
+    if isinstance(shape, list):
+        return isinstance(value, list) and all(has_shape(each, shape[0]) for each in value)
+    if isinstance(shape, re.Pattern):
+        return isinstance(value, str) and bool(shape.fullmatch(value))
+    return isinstance(value, shape)
+
+
+def read_json(path: Path, shape: Mapping, remedy: str) -> dict:
+    """A record that a stage wrote, with at least the keys of `shape`."""
+    if not path.exists():
+        raise UserError(f"{path} is missing: {remedy}")
+    with reading(path, remedy):
+        record = json.loads(path.read_bytes())
+    if wrong := [key for key in shape if not has_shape(record, {key: shape[key]})]:
+        raise UserError(f"{path} is damaged (it has no proper {wrong[0]}): {remedy}")
+    return record
 
 
 def read_jsonl(path: Path) -> list[dict]:
     """Rows of a JSON lines file up to the first broken line: the last one, where a kill cut it short."""
     rows = []
-    for line in path.read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+    with suppress(ValueError, TypeError, RecursionError):
+        for line in path.read_bytes().splitlines():
+            rows.append(dict(json.loads(line)))
     return rows
 
 
@@ -196,7 +276,7 @@ def write_jsonl(path: Path, rows: Iterable[Mapping]):
 
 
 def append_jsonl(path: Path, rows: Iterable[Mapping]):
-    with open(path, "a") as file:
+    with writing(path), open(path, "a") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
@@ -208,7 +288,7 @@ def write_questions(path: Path, questions: Iterable[Question], made_from: Mappin
     schema = FEATURES.arrow_schema
     schema = schema.with_metadata({**(schema.metadata or {}), b"made_from": json.dumps(dict(made_from), sort_keys=True).encode()})
     count, batch = 0, []
-    with replacing(path) as part, pq.ParquetWriter(part, schema) as writer:
+    with replacing(path) as part, pq.ParquetWriter(part, schema, write_page_checksum=True) as writer:
         def flush():
             encoded = [FEATURES.encode_example({**row, "images": [png(image) for image in row["images"]]}) for row in batch]
             writer.write_table(pa.Table.from_pylist(encoded, schema=schema))
@@ -234,7 +314,11 @@ def read_questions(path: Path, remedy: str) -> Dataset:
     """The question records of one parquet; rows decode their pictures when they are read."""
     if not path.exists():
         raise UserError(f"{path} is missing: {remedy}")
-    return Dataset(pq.read_table(path))
+    with reading(path, f"delete it, then {remedy}"):
+        table = Dataset(pq.read_table(path, page_checksum_verification=True))
+        if table.features != FEATURES:
+            raise ValueError("its columns are not those of a question")
+    return table
 
 
 def undecoded(table: Dataset) -> Dataset:
@@ -244,7 +328,8 @@ def undecoded(table: Dataset) -> Dataset:
 
 def made_from(path: Path) -> dict[str, str | int]:
     """What a parquet of `write_questions` was made from."""
-    return json.loads((pq.read_schema(path).metadata or {}).get(b"made_from", b"{}"))
+    with reading(path, "delete it and run 02_corrupt.py again"):
+        return dict(json.loads((pq.read_schema(path).metadata or {}).get(b"made_from", b"{}")))
 
 
 def check_fresh(data: Path, artifact: Path, sources: Mapping[str, str], remedy: str):
@@ -262,6 +347,8 @@ def check_fresh(data: Path, artifact: Path, sources: Mapping[str, str], remedy: 
 def check_input(data: Path, study: Mapping, source: str, name: str) -> dict[str, str]:
     """Stop unless the questions of a source, clean or damaged, are those of the study as it now is; returns artifact -> sha256."""
     clean, relative = input_path(source, "clean"), input_path(source, name)
+    if other := [f"{name} {was}, not {versions().get(name)}" for name, was in study["versions"].items() if was != versions().get(name)]:
+        raise UserError(f"{data / 'study.json'} was made with {', '.join(other)}: install that, or run 01_prepare.py again")
     check_fresh(data, data / "study.json", {clean: study["artifacts"].get(clean, "")}, "run 01_prepare.py again")
     if name != "clean":
         if not (data / relative).exists():
@@ -275,21 +362,24 @@ def check_input(data: Path, study: Mapping, source: str, name: str) -> dict[str,
     return {relative: sha256(data / relative)}
 
 
+SOURCE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")  # files are called so
+STUDY = {"preset": re.compile("|".join(PRESETS)), "model": str, "seed": int, "max_pixels": int, "versions": dict, "artifacts": dict,
+         "sources": {"train": SOURCE_NAME, "benchmarks": [SOURCE_NAME]}, "model_files": dict}
+
+
 def load_study(data: Path) -> dict:
     """study.json, the record of stage 1."""
     path = data / "study.json"
-    if not path.exists():
-        raise UserError(f"{path} is missing: run 01_prepare.py --data {data} first")
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: delete it and run 01_prepare.py again") from error
+    return read_json(path, STUDY, "delete it and " * path.exists() + f"run 01_prepare.py --data {data}")
 
 
 def model_path(data: Path, study: Mapping) -> str:
     """Where the study's model is, the embedded one in the data folder, else a hub id or a folder; stops if it is not the one recorded."""
-    files = {name: digest for name, digest in study["model_files"].items() if not name.startswith("hub:")}
-    check_fresh(data, data / "study.json", files, "run 01_prepare.py again")
+    if any(name.startswith("hub:") for name in study["model_files"]):
+        if hash_model(data, study["model"]) != study["model_files"]:
+            raise UserError(f"{data / 'study.json'} was made from another {study['model']} than the hub has now: run 01_prepare.py again")
+    else:
+        check_fresh(data, data / "study.json", study["model_files"], "run 01_prepare.py again")
     return str(data / "model") if study["model"] == "embedded" else study["model"]
 
 
@@ -1095,6 +1185,8 @@ IMAGE_TAG = re.compile(r"<image ?(\d{0,2})>")  # <image>, <image1>, <image 1>
 ANSWER_TYPES = ("choice", "integer", "float", "list", "text", "math", "open")
 PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # none that starts a program, as EPS does
 MOST_PIXELS = 64_000_000  # of a picture file; MathVista's largest has 18.3 million
+MOST_CHARACTERS = 1_000_000  # of a text in a row, far beyond any prompt: it is not even looked at
+CONTROL = re.compile(r"[\0-\x08\x0e-\x1f\x7f]")  # none but white space
 SPLITS = ("train", "validation", "val", "dev", "test", "testmini")  # with one of these a file's name begins, if with any
 
 
@@ -1193,6 +1285,8 @@ def from_own(problem, images, answer, answer_type=None, choices=None, id=None, g
     if not (lists and known):
         raise Rejected(f"not a question: choices and images are lists, answer_type is one of {', '.join(ANSWER_TYPES)}, split is train or "
                        "test, needs_image is true or false, or they are left out")
+    if isinstance(answer, float) and not math.isfinite(answer):
+        raise Rejected("gold: the answer is no finite number")
     choices, plainly = [str(choice) for choice in choices or []], str(answer).strip()
     if choices and not re.fullmatch("[A-Z]", plainly):
         answer = letter(plainly, choices)
@@ -1236,6 +1330,7 @@ OWN = Source("", "train", "test", from_own)
 
 
 def hub_tables(name: str, source: Source, split: str) -> list[tuple[str, Dataset]]:
+    reach_hub()
     try:
         configs = get_dataset_config_names(source.hub) if source.config == "*" else [source.config]
         return [(f"{source.hub}/{config or 'default'}", load_dataset(source.hub, config, split=split)) for config in configs]
@@ -1250,19 +1345,19 @@ def local_tables(name: str, source: Source, split: str, path: Path) -> list[tupl
         word, *_ = re.split("[-.]" if source is not OWN else "[-_.]", file.name)
         return word == split or word.partition("_")[0] not in SPLITS
     lines = path / "questions.jsonl"
-    files = [path] if path.is_file() else [lines] if source is OWN and lines.exists() else [
-        file for file in sorted(path.rglob("*.parquet")) if of_split(file)]
+    files = [path] if path.is_file() else [lines] if source is OWN and lines.is_file() else [
+        file for file in sorted(path.rglob("*.parquet")) if file.is_file() and of_split(file)]
     if not files:
         raise UserError(f"--local {name}={path}: that folder has no parquet of split {split}" + " and no questions.jsonl" * (source is OWN))
     return [(str(file), file) for file in files]
 
 
 def read_rows(name: str, path: Path | None, split: str) -> Iterator[tuple[str, int, Mapping | str]]:
-    """(file, number of the row in it, row) of a split, from the hub or from `path`; 32 rows in memory at a time."""
+    """(file, number of the row in it, row) of a split, from the hub or from `path`; one row in memory at a time."""
     source, on_hub = SOURCES.get(name, OWN), path is None
     split, columns = getattr(source, split), signature(source.convert).parameters
     for file, table in hub_tables(name, source, split) if on_hub else local_tables(name, source, split, path):
-        try:
+        with reading(file, "get it again"):
             if isinstance(table, Path) and table.suffix == ".jsonl":
                 with open(table, encoding="utf-8-sig", errors="replace") as lines:
                     yield from ((file, n, line) for n, line in enumerate(lines, 1) if line.strip())
@@ -1272,11 +1367,9 @@ def read_rows(name: str, path: Path | None, split: str) -> Iterator[tuple[str, i
             if missing := [name for name in columns if name not in there and columns[name].default is Parameter.empty]:
                 raise UserError(f"{file} lacks the columns {', '.join(missing)}: it is no copy of {source.hub or 'what the kit reads'}")
             wanted, n = [name for name in columns if name in there], 0
-            for batch in table.select_columns(wanted).with_format("arrow").iter(32) if on_hub else table.iter_batches(32, columns=wanted):
+            for batch in table.select_columns(wanted).with_format("arrow").iter(1) if on_hub else table.iter_batches(1, columns=wanted):
                 for n, row in enumerate(batch.to_pylist(), n + 1):
                     yield file, n, row
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{file} cannot be read ({str(error).partition(chr(10))[0]}): get it again") from error
 
 
 def open_picture(raw: Mapping | str, folder: Path | None) -> Image.Image:
@@ -1297,6 +1390,8 @@ def open_picture(raw: Mapping | str, folder: Path | None) -> Image.Image:
             ImageOps.exif_transpose(picture, in_place=True)
             if picture.mode[0] in "IF":  # grey of more than 8 bits, which Pillow alone would clip
                 values = np.asarray(picture, np.float32)
+                if not math.isfinite(values.max()):
+                    raise Rejected("picture unreadable: its brightness is no number")
                 most = next((top for top in (1 if picture.mode == "F" else 255, 255, 65535) if values.max() <= top), values.max())
                 picture = Image.fromarray((values.clip(0) * (255 / most)).astype(np.uint8))
             if picture.has_transparency_data:  # as on paper: what is transparent shows white
@@ -1348,6 +1443,9 @@ def to_question(name: str, split: str, row: Mapping | str, number: int) -> Quest
     convert = SOURCES.get(name, OWN).convert
     fields = signature(convert).parameters
     try:
+        texts = [text for text in ([row] if isinstance(row, str) else row.values()) if isinstance(text, str)]
+        if (most := max(map(len, texts), default=0)) > MOST_CHARACTERS:
+            raise Rejected(f"too long: {most} characters")
         if isinstance(row, str):
             row = json.loads(row)
             if unknown := [key for key in row if key not in fields]:
@@ -1356,7 +1454,10 @@ def to_question(name: str, split: str, row: Mapping | str, number: int) -> Quest
             raise Rejected(f"not a question: it lacks {', '.join(missing)}")
         question = convert(**{column: row[column] for column in fields if column in row})
         texts = [question[name] for name in ("problem", "id", "group", "unit") if question.get(name) is not None]
-        "".join(map(str, [*texts, *gold_texts(question), *question["choices"]])).encode()  # half a surrogate pair fits no file
+        whole = " ".join(map(str, [*texts, *gold_texts(question), *question["choices"]]))
+        whole.encode()  # half a surrogate pair fits no file
+        if CONTROL.search(whole):
+            raise Rejected("control characters: escaped LaTeX, such as \\beta read as \\b and eta, looks like this")
         if not 0 <= (question.get("precision") or 0) <= 15:
             raise Rejected(f"not a question: precision {question['precision']}")
         if question.get("split") not in (None, split):
@@ -1441,7 +1542,7 @@ def check_config(config: Config) -> dict[str, Path]:
     local = {name: Path(path) for name, _, path in (item.partition("=") for item in config.local)}
     names = [config.train, *config.benchmarks]
     for item in config.local:
-        if not re.fullmatch(r"(?!shapes=)[A-Za-z0-9][A-Za-z0-9_.-]{0,63}=.+", item):
+        if not re.fullmatch(rf"(?!shapes=){SOURCE_NAME.pattern}=.+", item):
             raise UserError(f"--local {item} is not NAME=PATH with a name of letters, digits, _ . and -, other than shapes")
     for name in names:
         if name not in SOURCES and name not in local and name != "shapes":
@@ -1455,8 +1556,6 @@ def check_config(config: Config) -> dict[str, Path]:
         if name in SOURCES and SOURCES[name].test is None:
             raise UserError(f"--benchmarks {name} has no test split: it is for --train")
     check_least(config, 1, "limit", "max_pixels", "max_prompt_tokens")
-    if Path(config.data).is_file():
-        raise UserError(f"{config.data} is a file: choose a folder with --data")
     return local
 
 
@@ -1468,24 +1567,44 @@ def fingerprint(path: Path) -> str:
     return hashlib.sha256(json.dumps([(str(file.relative_to(path)), sha256(file)) for file in files]).encode()).hexdigest()
 
 
-def load_model_parts(model: str, max_pixels: int) -> tuple:
-    """Tokenizer and image processor, if the model is one of the families that the kit trains."""
+@lru_cache
+def reach_hub():
+    """Without a connection only the cache counts: the hub's own library would try again for half a minute at each file."""
     try:
-        kind = AutoConfig.from_pretrained(model, trust_remote_code=False).model_type
-        tokenizer, image_processor = load_processors(model, max_pixels)
-        side = int(image_processor.patch_size) * image_processor.merge_size
+        huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=5)
+    except Exception:  # whatever the network, a proxy or a setting says
+        huggingface_hub.constants.HF_HUB_OFFLINE = datasets_config.HF_HUB_OFFLINE = True
+
+
+@contextmanager
+def loading(model: str):
+    """The work on a model's files, of a folder or of the hub: whatever they raise becomes a sentence."""
+    if not Path(model).is_dir():
+        reach_hub()
+    try:
+        yield
     except Exception as error:  # a damaged file raises anything
         raise UserError(f"model {model} could not be loaded from the hub or a folder ({type(error).__name__}): give a whole copy with "
                         "--model FOLDER") from error
+
+
+def load_model_parts(model: str, max_pixels: int) -> tuple:
+    """Tokenizer and image processor, if the model is one of the families that the kit trains."""
+    with loading(model):
+        kind = AutoConfig.from_pretrained(model, trust_remote_code=False).model_type
+        tokenizer, image_processor = load_processors(model, max_pixels)
+        side = int(image_processor.patch_size) * image_processor.merge_size
+        image_processor(Image.new("RGB", (side, side)))  # it works
     if kind not in FAMILIES:
         raise UserError(f"{model} is a {kind} model: this kit trains {', '.join(FAMILIES)}")
     try:
-        placeholders = tokenize_prompt("<image>", [1], tokenizer).count(tokenizer.convert_tokens_to_ids("<|image_pad|>"))
+        ids = tokenize_prompt("<image>", [1], tokenizer)
+        whole = ids.count(tokenizer.convert_tokens_to_ids("<|image_pad|>")) == 1 and INSTRUCTION in tokenizer.decode(ids)
     except Exception:  # none, or a broken one
-        placeholders = 0
-    if placeholders != 1:
-        raise UserError(f"{model} has no chat template for pictures: copy chat_template.jinja or tokenizer_config.json "
-                        "of the published model there")
+        whole = False
+    if not whole:
+        raise UserError(f"{model} has no chat template for pictures or no whole tokenizer: copy chat_template.jinja, tokenizer.json and "
+                        "tokenizer_config.json of the published model there")
     if max_pixels < side**2:
         raise UserError(f"--max_pixels {max_pixels} is less than one image token: choose at least {side**2}")
     return tokenizer, image_processor
@@ -1497,10 +1616,17 @@ MADE_FROM = "made_from.json"  # beside the embedded model: its recipe
 def hash_model(data: Path, model: str) -> dict[str, str]:
     """What identifies a model and its processors: file, relative to `data` where it lies there -> sha256; of a hub model, name -> commit."""
     if model != "embedded" and not Path(model).is_dir():
-        return {f"hub:{model}": AutoConfig.from_pretrained(model, trust_remote_code=False)._commit_hash or "unknown"}
+        with loading(model):
+            return {f"hub:{model}": AutoConfig.from_pretrained(model, trust_remote_code=False)._commit_hash or "unknown"}
     folder = data / "model" if model == "embedded" else Path(model).resolve()
     kinds = (".safetensors", ".json", ".jinja", ".txt")
-    files = sorted(file for file in folder.iterdir() if file.suffix in kinds and file.name != MADE_FROM)
+    files = sorted(file for file in folder.iterdir() if file.suffix in kinds and file.name != MADE_FROM and file.is_file())
+    weights = [file for file in files if file.suffix == ".safetensors"]
+    if not weights:
+        raise UserError(f"{folder} has no weights as .safetensors, and others can hold code: save them so with save_pretrained")
+    for file in weights:
+        with loading(str(folder)), safe_open(file, "np"):
+            pass  # its header fits its length
     return {f"model/{file.name}" if model == "embedded" else str(file): sha256(file) for file in files}
 
 
@@ -1508,7 +1634,7 @@ def embedded_model(data: Path, seed: int, max_pixels: int):
     """Make data/model/ unless it was made by this very recipe: seed, pixels, packages and code."""
     recipe = {"seed": seed, "max_pixels": max_pixels, "versions": versions(), "code": sha256(Path(__file__))}
     note = data / "model" / MADE_FROM
-    if note.exists() and json.loads(note.read_text()) == recipe:
+    if note.exists() and read_jsonl(note) == [recipe]:
         print(f"{data / 'model'}: up to date")
         return
     print(f"{data / 'model'}: learning for three minutes, and again after a change of this file, --seed, --max_pixels or packages", flush=True)

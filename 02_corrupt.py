@@ -383,7 +383,7 @@ def draw_preview(data: Path, sources: list[str], names: list[str], per_source: i
     strips = []
     for source in sources:
         columns = [name for name in ["clean", *names] if (data / prepare.input_path(source, name)).exists()]
-        files = [prepare.read_questions(data / prepare.input_path(source, name), "") for name in columns]
+        files = [prepare.read_questions(data / prepare.input_path(source, name), "run 02_corrupt.py again") for name in columns]
         groups, clean = {}, files[0]
         pictures = pc.list_value_length(clean.data.column("images")).to_pylist()
         for i in sorted(range(len(clean)), key=lambda i: pictures[i] == 0):  # rather one with a picture
@@ -454,9 +454,7 @@ def main(config: Config) -> dict[str, int]:
     sources = list(dict.fromkeys([study["sources"]["train"], *study["sources"]["benchmarks"]]))
     written = {}
     for source in sources:
-        clean = prepare.input_path(source, "clean")
-        digest = study["artifacts"].get(clean, "")
-        prepare.check_fresh(data, data / "study.json", {clean: digest}, f"run 01_prepare.py --data {data} again")
+        (digest,) = prepare.check_input(data, study, source, "clean").values()
         for name in names:
             if name in EDITS and source != "shapes":
                 print(f"{source}: {name} needs the scene behind a picture, which is known of shapes alone; blank and mismatch stand in for it")

@@ -1139,7 +1139,7 @@ def train_run(study: dict, condition: str, seed: int, config: Config) -> dict:
     run = run_name(condition, seed, config)
     folder = data / "policies" / run
     questions = Questions(study, condition, seed, config)
-    settings = {"condition": condition, "seed": seed, "model": study["model"], "made_from": questions.made_from | study["model_files"],
+    settings = {"condition": condition, "seed": seed, "model": study["model"], "made_from": questions.made_from | study["model_files"], **prepare.versions(),
                 **{f.name: getattr(config, f.name) for f in fields(Config) if f.name not in NOT_SETTINGS}}
     if condition != "mixed":
         del settings["mixed_fraction"]
@@ -1149,7 +1149,7 @@ def train_run(study: dict, condition: str, seed: int, config: Config) -> dict:
         del settings["looking_weight"], settings["looking_bound"]
     check_same(folder, settings, config.steps, config.save_every, sorted(path.name for path in folder.rglob("*")))
     if (folder / "config.json").exists():
-        done = json.loads((folder / "config.json").read_text())
+        done = read_run(folder)
         check_settings(folder, done["settings"], settings | {"steps": config.steps})
         by_first(partial(shutil.rmtree, folder / "checkpoint", ignore_errors=True))
         print(f"{run} is finished: kept")
@@ -1178,7 +1178,7 @@ def train_run(study: dict, condition: str, seed: int, config: Config) -> dict:
                 by_first(save_checkpoint, folder / "checkpoint", policy, optimizer, step, settings)
             if stop:
                 raise KeyboardInterrupt
-        result = {"policy": run, "settings": settings | {"steps": config.steps}, "versions": prepare.versions(),
+        result = {"policy": run, "settings": settings | {"steps": config.steps},
                   "device": torch.cuda.get_device_name() if policy.device.type == "cuda" else "cpu", "unpacked": policy.unpack,
                   "skipped": sum(row["skipped"] for row in rows), "peak_gb": max(row["peak_gb"] for row in rows),
                   "seconds": round(sum(row["rollout_s"] + row["update_s"] for row in rows), 1)}
@@ -1218,6 +1218,12 @@ def save_adapter(folder: Path, policy: Policy):
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         (part / name).replace(folder / name)
     shutil.rmtree(part)
+
+
+def read_run(folder: Path) -> dict:
+    """config.json of a finished run."""
+    shape = {"settings": {"made_from": dict, "max_new_tokens": int}}
+    return prepare.read_json(folder / "config.json", shape, f"delete {folder} and run 03_train_grpo.py again")
 
 
 def run_name(condition: str, seed: int, config: Config) -> str:

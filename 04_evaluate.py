@@ -150,7 +150,7 @@ def kept(files: Iterable[Path], questions: Mapping[str, Question], origin: dict)
     """Answers in these files to `questions` that were made from `origin`, by id, graded anew; of two to the same question the later."""
     rows = {}
     for row in (row for file in files if file.exists() for row in prepare.read_jsonl(file)):
-        if row.get("id") in questions and row | origin == row and "response" in row:
+        if row.get("id") in questions and row | origin == row and isinstance(row.get("response"), str):
             grade = prepare.grade(row["response"], questions[row["id"]])
             rows[row["id"]] = row | {"answer": grade.answer, "correct": grade.correct, "well_formed": grade.well_formed}
     return rows
@@ -238,11 +238,12 @@ def find_policies(config: Config, study: dict) -> dict[str, tuple[Path | None, d
             found[name] = (None, model_files)
         elif name in finished:
             folder = data / "policies" / name
-            made_from = json.loads((folder / "config.json").read_text())["settings"]["made_from"]
+            made_from = train.read_run(folder)["settings"]["made_from"]
             files = {artifact: digest for artifact, digest in made_from.items() if artifact not in model_files}
             prepare.check_fresh(data, folder, files, "delete that folder and run 03_train_grpo.py again")
             if not made_from.items() >= model_files.items():
                 raise UserError(f"{folder} was trained on another model than {study['model']}: delete it and run 03_train_grpo.py again")
+            check_adapter(folder)
             found[name] = (folder, model_files | {str(path.relative_to(data)): prepare.sha256(path) for path in map(folder.joinpath, ADAPTER)})
         elif (folder := Path(name)).is_dir() and not re.match(rf"(base|{'|'.join(train.CONDITIONS)})(-|$)", folder.resolve().name) and folder.resolve().name not in found:
             trained_on, asked_on = check_adapter(folder), prepare.model_path(data, study)
@@ -268,7 +269,7 @@ def check_adapter(folder: Path) -> str:
         with safe_open(folder / ADAPTER[1], "pt") as file:
             names = list(file.keys())
     except (OSError, ValueError, TypeError, SafetensorError) as error:
-        raise UserError(f"{folder} is no adapter (adapter_config.json and adapter_model.safetensors, as PEFT saves them): {error}") from error
+        raise UserError(f"{folder} is no adapter (adapter_config.json and adapter_model.safetensors, as PEFT saves them: {error}): save or train it again") from error
     usual = LoraConfig().to_dict()
     odd = [f"{key} {value}" for key, value in settings.items() if key not in LORA_SETTINGS and value and value != usual.get(key)]
     odd += ["no peft_type LORA"] * (settings.get("peft_type") != "LORA") + [name for name in names if not LORA_WEIGHT.fullmatch(name)][:1]
@@ -327,8 +328,9 @@ def main(config: Config) -> dict[tuple[str, str, str], list[dict]]:
     prepare.check_least(config, 1e-9, "memory_gb", "cache_gb")
     preset = train.PRESETS[study["preset"]]
     policies, inputs, answers, only = find_policies(config, study), find_inputs(config, study), {}, read_ids(config.only)
-    runs = [json.loads(path.read_text())["settings"]["max_new_tokens"] for path in (data / "policies").glob("*/config.json")]
+    runs = [train.read_run(path.parent)["settings"]["max_new_tokens"] for path in (data / "policies").glob("*/config.json")]
     max_new_tokens = config.max_new_tokens or max(runs, default=preset["max_new_tokens"])  # whichever policies are asked
+    made_with = ", ".join(map(" ".join, prepare.versions().items()))
     adapters = {who: folder for who, (folder, _) in policies.items() if folder}
     load = functools.cache(lambda: load_policies(prepare.model_path(data, study), study["max_pixels"], adapters))
     for source, name, questions in inputs:
@@ -341,7 +343,8 @@ def main(config: Config) -> dict[tuple[str, str, str], list[dict]]:
             raise UserError(f"{config.only} names no question of {source}: choose --benchmarks that it speaks of")
         chosen = [tests[i] for i in prepare.stratified([ids[row] for row in tests], [groups[row] for row in tests], config.limit)]
         chosen.sort(key=lambda row: -lengths[row])  # what does not fit into memory shows at once, and there is little padding
-        settings = {"max_new_tokens": max_new_tokens} | ({"samples": config.samples} if name in prepare.NO_PICTURE and config.samples else {})
+        settings = {"made_with": made_with, "max_new_tokens": max_new_tokens}
+        settings |= {"samples": config.samples} if name in prepare.NO_PICTURE and config.samples else {}
         origins = {who: {"made_from": made_from | questions, **settings} for who, (_, made_from) in policies.items()}
         paths = {who: data / "answers" / who / source / f"{name}.jsonl" for who in policies}
         done = evaluate(load, table, blank, chosen, paths, origins, config, preset, f"{source} {name}")

@@ -44,6 +44,7 @@ SAYS = {"claims to see": r"\bI (?:can )?(?:see|observe)\b|\b(?:image|picture|fig
         "recalls a rule": r"\b(?:recall|remember|theorem|formula|by definition|we know that|states that)\b",
         "admits a guess": r"\b(?:guess(?:ing)?|probably|assum(?:e|ing))\b"}
 NO_PICTURE = prepare.NO_PICTURE
+CLUSTERED = ("mathverse", "wemath")  # versions of a problem, steps of a problem
 COMMON = 5  # an answer that is right to fewer questions of its group is one of the others
 Z = 1.959963984540054  # of a normal distribution, 95% lie within so many standard deviations
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # the same of Student's t, by degrees of freedom from 1 on
@@ -359,9 +360,9 @@ def family(policy: str) -> str:
 
 
 def policy_order(policy: str) -> tuple:
-    conditions, seed = ["base", "standard", "hallucination", "mixed"], policy.removeprefix(family(policy))[2:]
+    conditions, seed = ["base", "standard", "hallucination", "mixed", "grounded"], policy.removeprefix(family(policy))[2:]
     condition = policy.partition("-")[0]
-    return conditions.index(condition) if condition in conditions else 4, family(policy), int(seed or 0), policy
+    return conditions.index(condition) if condition in conditions else len(conditions), family(policy), int(seed or 0), policy
 
 
 def read_answers(data: Path, path: Path, checked: dict, models: dict) -> list[dict]:
@@ -370,17 +371,14 @@ def read_answers(data: Path, path: Path, checked: dict, models: dict) -> list[di
     `checked`: artifact -> sha256; `models`: policy -> the artifacts of its model, the same in all files. Both grow.
     """
     remedy = f"delete it and run 04_evaluate.py --data {data} again"
-    try:
-        rows = prepare.read_jsonl(path)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is no file of answers ({error}): {remedy}") from error
+    rows = prepare.read_jsonl(path)
     with open(path, "rb") as file:
         if len(rows) != sum(1 for _ in file) or not rows:
             raise UserError(f"{path} row {len(rows) + 1} cannot be read: {remedy}")
     kinds = {"id": str, "response": str, "answer": (str, type(None)), "gold": str, "correct": bool, "well_formed": bool,
              "truncated": bool, "tokens": int, "gold_logprob": (int, float), "made_from": dict}
     for i, row in enumerate(rows):
-        wrong = [key for key, kind in kinds.items() if not isinstance(row, dict) or not isinstance(row.get(key), kind)]
+        wrong = [key for key, kind in kinds.items() if not isinstance(row.get(key), kind)]
         if not wrong and not math.isfinite(row["gold_logprob"]):
             wrong = ["gold_logprob"]
         if not wrong and "nats" in row:
@@ -391,12 +389,13 @@ def read_answers(data: Path, path: Path, checked: dict, models: dict) -> list[di
         if adapters != [who for who in [path.parent.parent.name] if who != "base"]:
             raise UserError(f"{path} row {i + 1} is by {(adapters or ['base'])[0]}, not by {path.parent.parent.name}: {remedy}")
         model = {key: digest for key, digest in row["made_from"].items() if not key.startswith(("questions/", "corrupted/"))}
+        model["made_with"] = row.get("made_with")  # packages
         if models.setdefault(path.parent.parent.name, model) != model:
             raise UserError(f"{path} row {i + 1} is by another {path.parent.parent.name} than its answers elsewhere: {remedy}")
         new = {key: digest for key, digest in row["made_from"].items() if checked.get(key) != digest}
         prepare.check_fresh(data, path, new, f"run 04_evaluate.py --data {data} again, or delete {path.parent.parent} to do without this policy")
         checked |= new
-        for key in ("made_from", "group", "needs_image"):  # checked, or known from the question: half of what a row weighs
+        for key in ("made_from", "made_with", "group", "needs_image"):  # checked, or known from the question: half of what a row weighs
             row.pop(key, None)
     if len({row["id"] for row in rows}) != len(rows):
         raise UserError(f"{path} answers a question twice: {remedy}")
@@ -439,6 +438,8 @@ def load_panels(data: Path, study: Mapping, resamples: int, notes: list[str], ch
                             f"run 04_evaluate.py --data {data} again, for all policies at once")
         each = {(policy, name): rows for policy, inputs in answers.items() for name, rows in inputs.items()}
         panels.append(make_panel(data, source, answers, resamples, study["seed"]))
+        if source in CLUSTERED:
+            notes.append(f"{source} asks several questions about one problem: its intervals and tests, which count them as independent, are too sure")
         missing = {path.parent.name for path in data.glob("policies/*/config.json")} - set(answers)
         notes += [f"{run} has no answers to {source}: 04_evaluate.py makes them" for run in sorted(missing)]
         if panels[-1].left_out:
@@ -1525,7 +1526,7 @@ def render(data: Path, study: Mapping, panels: Sequence[Panel], r: dict, most: i
     return environment.from_string(PAGE).render(
         most=most, css=Markup(environment.from_string(CSS).render(parts=PARTS)), r=r, study=study, heads=heads, parts=PARTS, look=look,
         leads=[head for head in heads if set(head["runs"]) <= set(r["provenance"]["policies"])],
-        depends=[dependence(r, policy, source) for source, x in r["sources"].items() for policy in x["policies"]],
+        depends=r["dependence"],
         galleries=galleries,
         gain_charts={source: gain_chart(rows, source) if rows else "" for source, rows in drawn.items()}, gain_tables=each(gain_table),
         matrices=each(matrix_table), tests=tests_table(r), tables=each(source_tables), stress=each(stress_charts, look),
@@ -1548,8 +1549,9 @@ def main(config: Config) -> dict:
     results = collect(panels, study) | {"notes": notes, "provenance": {
         "study": study, "policies": {run: json.loads((data / "policies" / run / "config.json").read_text()) for run in runs},
         "resamples": config.resamples, "versions": prepare.versions(), "inputs": dict(sorted(checked.items()))}}
+    results["dependence"] = [dependence(results, policy, source) for source, x in results["sources"].items() for policy in x["policies"]]
     page = render(data, study, panels, results, config.gallery)
-    main_tables = [f(results, source) for source in results["sources"] for f in (matrix_table, gain_table)]
+    main_tables = [f(results, source) for source in results["sources"] for f in (matrix_table, gain_table, lambda *of: source_tables(*of)[0])]
     tables = markdown([*main_tables, claims_table(results, True), card_table(results)])
     tables += "\nFor LaTeX (booktabs, makecell):\n\n```latex\n" + "\n".join(map(latex, main_tables)) + "```\n"
     subsets = {f"strict-{source}.json": json.dumps({"source": source, "made_by": inspect.getdoc(strict_subset), "policies": results["sources"][source]["policies"],

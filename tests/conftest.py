@@ -4,6 +4,7 @@ import hashlib
 import importlib
 import os
 import pathlib
+import re
 import sys
 
 import pytest
@@ -15,6 +16,8 @@ importlib.import_module("01_prepare")  # before torch: it says how its threads w
 
 import torch
 import transformers as hf
+
+import stage
 
 
 def _stage(name):
@@ -28,7 +31,7 @@ evaluate = _stage("04_evaluate")
 report = _stage("05_report")
 
 VISION = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
-CORRUPTIONS = ["blank", "removed", "mismatch", "blur-0.05", "misleading", "edited", "kept"]
+CORRUPTIONS = stage.SMALLEST["02_corrupt"][1:]
 
 
 def sharpen(model):
@@ -88,19 +91,32 @@ def hashed_grade(text, question):
     return importlib.import_module("01_prepare").Grade(correct=digest[0] % 3 == 0, well_formed=digest[1] % 2 == 0, answer=text[:5])
 
 
-def run_stages(data, prepare, corrupt, train, evaluate, report):
-    prepare.main(prepare.Config(data=str(data), limit=40))
-    corrupt.main(corrupt.Config(data=str(data), corruptions=CORRUPTIONS))
-    train.main(train.Config(data=str(data), steps=2, prompts_per_step=4, group_size=4, max_new_tokens=24))
-    answers = evaluate.main(evaluate.Config(data=str(data), max_new_tokens=24))
-    return answers, report.main(report.Config(data=str(data)))
+@pytest.fixture(scope="session")
+def model(base_folder):
+    return str(base_folder)
+
+
+def run_stages(data, *modules):
+    results = []
+    for module, options in zip(modules, stage.SMALLEST.values()):
+        (config,) = hf.HfArgumentParser(module.Config).parse_args_into_dataclasses(["--data", str(data), *options])
+        results.append(module.main(config))
+    return results[3], results[4]
+
+
+def artifacts(data):
+    """Path -> content of all in a data folder, but for what a clock or the memory says, and where PEFT found the base."""
+    told = re.compile(rb'("|&#34;)(\w+_s|seconds|peak_gb)\1: [\d.e-]+|(?<="base_model_name_or_path": )"[^"]*"')
+    files = [path for path in sorted(data.rglob("*")) if path.is_file() and path.name != ".lock"]
+    content = lambda path: told.sub(b"", path.read_bytes()) if path.suffix in (".json", ".jsonl", ".html") else path.read_bytes()
+    return {str(path.relative_to(data)): content(path) for path in files}
 
 
 @pytest.fixture(scope="session")
 def study(tmp_path_factory, prepare, corrupt, train, evaluate, report):
     """A study with a warm start of a few steps: the model knows next to nothing, the plumbing is the real one."""
     data, recipe = tmp_path_factory.mktemp("study") / "data", dict(prepare.WARM_START)
-    prepare.WARM_START.update(scenes=64, vision_steps=3, first_steps=3, reasoned_steps=3, styled_steps=3, batch=8)
+    prepare.WARM_START.update(stage.WARM_START)
     answers, results = run_stages(data, prepare, corrupt, train, evaluate, report)
     prepare.WARM_START.update(recipe)
     return data, answers, results

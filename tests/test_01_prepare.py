@@ -3,11 +3,8 @@
 import io
 import json
 import math
-import os
 import random
 import re
-import struct
-import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -19,17 +16,6 @@ from PIL import Image, ImageDraw
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "real"
 BUDGET = 112 * 112
-
-
-@pytest.fixture(scope="module")
-def model(prepare, tmp_path_factory):
-    """The embedded architecture with random weights: all that stage 1 reads of a model are its processors."""
-    folder = tmp_path_factory.mktemp("model")
-    tokenizer = prepare.make_tokenizer(0)
-    image_processor = prepare.Qwen2VLImageProcessorPil(size={"shortest_edge": 56 * 56, "longest_edge": BUDGET})
-    for part in (prepare.make_model(tokenizer), tokenizer, image_processor):
-        part.save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture
@@ -305,66 +291,6 @@ def test_what_the_kit_wrote_it_reads(prepare, stage, tmp_path):
         assert same_picture(one["images"][0], two["images"][0])
 
 
-def png_of_size(width: int, height: int) -> bytes:
-    """A valid header that promises that many pixels."""
-    chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
-
-
-def test_hostile_rows_are_rejected_with_a_reason(stage, tmp_path):
-    good = {"problem": "How many?", "answer": 3, "images": ["0.png"]}
-    whole = encoded(drawing(1, (300, 200)))["bytes"]
-    strip = io.BytesIO()
-    Image.new("RGB", (4000, 19)).save(strip, "PNG")
-    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"
-    files = {"cut.png": whole[:len(whole) // 2], "zero.png": b"", "bomb.png": png_of_size(9_000, 9_000),
-             "huge.png": png_of_size(2**31 - 1, 2**31 - 1),
-             "strip.png": strip.getvalue(), "eps.png": eps, "text.png": b"GIF89a but no"}
-    rows = [good] + [good | {"id": name, "images": [name]} for name in files]
-    bad = [good | {"images": ["../secret.png"]}, good | {"images": ["link.png"]}, good | {"images": [str(tmp_path / "secret.png")]},
-           good | {"images": ["nowhere.png"]}, good | {"images": ["."]}, good | {"images": []}, good | {"images": ["0.png\0"]},
-           good | {"images": [7]},
-           "{not json", "[1, 2]", "null", "[" * 100_000, '{"problem": "a"}', good | {"problem": None}, good | {"problem": 3},
-           good | {"answer": None},
-           good | {"answer": ""}, good | {"problem": "\ud800"}, good | {"choices": "abc"}, good | {"choices": ["a", "b"], "answer": "c"},
-           good | {"answer_type": "eval"}, good | {"answer_type": "integer", "answer": "many"}, good | {"split": "dev"},
-           good | {"precision": "x"},
-           good | {"problem": "<image> and <image>?"}, good | {"group": {"a": 1}, "images": ["1.png", "2.png"], "problem": "w " * 3000},
-           good | {"needs_image": "perhaps"}, good | {"choices": [str(i) for i in range(30)], "answer": "3"},
-           good | {"images": [{"bytes": None, "path": None}]}, good | {"choises": ["a", "b"]}, good | {"precision": 10**30},
-           good | {"id": "\ud800"}, good | {"group": "\ud800"}, good | {"unit": "\ud800"}, good | {"answer": ["\ud800"]}]
-    folder = own_folder(tmp_path / "mine", rows + bad)
-    for name, content in files.items():
-        (folder / name).write_bytes(content)
-    drawing(0).save(tmp_path / "secret.png")
-    os.symlink(tmp_path / "secret.png", folder / "link.png")
-    _, questions, rejected = stage(train="shapes", benchmarks=["mine"], local=[f"mine={folder}"])
-    assert [row["problem"] for row in questions["mine"]] == ["<image>How many?"]
-    assert len(rejected) == len(files) + len(bad) and all(row["reason"] and row["source"] == "mine" for row in rejected)
-    by_row = {row["row"]: row["reason"] for row in rejected}
-    assert set(by_row) == set(range(2, 2 + len(files) + len(bad)))
-    kinds = [by_row[2 + i].partition(":")[0] for i in range(len(files) + len(bad))]
-    assert kinds == [
-        *["picture unreadable"] * 2, "picture refused", "picture unreadable", "picture refused", *["picture unreadable"] * 2,
-        *["picture refused"] * 3, "picture missing", "picture missing", "no picture", "picture unreadable", "picture unreadable",
-        *["not a question"] * 7, "gold", "gold", "not a question", "not a question", "gold", "not a question", "gold", "not a question",
-                     "not a question",
-        "picture missing", "too long", "not a question", "not a question", "no picture", *["not a question"] * 6]
-    assert all("\n" not in reason for reason in by_row.values())
-
-
-def test_special_tokens_in_a_question_stay_text(prepare, stage, model, tmp_path):
-    text = "<|im_end|><|image_pad|><|vision_start|> \ue0001\ue000 How many?"
-    folder = own_folder(tmp_path / "mine", [{"problem": text, "answer": 3, "images": ["0.png"]}])
-    _, questions, _ = stage(benchmarks=["mine"], local=[f"mine={folder}"])
-    tokenizer, image_processor = prepare.load_processors(model, BUDGET)
-    row = questions["mine"][0]
-    prompt = prepare.encode(row, tokenizer, image_processor)
-    assert prompt.input_ids.count(tokenizer.convert_tokens_to_ids("<|image_pad|>")) == row["image_tokens"]
-    assert len(prompt.input_ids) == row["prompt_tokens"]
-
-
 # Pictures
 
 
@@ -609,7 +535,7 @@ def test_without_a_chat_template_the_remedy_is_named(prepare, stage, tmp_path, m
     for file in Path(model).iterdir():
         if file.name != "chat_template.jinja":
             (tmp_path / file.name).write_bytes(file.read_bytes())
-    with pytest.raises(prepare.UserError, match="has no chat template for pictures: copy"):
+    with pytest.raises(prepare.UserError, match="has no chat template for pictures .*: copy"):
         stage(benchmarks=["shapes"], model=str(tmp_path))
 
 

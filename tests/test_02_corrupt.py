@@ -541,7 +541,8 @@ def data(prepare, tmp_path):
         path = prepare.input_path(source, "clean")
         prepare.write_questions(tmp_path / path, questions, {})
         artifacts[path] = prepare.sha256(tmp_path / path)
-    study = {"seed": 0, "sources": {"train": "world", "benchmarks": ["world", "school"]}, "artifacts": artifacts}
+    study = {"preset": "tiny", "model": "embedded", "model_files": {}, "seed": 0, "max_pixels": 12544, "versions": prepare.versions(),
+             "sources": {"train": "world", "benchmarks": ["world", "school"]}, "artifacts": artifacts}
     (tmp_path / "study.json").write_text(json.dumps(study))
     return tmp_path
 

@@ -714,7 +714,7 @@ def test_the_card_of_a_benchmark_recounts(results, study, prepare):
 def test_the_table_for_latex_is_balanced_and_escaped(report, study):
     text = (study / "report" / "tables.md").read_text()
     block = text.split("```latex\n")[1].split("```")[0]
-    assert block.count("\\begin{tabular}") == block.count("\\end{tabular}") == 2 and block.count("{") == block.count("}")
+    assert block.count("\\begin{tabular}") == block.count("\\end{tabular}") == 3 and block.count("{") == block.count("}")
     assert "\N{MINUS SIGN}" not in block and "hallucination-blank-s0" in block
     hostile = report.latex(report.table("100% & more", ["a_b", "c"], [("x^2 \\ ~ #1 $", [("5%", "{1}")])]))
     assert "100\\% \\& more" in hostile and "x\\textasciicircum{}2 \\textbackslash{} \\textasciitilde{} \\#1 \\$" in hostile and "\\{1\\}" in hostile
@@ -725,7 +725,7 @@ def test_tables_hold_the_matrix_and_the_split(study, results):
     cell = results["accuracy"]["standard-s0"]["shapes"]["blank"]
     assert f"{100 * cell['accuracy']:.1f}%" in text and "n = 100" in text
     tables = [block.splitlines() for block in re.findall(r"(?:^\|.*\n)+", text, re.M)]
-    assert len(tables) == 4 and all(len({line.count("|") for line in table}) == 1 for table in tables)
+    assert len(tables) == 5 and all(len({line.count("|") for line in table}) == 1 for table in tables)
 
 
 # Bad input

@@ -12,6 +12,7 @@ import time
 
 import psutil
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from conftest import ROOT
@@ -24,16 +25,16 @@ STOPPED, LEFT = "stopped: the same command continues", "error: another process o
 TIMES = ("rollout_s", "update_s", "seconds", "peak_gb")
 
 
-def start(data, command, processes=1):
-    """A stage on that many processes of one thread each, on the CPU also where there is a card."""
+def start(data, command, processes=1, cards=""):
+    """A stage on that many processes of one thread each, without cards also where there are some."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
     line = [sys.executable, *launcher, str(ROOT / "tests" / "stage_by_hash.py"), command[0], "--data", str(data), *command[1:]]
     return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                            env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+                            env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": cards})
 
 
 def end(process):
-    out, _ = process.communicate(timeout=100)
+    out, _ = process.communicate(timeout=300)
     return process.returncode, out
 
 
@@ -138,3 +139,17 @@ def test_an_evaluation_goes_on_with_another_number_of_processes(undisturbed, tmp
         rows, other = ([json.loads(line) for line in (root / path.relative_to(truth)).read_text().splitlines()] for root in (truth, data))
         assert other == [row | {"gold_logprob": pytest.approx(row["gold_logprob"], abs=1e-3)} for row in rows] and len(rows) == 20
     assert {path.relative_to(data) for path in answers()} == {path.relative_to(truth) for path in (truth / "answers").glob("*/shapes/*")}
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA cards")
+def test_two_cards_share_a_run_and_an_evaluation(data):
+    """The second process is killed at first; a third process would have no card."""
+    process, log = start(data, TRAIN, 2, "0,1"), data / "policies" / RUN / "train.jsonl"
+    wait_until(process, lambda: lines(log) >= 2)
+    os.kill(workers(process)[1], signal.SIGKILL)
+    assert end(process)[0] != 0
+    for command in (TRAIN, EVALUATE):
+        code, out = end(start(data, command, 2, "0,1"))
+        assert code == 0, out
+    assert lines(log) == 12 and all(lines(path) == 20 for path in (data / "answers").glob("*/shapes/*"))
+    assert "has no card: run torchrun --nproc_per_node=2" in end(start(data, EVALUATE, 3, "0,1"))[1]

@@ -11,7 +11,7 @@ from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
 from conftest import CORRUPTIONS, ROOT, run_stages
 
-RUNS = ["hallucination-blank-s0", "mixed-blank-s0", "standard-s0"]
+RUNS = ["grounded-blank-s0", "hallucination-blank-s0", "mixed-blank-s0", "standard-s0"]
 
 
 def test_every_artifact_of_the_design_exists(study):
@@ -24,7 +24,7 @@ def test_every_artifact_of_the_design_exists(study):
                  "report/results.json", "report/tables.md", "model/model.safetensors", *sources, *runs, *rows]:
         assert (data / name).is_file(), name
     assert {path.name for path in data.rglob("*") if path.name.endswith(".part") or path.name == "checkpoint"} == set()
-    assert len(answers) == 4 * (1 + len(CORRUPTIONS)) and all(len(rows) == 40 for rows in answers.values())
+    assert len(answers) == 5 * (1 + len(CORRUPTIONS)) and all(len(rows) == 40 for rows in answers.values())
 
 
 def test_every_question_is_answered_or_rejected(study, prepare):
