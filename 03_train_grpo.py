@@ -220,6 +220,17 @@ class Policy:
         return prepare.encode(question, self.tokenizer, self.image_processor)
 
 
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """bf16 on cards that compute in it, and there products in fp32, which are the adapter's alone, in TF32: it has 10 bits where bf16 has 7.
+
+    Else fp32, in full. In fp16, which older cards such as the T4 are faster in, activations of these models exceed its 65,504 and answers
+    break, which no scaling of the loss repairs, and a token's share of the loss underflows. So such a card is slower, and skips no step.
+    """
+    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    torch.set_float32_matmul_precision("high" if native else "highest")
+    return torch.bfloat16 if native else torch.float32
+
+
 def load_policy(model: str, max_pixels: int, adapters: Mapping[str, Path] = {}, lora_rank: int = 0, seed: int = 0) -> Policy:
     """The base in NF4 with saved adapters, with a fresh one of `lora_rank`, or (neither given) alone.
 
@@ -231,14 +242,18 @@ def load_policy(model: str, max_pixels: int, adapters: Mapping[str, Path] = {}, 
     if kind not in prepare.FAMILIES:
         raise UserError(f"{model} is a {kind} model: this kit trains {', '.join(prepare.FAMILIES)}")
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    # fp32 also on cards that only emulate bf16; in fp16 a token's share of the loss would underflow
-    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    dtype = torch.bfloat16 if native else torch.float32
+    dtype = compute_dtype(device)
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
                              bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=["model.visual", "lm_head"])
-    full = policy = AutoModelForImageTextToText.from_pretrained(
-        model, quantization_config=nf4, dtype=dtype, device_map={"": device}, use_safetensors=True, trust_remote_code=False)
-    full.requires_grad_(False)
+    full = AutoModelForImageTextToText.from_pretrained(  # sdpa: the fused attention that allows a mask, for prompts have padding
+        model, quantization_config=nf4, dtype=dtype, device_map={"": device}, attn_implementation="sdpa", use_safetensors=True,
+        trust_remote_code=False)
+    return make_policy(full, *prepare.load_processors(model, max_pixels), adapters, lora_rank, seed)
+
+
+def make_policy(full: torch.nn.Module, tokenizer, image_processor, adapters: Mapping[str, Path] = {}, lora_rank: int = 0, seed: int = 0) -> Policy:
+    """A loaded base as a policy, with adapters as `load_policy` says."""
+    policy, device = full.requires_grad_(False), full.get_input_embeddings().weight.device
     as_product(full.model.visual.patch_embed.proj)
     for name, folder in adapters.items():
         if policy is full:
@@ -252,7 +267,6 @@ def load_policy(model: str, max_pixels: int, adapters: Mapping[str, Path] = {}, 
         torch.manual_seed(seed)  # of the adapter's random half
         policy = get_peft_model(full, LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, lora_dropout=0.0, bias="none",
                                                  target_modules=LANGUAGE_LINEARS, task_type="CAUSAL_LM"))
-    tokenizer, image_processor = prepare.load_processors(model, max_pixels)
     names = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
     banned = [*tokenizer.convert_tokens_to_ids(names), *range(len(tokenizer), full.get_input_embeddings().num_embeddings)]
     eos = full.generation_config.eos_token_id
