@@ -114,8 +114,8 @@ class Config:
     updates_per_batch: int = option(1, "optimizer steps on the same completions")
     max_grad_norm: float = option(1.0, "larger gradients are scaled down to it")
     memory_gb: float = option(None, "what weights and all that is computed may take: the next two follow from it [what is free on the card]")
-    tokens_per_pass: int = option(None, "tokens, padding and prompts included, in a pass of the update, at least one row [memory_gb; no card: preset]")
-    cache_gb: float = option(None, "for prompts and completions while sampling; a step that needs more takes several waves [as tokens_per_pass]")
+    tokens_per_pass: int = option(None, "tokens in a pass of the update, prompts and padding too, at least one row [memory; no card: preset]")
+    cache_gb: float = option(None, "for prompts and completions while sampling; what needs more takes several waves [memory; no card: preset]")
     checkpoint: bool = option(None, "keep only each layer's input for the backward pass, and run the layer again there [preset]")
     save_every: int = option(None, "steps between checkpoints of three adapters' size: a kill costs the steps since, Ctrl-C none [preset]")
     sample_every: int = option(20, "steps between two completions shown on the terminal; all samples go to rollouts.jsonl")
@@ -294,7 +294,8 @@ def unpacked(policy: Policy):
     """The 4-bit weights as plain ones for a while, if memory holds them: a small batch mostly unpacks.
 
     In fp32 the adapter is added to them, W + s B A: one product per layer instead of three. The gradient of that sum gathers over all
-    passes and goes through it once, on leaving. In 16 bits the sum would round most of the adapter away: there the two stay apart.
+    passes and goes through it once, on leaving. In 16 bits the sum would round most of the adapter away: there the two stay apart, and
+    without gradients the adapter is in 16 bits too: two products and a sum instead of PEFT's seven kernels, whether weights are unpacked or not.
     """
     changed, sums = [], []
     try:
@@ -313,11 +314,21 @@ def unpacked(policy: Policy):
                 vars(base).pop("forward", None)  # no second copy of the weight
                 sums.append((whole, leaf))
                 changed.append(module)
+        for module in policy.full.modules() if policy.dtype != torch.float32 and not torch.is_grad_enabled() else ():
+            if isinstance(module, LoraLayer) and not module.disable_adapters:
+                name = module.active_adapters[0]
+                down, up = module.lora_A[name].weight.to(policy.dtype), (module.scaling[name] * module.lora_B[name].weight).to(policy.dtype)
+                module.forward = partial(beside, module.base_layer, down, up)
+                changed.append(module)
         yield
         carry_back([whole for whole, _ in sums], [leaf for _, leaf in sums])
     finally:
         for module in changed:
             vars(module).pop("forward", None)
+
+
+def beside(base: torch.nn.Module, down: torch.Tensor, up: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return base(x) + linear(linear(x, down), up)
 
 
 def carry_back(roots: Sequence[torch.Tensor], leaves: Sequence[torch.Tensor]):
@@ -469,7 +480,7 @@ class Completions:
 class OwnTokens:
     """Keys and values of R completions so far, per layer; those of their prompts stay in the Prefix, once for the whole group.
 
-    Nothing moves from one token to the next: buffers have all places from the start, and a tensor, `at`, says where the next token is written.
+    Nothing moves from one token to the next: buffers have all places from the start, and a tensor, `at`, says where the next is written.
     """
     def __init__(self, places: int, at: torch.Tensor):
         self.places, self.at, self.stores = places, at, []  # per layer (2, R, kv heads, places, head dim)
@@ -522,7 +533,7 @@ class Sharing:
 
 
 def attend(module, query, key, value, mask, scaling: float, prefix: Prefix, sharing: Sharing, bias: torch.Tensor, **_):
-    """Attention of one new token per row to its prompt and to its own completion: query (R, heads, 1, d), key, value (R, kv heads, t, d), bias (t,).
+    """Attention of one new token per row to its prompt and its own completion: query (R, heads, 1, d), key, value (R, kv heads, t, d).
 
     The keys and values of a prompt are read once for all its rows, and nowhere is there a copy of them for each.
     """
@@ -555,13 +566,14 @@ def captured(step: Callable, device: torch.device) -> Callable:
     if device.type != "cuda":
         return step
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):  # records, without running it
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # records, without running it; NCCL's own thread may go on
         step()
     return graph.replay
 
 
 @torch.no_grad()
-def generate(policy: Policy, prefix: Prefix, max_new_tokens: int, draws: torch.Tensor | None = None, stretch: int | None = None) -> Completions:
+def generate(policy: Policy, prefix: Prefix, max_new_tokens: int, draws: torch.Tensor | None = None,
+             stretch: int | None = None) -> Completions:
     """Complete every prompt of `prefix` G times in one batch.
 
     `draws` (P * G, max_new_tokens), uniform in [0, 1), picks each token by the inverse of the cumulative distribution;
@@ -612,8 +624,8 @@ def generate(policy: Policy, prefix: Prefix, max_new_tokens: int, draws: torch.T
     finished = ends.any(1)
     lengths = torch.where(finished, ends.int().argmax(1) + 1, max_new_tokens)  # of several the first
     behind = torch.arange(max_new_tokens, device=device) >= lengths[:, None]
-    return Completions(tokens.masked_fill(behind, policy.tokenizer.pad_token_id), taken.masked_fill(behind, 0), entropy.masked_fill(behind, 0),
-                       lengths, finished)
+    return Completions(tokens.masked_fill(behind, policy.tokenizer.pad_token_id), taken.masked_fill(behind, 0),
+                       entropy.masked_fill(behind, 0), lengths, finished)
 
 
 # Memory: what a step may hold at a time
@@ -653,9 +665,9 @@ def plan(policy: Policy, config: Config, preset: Mapping, longest: int) -> Confi
     """The config with `cache_gb` and `tokens_per_pass` where they are not given: what memory leaves, or the preset's without a card and
     without --memory_gb. Also decides whether the 4-bit weights are unpacked while they are in use.
 
-    Memory first goes to weights, gradients, Adam's two averages and some chunks of logits, then to unpacked weights if they take less than half of the
-    rest. A pass then holds as many tokens of prompts as of completions: of each token keys and values twice (values and gradients, or a
-    row's copies), each layer's input, and one layer at work [without --checkpoint all of them].
+    Memory first goes to weights, gradients, Adam's two averages and some chunks of logits, then to unpacked weights if they take less than
+    half of the rest. A pass holds as many tokens of prompts as of completions: of each token keys and values twice (with gradients, or as
+    a row's copies), each layer's input, and one layer at work [without --checkpoint all of them].
     """
     copies = 1 if policy.dtype == torch.bfloat16 else 3  # plain, with the adapter added, and the gradient of that
     plain = copies * policy.dtype.itemsize * sum(math.prod(m.weight.quant_state.shape) for m in policy.full.modules() if is_packed(m))
@@ -674,12 +686,13 @@ def plan(policy: Policy, config: Config, preset: Mapping, longest: int) -> Confi
         token = 4 * cached + (2 * inputs + 30 * width if config.checkpoint else 2 * layers * 30 * width)
         need = max(question_bytes(policy, longest, config.group_size, config.max_new_tokens), (longest + config.max_new_tokens) * token)
         if left < need:
-            raise UserError(f"{memory_gb:.1f} GB of memory are too little: {held / 1e9:.1f} GB are held all the time, and one question takes up to "
-                            f"{need / 1e9:.1f}: lower --group_size or --max_new_tokens, or 01_prepare.py --max_pixels")
+            raise UserError(f"{memory_gb:.1f} GB of memory are too little: {held / 1e9:.1f} GB are held all the time, and one question takes "
+                            f"up to {need / 1e9:.1f}: lower --group_size or --max_new_tokens, or 01_prepare.py --max_pixels")
         cache_gb, tokens_per_pass = left / 1e9, int(left // token)
         if card:  # beyond it torch says that memory is out
             torch.cuda.set_per_process_memory_fraction(min(1.0, 1e9 * memory_gb / torch.cuda.mem_get_info()[1]))
-    return replace(config, memory_gb=memory_gb, cache_gb=config.cache_gb or cache_gb, tokens_per_pass=config.tokens_per_pass or tokens_per_pass)
+    return replace(config, memory_gb=memory_gb, cache_gb=config.cache_gb or cache_gb,
+                   tokens_per_pass=config.tokens_per_pass or tokens_per_pass)
 
 
 # Loss
@@ -1088,8 +1101,8 @@ def stopping() -> Iterator[list[int]]:
 def preflight(policy: Policy, questions: Questions, config: Config) -> Config:
     """A whole step of the worst size before step 1, without the optimizer: the longest prompt each time, completions that never end.
 
-    It shows what memory and time a step can take at most, and that placeholders, features and trainable parameters are there. Where a card's
-    memory does not hold it, it is cut smaller: the config with which it went through returns.
+    It shows what memory and time a step can take at most, and that placeholders, features and trainable parameters are there. Where a
+    card's memory does not hold it, it is cut smaller: the config with which it went through returns.
     """
     trainable = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
     if not trainable:
@@ -1122,8 +1135,8 @@ def preflight(policy: Policy, questions: Questions, config: Config) -> Config:
                             "--prompts_per_step, with several processes --memory_gb, or 01_prepare.py --max_pixels")
         batch, config = None, replace(config, cache_gb=config.cache_gb / 2, tokens_per_pass=max(1, config.tokens_per_pass // 2))
     print(f"preflight: {sum(p.numel() for p in trainable) / 1e6:.2f} M trainable parameters, longest prompt {length} tokens "
-          f"({tokens} of the picture); the largest step samples {wave * config.group_size} completions at a time, learns from {rows} at a time, and takes "
-          f"{time.perf_counter() - start:.1f} s and {peak_gb(policy):.2f} GB" + (f" of {config.memory_gb:.2f}" if config.memory_gb else "")
+          f"({tokens} of the picture); the largest step samples {wave * config.group_size} completions at a time, "
+          f"learns from {rows} at a time, and takes {time.perf_counter() - start:.1f} s and {peak_gb(policy):.2f} GB" + (f" of {config.memory_gb:.2f}" if config.memory_gb else "")
           + ("" if policy.unpack else "; 4-bit weights are not unpacked"))
     return config
 

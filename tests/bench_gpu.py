@@ -8,8 +8,8 @@ runs out of memory says so in its line, and the others go on.
 
     load    seconds, and memory of the loaded policy
     step    seconds of a step: looking and prefill, decoding, update; peak memory of the rollout and of the update
-    decode  tokens a second, against the same without a captured graph, and against model.generate with its default cache; and as a multiple of the time
-            in which the card copies as many bytes as a token needs of weights and cache
+    decode  tokens a second, against the same without a captured graph, and against model.generate with its default cache; and as a multiple
+            of the time in which the card copies as many bytes as a token needs of weights and cache
     growth  seconds of a step over the group's size, and over new tokens
     exact   on two layers: the largest relative error of a matrix's gradient against plain forwards over whole sequences in fp32
     trl     seconds and peak memory of a step of TRL's GRPOTrainer on the same model (pip install -r tests/requirements.txt; Qwen2.5-VL only)
@@ -46,8 +46,8 @@ import torch
 import transformers as hf
 from accelerate import init_empty_weights
 
-QWEN25_TEXT = dict(hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16, num_key_value_heads=2, vocab_size=151936,
-                   rms_norm_eps=1e-6, rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]})
+QWEN25_TEXT = dict(hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16, num_key_value_heads=2,
+                   vocab_size=151936, rms_norm_eps=1e-6, rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]})
 QWEN25_VISION = dict(depth=32, hidden_size=1280, num_heads=16, intermediate_size=3420, out_hidden_size=2048, patch_size=14, window_size=112,
                      fullatt_block_indexes=[7, 15, 23, 31])
 MODELS = {  # name -> configuration class, text, vision, whether lm_head is the embedding
@@ -55,8 +55,9 @@ MODELS = {  # name -> configuration class, text, vision, whether lm_head is the 
     "7b": (hf.Qwen2_5_VLConfig, QWEN25_TEXT | dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
                                                    num_key_value_heads=4, vocab_size=152064), QWEN25_VISION | dict(out_hidden_size=3584), False),
     "qwen3-4b": (hf.Qwen3VLConfig, dict(
-        hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8, head_dim=128, vocab_size=151936,
-        rms_norm_eps=1e-6, rope_parameters={"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20], "mrope_interleaved": True}),
+        hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8, head_dim=128,
+        vocab_size=151936, rms_norm_eps=1e-6,
+        rope_parameters={"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20], "mrope_interleaved": True}),
         dict(depth=24, hidden_size=1024, num_heads=16, intermediate_size=4096, out_hidden_size=2560, patch_size=16, num_position_embeddings=2304,
              deepstack_visual_indexes=[5, 11, 17]), True),
 }
@@ -64,7 +65,8 @@ SMALL_TEXT = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, nu
                   rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]})
 SMALL_VISION = dict(depth=2, hidden_size=64, num_heads=4, intermediate_size=128, out_hidden_size=64)
 SMALL = {hf.Qwen2_5_VLConfig: (SMALL_TEXT, SMALL_VISION | dict(fullatt_block_indexes=[1], window_size=56)),
-         hf.Qwen3VLConfig: (SMALL_TEXT | dict(head_dim=16, rope_parameters=SMALL_TEXT["rope_parameters"] | {"mrope_interleaved": True}), SMALL_VISION | dict(num_position_embeddings=64, deepstack_visual_indexes=[0, 1]))}
+         hf.Qwen3VLConfig: (SMALL_TEXT | dict(head_dim=16, rope_parameters=SMALL_TEXT["rope_parameters"] | {"mrope_interleaved": True}),
+                            SMALL_VISION | dict(num_position_embeddings=64, deepstack_visual_indexes=[0, 1]))}
 GRIDS = {16: (4, 4), 256: (16, 16), 1024: (32, 32), 2048: (64, 32)}  # image tokens -> columns and rows
 
 
@@ -74,9 +76,10 @@ def configuration(name: str, small: bool = False, layers: int | None = None):
         text, vision = text | SMALL[kind][0], vision | SMALL[kind][1]
     if layers:
         text = text | {"num_hidden_layers": layers}
-    ids = {key: TOKENIZER.convert_tokens_to_ids(f"<|{token}|>") for key, token in {
-        "image_token_id": "image_pad", "video_token_id": "video_pad", "vision_start_token_id": "vision_start", "vision_end_token_id": "vision_end"}.items()}
-    return kind(text_config=text | {"tie_word_embeddings": tied}, vision_config=vision, tie_word_embeddings=tied, **ids)
+    token = lambda name: TOKENIZER.convert_tokens_to_ids(f"<|{name}|>")
+    return kind(text_config=text | {"tie_word_embeddings": tied}, vision_config=vision, tie_word_embeddings=tied,
+                image_token_id=token("image_pad"), video_token_id=token("video_pad"), vision_start_token_id=token("vision_start"),
+                vision_end_token_id=token("vision_end"))
 
 
 TOKENIZER = prepare.make_tokenizer(0)  # the kit's: the model's other ids are banned, and cost as much as if they were not
@@ -145,8 +148,7 @@ def load(options) -> dict:
     bench.forget_peak()
     policy, seconds = seconds_of(torch.device(options.device), build, options)
     packed = [module for module in policy.full.modules() if train.is_packed(module)]
-    return {"seconds": round(seconds, 1), "peak_gb": gb("VmHWM"), "held_gb": gb("VmRSS"), "packed_matrices": len(packed),
-            "parameters": sum(p.numel() for p in policy.full.parameters()) + sum(m.weight.quant_state.shape.numel() - m.weight.numel() for m in packed)}
+    return {"seconds": round(seconds, 1), "peak_gb": gb("VmHWM"), "held_gb": gb("VmRSS"), "packed_matrices": len(packed)}
 
 
 def step(options) -> dict:
@@ -185,7 +187,7 @@ def copies_per_s(device: torch.device) -> float:
 
 
 def bytes_per_token(policy, prompts, options) -> int:
-    """What decoding one token for all rows has to read: matrices as they lie, adapter, head, prompts once for a group, completions at half their length."""
+    """What decoding a token for all rows has to read: weights as they lie, adapter, head, prompts once a group, half of the completions."""
     weights = sum(module.weight.quant_state.shape.numel() * policy.dtype.itemsize if policy.unpack else module.weight.nbytes
                   for module in policy.full.modules() if train.is_packed(module))
     cached, *_ = train.token_bytes(policy)
@@ -198,10 +200,11 @@ def generate_s(policy, prompts, group: int, new: int) -> float:
     """Seconds of model.generate of transformers: every prompt `group` times, sampled from the whole distribution. The second call counts."""
     ids = torch.tensor([prompt.input_ids for prompt in prompts], device=policy.device)
     run = partial(
-        policy.model.generate, input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=(ids == policy.full.config.image_token_id).int(),
+        policy.model.generate, input_ids=ids, attention_mask=torch.ones_like(ids),
+        mm_token_type_ids=(ids == policy.full.config.image_token_id).int(),
         pixel_values=torch.cat([prompt.pixel_values for prompt in prompts]).to(policy.device),
-        image_grid_thw=torch.cat([prompt.image_grid_thw for prompt in prompts]).to(policy.device), num_return_sequences=group, do_sample=True, top_k=0,
-        top_p=1.0, temperature=1.0, suppress_tokens=policy.banned.tolist(), min_new_tokens=new, max_new_tokens=new,
+        image_grid_thw=torch.cat([prompt.image_grid_thw for prompt in prompts]).to(policy.device), num_return_sequences=group,
+        do_sample=True, top_k=0, top_p=1.0, temperature=1.0, suppress_tokens=policy.banned.tolist(), min_new_tokens=new, max_new_tokens=new,
         pad_token_id=policy.tokenizer.pad_token_id)
     with torch.no_grad():
         out, seconds = [seconds_of(policy.device, run) for _ in range(2)][1]
@@ -223,8 +226,9 @@ def decode(options) -> dict:
                        for stretch in ((), (1,)))
     del prefix
     bandwidth, tokens, size = copies_per_s(policy.device), rows * options.new, bytes_per_token(policy, prompts, options)
-    line = {"rows": rows, "tokens_per_s": round(tokens / ours), "without_graph_tokens_per_s": round(tokens / eager), "unpacked": policy.unpack,
-            "gb_per_token": round(size / 1e9, 4), "copy_gb_per_s": round(bandwidth / 1e9, 1), "times_bound": round(ours * bandwidth / options.new / size, 2)}
+    line = {"rows": rows, "tokens_per_s": round(tokens / ours), "without_graph_tokens_per_s": round(tokens / eager),
+            "unpacked": policy.unpack, "gb_per_token": round(size / 1e9, 4), "copy_gb_per_s": round(bandwidth / 1e9, 1),
+            "times_bound": round(ours * bandwidth / options.new / size, 2)}
     allow_all(policy.device)
     try:
         theirs = generate_s(policy, prompts, options.group, options.new) - generate_s(policy, prompts, options.group, 1)
@@ -320,7 +324,7 @@ STAGES = {function.__name__: function for function in (load, step, decode, growt
 
 def where(device: str) -> dict:
     """Card, driver and versions, for every line."""
-    line = {"card": "none", "torch": torch.__version__, **{name: importlib.metadata.version(name) for name in ("transformers", "peft", "bitsandbytes")}}
+    line = {"card": "none", **{name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")}}
     if device == "cuda":
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         line |= {"card": torch.cuda.get_device_name(), "driver": subprocess.run(query, check=True, capture_output=True, text=True).stdout.split()[0]}

@@ -727,6 +727,28 @@ def test_saved_adapter_is_plain_peft(train, base_folder, policies, tmp_path):
         assert tokens[:length] == generated_by_transformers(plain, ours, prompt, 12)
 
 
+def test_the_adapter_in_16_bits_beside_16_bit_weights(train, tokenizer, policies):
+    """As sampling on a card has it: as close to fp32 as PEFT's own forward, which computes it in fp32; with gradients it is PEFT's."""
+    policy, prompts = policies("qwen2_5_vl"), [policies("qwen2_5_vl").encode(q) for q in QUESTIONS]
+    tokens, rows = torch.randint(20, 200, (4, 12), generator=torch.Generator().manual_seed(0)), torch.arange(4)
+    lora = train.LoraConfig(r=4, lora_alpha=8, target_modules=train.LANGUAGE_LINEARS, task_type="CAUSAL_LM")
+    half = dataclasses.replace(policy, model=train.get_peft_model(tiny_model("qwen2_5_vl", tokenizer).requires_grad_(False), lora))
+    half.model.load_state_dict(policy.model.state_dict())
+    for name, parameter in half.model.named_parameters():
+        parameter.data = parameter.data if "lora" in name else parameter.data.bfloat16()
+    scored = lambda policy: train.score_tokens(policy, train.encode_prompts(policy, prompts, train.look(policy, prompts)), rows, tokens)
+    with torch.no_grad():
+        truth, peft = scored(policy), scored(half)
+        with train.unpacked(half):
+            ours = scored(half)
+        assert torch.equal(scored(half), peft) and not torch.equal(ours, peft)
+    with train.unpacked(half):
+        assert torch.equal(scored(half), peft)
+    with torch.no_grad(), half.model.disable_adapter(), train.unpacked(half):
+        assert (scored(half) - truth).abs().mean() > 5 * (peft - truth).abs().mean()  # the adapter does something
+    assert (ours - truth).abs().mean() < 1.2 * (peft - truth).abs().mean()
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
 def test_sampled_logprobs_are_the_training_forwards_on_a_card(train, base_folder):
     """The kernels of rollout and update differ, and compute in 16 bits: a ratio off by a few per cent stays inside the clip."""
@@ -1049,6 +1071,44 @@ def test_preflight_takes_the_worst_question_and_leaves_nothing(train, prepare, p
     assert f"{says}; the largest step samples 12 completions at a time, learns from 2 at a time, and takes " in capsys.readouterr().out
     train.preflight(policy, Fixed, train.Config(prompts_per_step=3, group_size=4, max_new_tokens=8, tokens_per_pass=4, cache_gb=1e-9))
     assert "samples 4 completions at a time, learns from 1 at a time," in capsys.readouterr().out
+
+
+def test_preflight_cuts_a_step_that_memory_does_not_hold(train, prepare, policies, monkeypatch, capsys):
+    """By half each time, until it goes through; where one row and one prompt at a time are too much, one sentence."""
+    class Fixed:
+        paid = False
+        longest = staticmethod(lambda: QUESTIONS[1])
+
+    policy, real, seen, holds = policies("qwen2_5_vl"), train.accumulate_gradients, [], 300
+
+    def learn(policy, batch, config):
+        seen.append((config.tokens_per_pass, config.cache_gb))
+        sums = real(policy, batch, config)
+        if config.tokens_per_pass > holds:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore about it.")
+        return sums
+
+    monkeypatch.setattr(train, "accumulate_gradients", learn)
+    config = train.Config(prompts_per_step=2, group_size=2, max_new_tokens=4, tokens_per_pass=1000, cache_gb=1.0)
+    fit = train.preflight(policy, Fixed, config)
+    assert seen == [(1000, 1.0), (500, 0.5), (250, 0.25)] and fit == dataclasses.replace(config, tokens_per_pass=250, cache_gb=0.25)
+    length = len(policy.encode(QUESTIONS[1]).input_ids)
+    assert f"learns from {250 // (length + 4)} at a time" in capsys.readouterr().out
+    assert all(parameter.grad is None for parameter in policy.model.parameters())
+    holds = 0
+    with pytest.raises(prepare.UserError, match=r"does not fit into memory \(CUDA out of memory. Tried to allocate 2 GiB.\): lower --group_size"):
+        train.preflight(policy, Fixed, config)
+
+
+def test_a_run_in_a_given_memory(train, prepare, data, monkeypatch):
+    """The sizes follow from it and are said; the run is the same up to rounding, and continues with another memory."""
+    grade_by_hash(prepare, monkeypatch)
+    _, rows, samples, out = run(train, data, steps=1, conditions=["standard"], memory_gb=0.5, tokens_per_pass=None, cache_gb=None)
+    assert " GB of 0.50\n" in out
+    again = run(train, data, steps=1, conditions=["standard"])
+    assert "is finished: kept" in again[3] and again[2] == samples
+    with pytest.raises(prepare.UserError, match="0.2 GB of memory are too little: 0.4 GB are held all the time, and one question takes up to 0.0"):
+        run(train, data, steps=1, conditions=["standard"], seeds=[1], memory_gb=0.2, tokens_per_pass=None, cache_gb=None)
 
 
 def test_preflight_refuses_what_would_fail_later(train, prepare, policies, monkeypatch):
