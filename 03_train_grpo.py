@@ -68,9 +68,10 @@ Prompt, Question, UserError, option = prepare.Prompt, prepare.Question, prepare.
 
 ENTROPY_GUARD = 2.0  # nats of a token: as if seven words were equally likely
 CHUNK_BYTES = 2**26  # of logits in fp32: 110 positions of a vocabulary of 151,936
+STRETCH = 128        # tokens that a captured step is replayed for: a capture takes about as long as a step without one
 LOSSES = ("dapo", "grpo", "dr_grpo")
 # options that choose runs, or change rounding alone
-NOT_SETTINGS = ("data", "conditions", "seeds", "steps", "sample_every", "tokens_per_pass", "cache_gb", "checkpoint", "save_every")
+NOT_SETTINGS = ("data", "conditions", "seeds", "steps", "sample_every", "memory_gb", "tokens_per_pass", "cache_gb", "checkpoint", "save_every")
 CONDITIONS = ("standard", "hallucination", "mixed", "grounded")
 LANGUAGE_LINEARS = r".*language_model\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj"
 REAL = {  # beside each: what the paper's trainer, EasyR1, takes as its default on eight cards
@@ -80,7 +81,7 @@ REAL = {  # beside each: what the paper's trainer, EasyR1, takes as its default 
     "max_new_tokens": 1024,  # there 2,048; what is cut is counted in the log
     "learning_rate": 1e-5,   # there 1e-6 on all weights, and as here on LoRA
     "lora_rank": 32,         # there none, and the vision tower learns too: 40 GB for the 3B, by its own guide
-    "tokens_per_pass": 8192,
+    "tokens_per_pass": 8192,  # this and cache_gb only without a card: on one they follow from its memory
     "cache_gb": 2.0,         # 3B: 36,864 bytes a token, so that 64 completions of 1,024 take two waves; no change of results
     "checkpoint": True,
     "save_every": 10,        # 3B: 0.7 GB each
@@ -114,8 +115,9 @@ class Config:
     kl: float = option(0.0, "weight of the k3 estimate of KL(policy || base), per token (EasyR1: 0.01)")
     updates_per_batch: int = option(1, "optimizer steps on the same completions")
     max_grad_norm: float = option(1.0, "larger gradients are scaled down to it")
-    tokens_per_pass: int = option(None, "tokens, padding and prompts included, in a pass of the update, at least one row: lower it first [preset]")
-    cache_gb: float = option(None, "memory for prompts and completions while sampling; a step that needs more is sampled in waves [preset]")
+    memory_gb: float = option(None, "what weights and all that is computed may take: the next two follow from it [what is free on the card]")
+    tokens_per_pass: int = option(None, "tokens in a pass of the update, prompts and padding too, at least one row [memory; no card: preset]")
+    cache_gb: float = option(None, "for prompts and completions while sampling; what needs more takes several waves [memory; no card: preset]")
     checkpoint: bool = option(None, "keep only each layer's input for the backward pass, and run the layer again there [preset]")
     save_every: int = option(None, "steps between checkpoints of three adapters' size: a kill costs the steps since, Ctrl-C none [preset]")
     sample_every: int = option(20, "steps between two completions shown on the terminal; all samples go to rollouts.jsonl")
@@ -223,6 +225,17 @@ class Policy:
         return prepare.encode(question, self.tokenizer, self.image_processor)
 
 
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """bf16 on cards that compute in it, and there products in fp32, which are the adapter's alone, in TF32: it has 10 bits where bf16 has 7.
+
+    Else fp32, in full. In fp16, which older cards such as the T4 are faster in, activations of these models exceed its 65,504 and answers
+    break, which no scaling of the loss repairs, and a token's share of the loss underflows. So such a card is slower, and skips no step.
+    """
+    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    torch.set_float32_matmul_precision("high" if native else "highest")
+    return torch.bfloat16 if native else torch.float32
+
+
 def load_policy(model: str, max_pixels: int, adapters: Mapping[str, Path] = {}, lora_rank: int = 0, seed: int = 0) -> Policy:
     """The base in NF4 with saved adapters, with a fresh one of `lora_rank`, or (neither given) alone.
 
@@ -234,14 +247,18 @@ def load_policy(model: str, max_pixels: int, adapters: Mapping[str, Path] = {}, 
     if kind not in prepare.FAMILIES:
         raise UserError(f"{model} is a {kind} model: this kit trains {', '.join(prepare.FAMILIES)}")
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    # fp32 also on cards that only emulate bf16; in fp16 a token's share of the loss would underflow
-    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    dtype = torch.bfloat16 if native else torch.float32
+    dtype = compute_dtype(device)
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
                              bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=["model.visual", "lm_head"])
-    full = policy = AutoModelForImageTextToText.from_pretrained(
-        model, quantization_config=nf4, dtype=dtype, device_map={"": device}, use_safetensors=True, trust_remote_code=False)
-    full.requires_grad_(False)
+    full = AutoModelForImageTextToText.from_pretrained(  # sdpa: the fused attention that allows a mask, for prompts have padding
+        model, quantization_config=nf4, dtype=dtype, device_map={"": device}, attn_implementation="sdpa", use_safetensors=True,
+        trust_remote_code=False)
+    return make_policy(full, *prepare.load_processors(model, max_pixels), adapters, lora_rank, seed)
+
+
+def make_policy(full: torch.nn.Module, tokenizer, image_processor, adapters: Mapping[str, Path] = {}, lora_rank: int = 0, seed: int = 0) -> Policy:
+    """A loaded base as a policy, with adapters as `load_policy` says."""
+    policy, device = full.requires_grad_(False), full.get_input_embeddings().weight.device
     as_product(full.model.visual.patch_embed.proj)
     for name, folder in adapters.items():
         if policy is full:
@@ -255,16 +272,12 @@ def load_policy(model: str, max_pixels: int, adapters: Mapping[str, Path] = {}, 
         torch.manual_seed(seed)  # of the adapter's random half
         policy = get_peft_model(full, LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, lora_dropout=0.0, bias="none",
                                                  target_modules=LANGUAGE_LINEARS, task_type="CAUSAL_LM"))
-    tokenizer, image_processor = prepare.load_processors(model, max_pixels)
     names = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
     banned = [*tokenizer.convert_tokens_to_ids(names), *range(len(tokenizer), full.get_input_embeddings().num_embeddings)]
     eos = full.generation_config.eos_token_id
     eos = [eos] if isinstance(eos, int) else list(eos or [])
-    copies = 1 if dtype == torch.bfloat16 else 3  # plain, with the adapter added, and the gradient of that
-    size = copies * dtype.itemsize * sum(math.prod(module.weight.quant_state.shape) for module in full.modules() if is_packed(module))
-    free = torch.cuda.mem_get_info()[0] if device.type == "cuda" else psutil.virtual_memory().available
     return Policy(policy.train(), tokenizer, image_processor, torch.tensor(sorted({tokenizer.eos_token_id, *eos}), device=device),
-                  torch.tensor(banned, device=device), unpack=2 * size < free)
+                  torch.tensor(banned, device=device))
 
 
 def module_name(adapter: str) -> str:
@@ -286,7 +299,8 @@ def unpacked(policy: Policy):
     """The 4-bit weights as plain ones for a while, if memory holds them: a small batch mostly unpacks.
 
     In fp32 the adapter is added to them, W + s B A: one product per layer instead of three. The gradient of that sum gathers over all
-    passes and goes through it once, on leaving. In 16 bits the sum would round most of the adapter away: there the two stay apart.
+    passes and goes through it once, on leaving. In 16 bits the sum would round most of the adapter away: there the two stay apart, and
+    without gradients the adapter is in 16 bits too: two products and a sum instead of PEFT's seven kernels, whether weights are unpacked or not.
     """
     changed, sums = [], []
     try:
@@ -305,11 +319,21 @@ def unpacked(policy: Policy):
                 vars(base).pop("forward", None)  # no second copy of the weight
                 sums.append((whole, leaf))
                 changed.append(module)
+        for module in policy.full.modules() if policy.dtype != torch.float32 and not torch.is_grad_enabled() else ():
+            if isinstance(module, LoraLayer) and not module.disable_adapters:
+                name = module.active_adapters[0]
+                down, up = module.lora_A[name].weight.to(policy.dtype), (module.scaling[name] * module.lora_B[name].weight).to(policy.dtype)
+                module.forward = partial(beside, module.base_layer, down, up)
+                changed.append(module)
         yield
         carry_back([whole for whole, _ in sums], [leaf for _, leaf in sums])
     finally:
         for module in changed:
             vars(module).pop("forward", None)
+
+
+def beside(base: torch.nn.Module, down: torch.Tensor, up: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return base(x) + linear(linear(x, down), up)
 
 
 def carry_back(roots: Sequence[torch.Tensor], leaves: Sequence[torch.Tensor]):
@@ -461,27 +485,30 @@ class Completions:
 class OwnTokens:
     """Keys and values of R completions so far, per layer; those of their prompts stay in the Prefix, once for the whole group.
 
-    Buffers grow by blocks: concatenating would copy all of them at every token.
+    Nothing moves from one token to the next: buffers have all places from the start, and a tensor, `at`, says where the next is written.
     """
-    BLOCK = 64
-
-    def __init__(self):
-        self.length, self.stores = 0, []  # per layer (2, R, kv heads, capacity, head dim)
+    def __init__(self, places: int, at: torch.Tensor):
+        self.places, self.at, self.stores = places, at, []  # per layer (2, R, kv heads, places, head dim)
+        self.seen = 1  # the places, from the first, that attention looks at
 
     def update(self, keys, values, layer: int, *_, **__):
         if layer == len(self.stores):
-            self.stores.append(keys.new_empty(2, *keys.shape[:2], 0, keys.shape[3]))
-        if self.length == self.stores[layer].shape[3]:
-            self.stores[layer] = torch.cat([self.stores[layer], keys.new_empty(2, *keys.shape[:2], self.BLOCK, keys.shape[3])], 3)
-        store = self.stores[layer]
-        store[0, :, :, self.length], store[1, :, :, self.length] = keys[:, :, 0], values[:, :, 0]
-        return store[:, :, :, :self.length + 1].unbind()
+            self.stores.append(keys.new_zeros(2, *keys.shape[:2], self.places, keys.shape[3]))
+        for store, new in zip(self.stores[layer], (keys, values)):
+            store.index_copy_(2, self.at, new)
+        return self.stores[layer][:, :, :, :self.seen].unbind()
+
+    def bias(self, dtype: torch.dtype) -> torch.Tensor:
+        """(seen,): what a score of attention gets at the places that are not written yet."""
+        places = torch.arange(self.seen, device=self.at.device)
+        return torch.zeros(self.seen, dtype=dtype, device=self.at.device).masked_fill(places > self.at, -torch.inf)
 
     def get_seq_length(self, *_) -> int:
-        return self.length
+        return self.seen
 
     def keep(self, rows: torch.Tensor):
-        self.stores = [store[:, rows] for store in self.stores]
+        for layer, store in enumerate(self.stores):  # one at a time: twice the memory of a layer, not of all
+            self.stores[layer] = store[:, rows]
 
 
 @dataclass
@@ -510,15 +537,15 @@ class Sharing:
         return rows if self.full else rows[self.place]
 
 
-def attend(module, query, key, value, mask, scaling: float, prefix: Prefix, sharing: Sharing, **_):
-    """Attention of one new token per row to its prompt and to its own completion: query (R, heads, 1, d), key, value (R, kv heads, t, d).
+def attend(module, query, key, value, mask, scaling: float, prefix: Prefix, sharing: Sharing, bias: torch.Tensor, **_):
+    """Attention of one new token per row to its prompt and its own completion: query (R, heads, 1, d), key, value (R, kv heads, t, d).
 
     The keys and values of a prompt are read once for all its rows, and nowhere is there a copy of them for each.
     """
     prompt_keys, prompt_values = prefix.keys_values[module.layer_idx]  # (P, kv heads, L, d)
     query = scaling * query.view(len(query), key.shape[1], -1, query.shape[3])  # the heads that share a kv head side by side
     before = sharing.scatter(sharing.gather(query) @ prompt_keys.transpose(2, 3) + prefix.bias)
-    weights = torch.cat([before, query @ key.transpose(2, 3)], -1).softmax(-1, dtype=torch.float32).to(query.dtype)
+    weights = torch.cat([before, query @ key.transpose(2, 3) + bias], -1).softmax(-1, dtype=torch.float32).to(query.dtype)
     before, own = weights.split([before.shape[3], key.shape[2]], -1)
     seen = sharing.scatter(sharing.gather(before) @ prompt_values) + own @ value
     return seen.reshape(len(query), 1, -1, query.shape[3]), None
@@ -533,67 +560,144 @@ def decode_step(policy: Policy, prefix: Prefix, sharing: Sharing, own: OwnTokens
     usual, text.config._attn_implementation = text.config._attn_implementation, "shared_prefix"
     try:
         hidden = text(input_ids=tokens, position_ids=position[:, None].expand(3, -1, -1), past_key_values=own, use_cache=True,
-                      prefix=prefix, sharing=sharing).last_hidden_state
+                      prefix=prefix, sharing=sharing, bias=own.bias(policy.dtype)).last_hidden_state
     finally:
         text.config._attn_implementation = usual
-    own.length += 1
     return hidden[:, 0]
 
 
+def captured(step: Callable, device: torch.device) -> Callable:
+    """On a card the same step as a CUDA graph: its kernels, some thousand, then wait for one launch, not each for Python."""
+    if device.type != "cuda":
+        return step
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # records, without running it; NCCL's own thread may go on
+        step()
+    return graph.replay
+
+
 @torch.no_grad()
-def generate(policy: Policy, prefix: Prefix, max_new_tokens: int, draws: torch.Tensor | None = None) -> Completions:
+def generate(policy: Policy, prefix: Prefix, max_new_tokens: int, draws: torch.Tensor | None = None,
+             stretch: int | None = None) -> Completions:
     """Complete every prompt of `prefix` G times in one batch.
 
     `draws` (P * G, max_new_tokens), uniform in [0, 1), picks each token by the inverse of the cumulative distribution;
-    None takes the likeliest token, G = 1. A row that has ended leaves the batch. T of what returns is `max_new_tokens`.
+    None takes the likeliest token, G = 1. T of what returns is `max_new_tokens`.
+
+    For a `stretch` of tokens [on a card 128, else 1] all shapes stay, and nothing waits for the device: so on a card its second step is
+    captured, and replayed to its end. Rows that have ended leave the batch between two stretches.
     """
     group = 1 if draws is None else len(draws) // len(prefix.mask)
     rows, device = len(prefix.mask) * group, policy.device
-    out = Completions(torch.full((rows, max_new_tokens), policy.tokenizer.pad_token_id, device=device),
-                      torch.zeros(rows, max_new_tokens, device=device), torch.zeros(rows, max_new_tokens, device=device),
-                      torch.full((rows,), max_new_tokens, device=device), torch.zeros(rows, dtype=torch.bool, device=device))
-    owner = torch.arange(rows, device=device) // group
-    own, alive, sharing = OwnTokens(), torch.arange(rows, device=device), Sharing.of(owner, len(prefix.mask))
-    hidden, position = prefix.last_hidden[owner], prefix.next_position[owner]
-    for t in range(max_new_tokens):
+    stretch = stretch or (STRETCH if device.type == "cuda" else 1)
+    tokens = torch.full((rows, max_new_tokens), policy.tokenizer.pad_token_id, device=device)
+    taken, entropy = torch.zeros(2, rows, max_new_tokens, device=device)
+    owner, at = torch.arange(rows, device=device) // group, torch.zeros(1, dtype=torch.long, device=device)  # at: the newest token's column
+    own, alive, sharing = OwnTokens(max_new_tokens, at), torch.arange(rows, device=device), Sharing.of(owner, len(prefix.mask))
+
+    def draw(hidden):
         logprobs = next_logprobs(policy, hidden)
         probabilities = logprobs.exp()
         if draws is None:
             token = logprobs.argmax(-1, keepdim=True)
         else:
             cdf = probabilities.cumsum(-1, dtype=torch.float64)  # a sum over 150,000 tokens must not lose the small ones
-            token = torch.searchsorted(cdf, draws[alive, t, None] * cdf[:, -1:], right=True).clamp(max=cdf.shape[1] - 1)
-        out.tokens[alive, t], out.logprobs[alive, t] = token[:, 0], logprobs.gather(1, token)[:, 0]
-        out.entropy[alive, t] = torch.special.entr(probabilities).sum(-1)
-        ended = torch.isin(token[:, 0], policy.eos)
-        if ended.any():
-            out.finished[alive[ended]], out.lengths[alive[ended]] = True, t + 1
-            stay = (~ended).nonzero()[:, 0]
-            alive, token = alive[stay], token[stay]
-            own.keep(stay)
-            sharing = Sharing.of(owner[alive], len(prefix.mask)) if len(alive) else None
-        if not len(alive) or t == max_new_tokens - 1:
-            break
-        hidden = decode_step(policy, prefix, sharing, own, token, position[alive] + t)
-    return out
+            token = torch.searchsorted(cdf, draws[alive, at, None] * cdf[:, -1:], right=True).clamp(max=cdf.shape[1] - 1)
+        tokens[alive, at], taken[alive, at] = token[:, 0], logprobs.gather(1, token)[:, 0]
+        entropy[alive, at] = torch.special.entr(probabilities).sum(-1)
+
+    def step():
+        hidden = decode_step(policy, prefix, sharing, own, tokens[alive, at, None], prefix.next_position[owner[alive]] + at)
+        at.add_(1)
+        draw(hidden)
+
+    draw(prefix.last_hidden[owner])
+    for t in range(max_new_tokens - 1):
+        if t % stretch == 0:
+            stay = (~torch.isin(tokens[alive, max(0, t + 1 - stretch):t + 1], policy.eos).any(1)).nonzero()[:, 0]
+            if not len(stay):
+                break
+            if len(stay) < len(alive):
+                alive = alive[stay]
+                own.keep(stay)
+                sharing = Sharing.of(owner[alive], len(prefix.mask))
+            own.seen, run = min(t + stretch, max_new_tokens), step
+        elif t % stretch == 1:  # after one that ran: it made what is made once, as prefix.bias
+            run = captured(step, device)
+        run()
+    ends = torch.isin(tokens, policy.eos)
+    finished = ends.any(1)
+    lengths = torch.where(finished, ends.int().argmax(1) + 1, max_new_tokens)  # of several the first
+    behind = torch.arange(max_new_tokens, device=device) >= lengths[:, None]
+    return Completions(tokens.masked_fill(behind, policy.tokenizer.pad_token_id), taken.masked_fill(behind, 0),
+                       entropy.masked_fill(behind, 0), lengths, finished)
 
 
-def waves(policy: Policy, lengths: Sequence[int], group: int, max_new_tokens: int, cache_gb: float) -> Iterator[slice]:
-    """Runs of prompts of these lengths, in order, that can be sampled together, `group` completions of each; at least one prompt.
+# Memory: what a step may hold at a time
 
-    A token costs its keys and values; one of a prompt also, while it is encoded, about three times the width of a layer.
+
+def token_bytes(policy: Policy) -> tuple[int, int, int]:
+    """Of a token: keys and values in all layers, the inputs of all layers, and a number in the widest place of a layer.
+
+    A layer at work holds, counted at the shapes of the 3B and the 7B, up to 16 bytes of the last where it only encodes, and
+    30 where it runs again for the backward pass: in 16 bits as in 32, for the adapter is in 32.
     """
     text, size = policy.full.config.text_config, policy.dtype.itemsize
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    cached = 2 * text.num_hidden_layers * text.num_key_value_heads * head * size
+    return (2 * text.num_hidden_layers * text.num_key_value_heads * head * size, text.num_hidden_layers * text.hidden_size * size,
+            text.intermediate_size)
+
+
+def question_bytes(policy: Policy, length: int, group: int, max_new_tokens: int) -> int:
+    """What a question adds to the peak of sampling, with a prompt of that length: while it is encoded, or completed `group` times."""
+    cached, _, width = token_bytes(policy)
+    drawing = 28 * policy.full.get_input_embeddings().num_embeddings  # log p, p and its sums in fp32 and fp64
+    return length * cached + max(length * 16 * width, group * (max_new_tokens * cached + drawing))
+
+
+def waves(policy: Policy, lengths: Sequence[int], group: int, max_new_tokens: int, cache_gb: float) -> Iterator[slice]:
+    """Runs of prompts of these lengths, in order, that can be sampled together, `group` completions of each; at least one prompt."""
     start, longest = 0, 0
     for stop, length in enumerate(lengths):
         longest = max(longest, length)
-        each = longest * (cached + 3 * text.intermediate_size * size) + group * max_new_tokens * cached
-        if stop > start and (stop + 1 - start) * each > cache_gb * 1e9:
+        if stop > start and (stop + 1 - start) * question_bytes(policy, longest, group, max_new_tokens) > cache_gb * 1e9:
             yield slice(start, stop)
             start, longest = stop, length
     yield slice(start, len(lengths))
+
+
+def plan(policy: Policy, config: Config, preset: Mapping, longest: int) -> Config:
+    """The config with `cache_gb` and `tokens_per_pass` where they are not given: what memory leaves, or the preset's without a card and
+    without --memory_gb. Also decides whether the 4-bit weights are unpacked while they are in use.
+
+    Memory first goes to weights, gradients, Adam's two averages and some chunks of logits, then to unpacked weights if they take less than
+    half of the rest. A pass holds as many tokens of prompts as of completions: of each token keys and values twice (with gradients, or as
+    a row's copies), each layer's input, and one layer at work [without --checkpoint all of them].
+    """
+    copies = 1 if policy.dtype == torch.bfloat16 else 3  # plain, with the adapter added, and the gradient of that
+    plain = copies * policy.dtype.itemsize * sum(math.prod(m.weight.quant_state.shape) for m in policy.full.modules() if is_packed(m))
+    memory_gb, card = config.memory_gb, policy.device.type == "cuda"
+    if card and memory_gb is None:
+        memory_gb = 0.95 * (torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()) / 1e9  # a rest for gaps between tensors
+    if memory_gb is None:
+        policy.unpack = 2 * plain < psutil.virtual_memory().available
+        cache_gb, tokens_per_pass = preset["cache_gb"], preset["tokens_per_pass"]
+    else:
+        held = 6 * CHUNK_BYTES + sum(p.nbytes * (4 if p.requires_grad else 1) for p in policy.model.parameters())
+        left, layers = 1e9 * memory_gb - held, policy.full.config.text_config.num_hidden_layers
+        policy.unpack = 2 * plain < left
+        left -= plain * policy.unpack
+        cached, inputs, width = token_bytes(policy)
+        token = 4 * cached + (2 * inputs + 30 * width if config.checkpoint else 2 * layers * 30 * width)
+        need = max(question_bytes(policy, longest, config.group_size, config.max_new_tokens), (longest + config.max_new_tokens) * token)
+        if left < need:
+            raise UserError(f"{memory_gb:.1f} GB of memory are too little: {held / 1e9:.1f} GB are held all the time, and one question takes "
+                            f"up to {need / 1e9:.1f}: lower --group_size or --max_new_tokens, or 01_prepare.py --max_pixels")
+        cache_gb, tokens_per_pass = left / 1e9, int(left // token)
+        if card:  # beyond it torch says that memory is out
+            torch.cuda.set_per_process_memory_fraction(min(1.0, 1e9 * memory_gb / torch.cuda.mem_get_info()[1]))
+    return replace(config, memory_gb=memory_gb, cache_gb=config.cache_gb or cache_gb,
+                   tokens_per_pass=config.tokens_per_pass or tokens_per_pass)
 
 
 # Loss
@@ -1003,34 +1107,47 @@ def stopping() -> Iterator[list[int]]:
         raise KeyboardInterrupt
 
 
-def preflight(policy: Policy, questions: Questions, config: Config) -> None:
+def preflight(policy: Policy, questions: Questions, config: Config) -> Config:
     """A whole step of the worst size before step 1, without the optimizer: the longest prompt each time, completions that never end.
 
-    It shows what memory and time a step can take at most, and that placeholders, features and trainable parameters are there.
+    It shows what memory and time a step can take at most, and that placeholders, features and trainable parameters are there. Where a
+    card's memory does not hold it, it is cut smaller: the config with which it went through returns.
     """
     trainable = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
     if not trainable:
         raise UserError("no parameter is trainable: the adapter found no linear layer in the language model")
-    question, count, start = questions.longest(), -(-config.prompts_per_step // world()[1]), time.perf_counter()
+    question, count = questions.longest(), -(-config.prompts_per_step // world()[1])
     prompt = policy.encode(question)
     tokens = sum(len(picture.tokens) for picture in look(policy, [prompt])[0])
     placeholders = prompt.input_ids.count(policy.full.config.image_token_id)
     if tokens != placeholders:
         raise UserError(f"{prompt.pictures} pictures have {placeholders} image tokens but {tokens} features: "
                         "the image processor is not the model's")
-    endless = replace(policy, eos=torch.full_like(policy.eos, -1))
+    endless, length = replace(policy, eos=torch.full_like(policy.eos, -1)), len(prompt.input_ids)
     worst = [question] * config.prompts_per_step
-    batch, row, _ = roll_out(endless, worst, 0, 0, config, worst if questions.paid else ())
-    batch.advantages = torch.linspace(-1, 1, len(batch.advantages), device=policy.device)
-    accumulate_gradients(endless, batch, config)
-    for parameter in trainable:
-        parameter.grad = None
-    length = len(prompt.input_ids)
-    wave = next(waves(policy, [length] * count, config.group_size, config.max_new_tokens, config.cache_gb)).stop
-    rows = min(count * config.group_size, max(1, config.tokens_per_pass // (length + config.max_new_tokens)))
+    while True:
+        start, failed = time.perf_counter(), None
+        wave = next(waves(policy, [length] * count, config.group_size, config.max_new_tokens, config.cache_gb)).stop
+        rows = min(count * config.group_size, max(1, config.tokens_per_pass // (length + config.max_new_tokens)))
+        try:
+            batch = roll_out(endless, worst, 0, 0, config, worst if questions.paid else ())[0]
+            batch.advantages = torch.linspace(-1, 1, len(batch.advantages), device=policy.device)
+            accumulate_gradients(endless, batch, config)
+        except torch.OutOfMemoryError as error:
+            failed = str(error).splitlines()[0]
+        for parameter in trainable:
+            parameter.grad = None
+        if failed is None:
+            break
+        if wave * rows == 1 or world()[1] > 1:  # others would wait for this one
+            raise UserError(f"a step of the largest size does not fit into memory ({failed}): lower --group_size, --max_new_tokens or "
+                            "--prompts_per_step, with several processes --memory_gb, or 01_prepare.py --max_pixels")
+        batch, config = None, replace(config, cache_gb=config.cache_gb / 2, tokens_per_pass=max(1, config.tokens_per_pass // 2))
     print(f"preflight: {sum(p.numel() for p in trainable) / 1e6:.2f} M trainable parameters, longest prompt {length} tokens "
-          f"({tokens} of the picture); the largest step samples {wave * config.group_size} completions at a time, learns from {rows} at a time, and takes "
-          f"{time.perf_counter() - start:.1f} s and {peak_gb(policy):.2f} GB")
+          f"({tokens} of the picture); the largest step samples {wave * config.group_size} completions at a time, "
+          f"learns from {rows} at a time, and takes {time.perf_counter() - start:.1f} s and {peak_gb(policy):.2f} GB" + (f" of {config.memory_gb:.2f}" if config.memory_gb else "")
+          + ("" if policy.unpack else "; 4-bit weights are not unpacked"))
+    return config
 
 
 def peak_gb(policy: Policy) -> float:
@@ -1079,12 +1196,13 @@ def train_run(study: dict, condition: str, seed: int, config: Config) -> dict:
     optimizer = torch.optim.AdamW([p for p in policy.model.parameters() if p.requires_grad], lr=config.learning_rate, weight_decay=0.0)
     log, samples = folder / "train.jsonl", folder / "rollouts.jsonl"
     finished = load_checkpoint(folder / "checkpoint", policy, optimizer, settings, len(rows_until(log)))
-    check_same(folder, finished, policy.unpack)
     if finished > config.steps:
         raise UserError(f"{folder} has already made {finished} steps, not {config.steps}: delete that folder, or ask for more --steps")
     rows = rows_until(log, finished)  # later ones are about to be made again
     by_first(lambda: [prepare.write_jsonl(path, rows_until(path, finished)) for path in (log, samples)])
-    preflight(policy, questions, config)
+    config = plan(policy, config, PRESETS[study["preset"]], questions.longest()["prompt_tokens"])
+    check_same(folder, finished, policy.unpack)
+    config = preflight(policy, questions, config)
     if finished:
         print(f"{run} continues after step {finished}")
     with stopping() as asked:
@@ -1160,7 +1278,7 @@ def main(config: Config) -> list[dict]:
     """Train every condition with every seed; returns their config.json."""
     study = prepare.load_study(Path(config.data))
     for name, value in PRESETS[study["preset"]].items():
-        if getattr(config, name) is None:
+        if getattr(config, name) is None and name not in ("tokens_per_pass", "cache_gb"):  # these two follow from memory: `plan`
             setattr(config, name, value)
     check_config(config)
     return [train_run(study, condition, seed, config) for seed in config.seeds for condition in config.conditions]
@@ -1179,7 +1297,7 @@ def check_config(config: Config):
                         "save_every")
     if config.prompts_per_step < world()[1]:
         raise UserError(f"--prompts_per_step {config.prompts_per_step} is too small for {world()[1]} processes: each needs a question")
-    prepare.check_least(config, 1e-9, "learning_rate", "max_grad_norm", "cache_gb")
+    prepare.check_least(config, 1e-9, "learning_rate", "max_grad_norm", "memory_gb", "cache_gb")
     prepare.check_least(config, 0, "kl", "clip_low", "clip_high", "sample_every", "looking_weight", "looking_bound")
     if "clean" in config.corruption:
         raise UserError("--corruption clean damages nothing: for clean questions use --conditions standard")

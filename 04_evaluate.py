@@ -50,7 +50,8 @@ class Config:
     limit: int = option(None, "questions per benchmark, spread over its groups [all]")
     only: str = option(None, "file of ids, as report/strict-SOURCE.json: ask these questions alone [all]")
     samples: int = option(8, "answers drawn at temperature 1 to each question without a picture, beside the greedy one: can it be guessed?")
-    cache_gb: float = option(None, "memory for the questions answered together: lower it first [preset of stage 3]")
+    memory_gb: float = option(None, "what weights and all that is computed may take: lower it first [what is free on the card]")
+    cache_gb: float = option(None, "for the questions answered together [what memory_gb leaves; without a card the preset of stage 3]")
     max_new_tokens: int = option(None, "tokens; a longer answer is cut [the most that any run of the study had]")
 
 
@@ -173,7 +174,7 @@ def settle(path: Path, rows: dict[str, dict], origin: dict):
 
 
 def evaluate(load: Callable[[], Policy], table: Dataset, blank: Dataset | None, rows: Sequence[int], paths: Mapping[str, Path],
-             origins: Mapping[str, dict], cache_gb: float, tokens_per_pass: int, title: str) -> dict[str, list[dict]]:
+             origins: Mapping[str, dict], config: Config, preset: Mapping, title: str) -> dict[str, list[dict]]:
     """Answer the questions `rows` of a table under every policy; `paths` and `origins` (it stands in every line) by policy.
 
     `blank`: the same questions without their pictures, where each token's information is wanted. Where origins have `samples`, so many
@@ -200,7 +201,10 @@ def evaluate(load: Callable[[], Policy], table: Dataset, blank: Dataset | None, 
         policy, settings = load(), next(iter(origins.values()))  # the same for all
         lengths = np.sum([source["prompt_tokens"][:] for source in (table, blank) if source], axis=0)
         max_new_tokens, samples = settings["max_new_tokens"], settings.get("samples", 0)
-        batches = [share[some] for some in train.waves(policy, [lengths[row] for row, _ in share], max(1, samples), max_new_tokens, cache_gb)]
+        lengths = [lengths[row] for row, _ in share]
+        sizes = train.plan(policy, train.Config(memory_gb=config.memory_gb, cache_gb=config.cache_gb, checkpoint=True, group_size=max(1, samples),
+                                                max_new_tokens=max_new_tokens), preset, max(lengths))
+        batches = [share[some] for some in train.waves(policy, lengths, sizes.group_size, max_new_tokens, sizes.cache_gb)]
     with tqdm(total=len(share) * len(own), desc=title, leave=False, disable=rank > 0 or None) as bar:
         for batch in batches:
             places = {who: [i for i, (_, name) in enumerate(batch) if name not in done[who]] for who in own}
@@ -214,7 +218,7 @@ def evaluate(load: Callable[[], Policy], table: Dataset, blank: Dataset | None, 
                 policy.use(None if who == "base" else who)
                 its = lambda items: [items[i] for i in places[who]]
                 drawn = torch.from_numpy(np.concatenate(its(draws))).to(policy.device) if samples else None
-                answers = [row | origins[who] for row in answer(policy, *map(its, (asked, prompts, features)), max_new_tokens, tokens_per_pass,
+                answers = [row | origins[who] for row in answer(policy, *map(its, (asked, prompts, features)), max_new_tokens, sizes.tokens_per_pass,
                                                                 (its(bare), its(without)) if blank else None, drawn)]
                 prepare.append_jsonl(own[who], answers)
                 new[who] |= {row["id"]: row for row in answers}
@@ -324,7 +328,7 @@ def main(config: Config) -> dict[tuple[str, str, str], list[dict]]:
     study = prepare.load_study(data)
     prepare.check_least(config, 1, "limit", "max_new_tokens")
     prepare.check_least(config, 0, "samples")
-    prepare.check_least(config, 1e-9, "cache_gb")
+    prepare.check_least(config, 1e-9, "memory_gb", "cache_gb")
     preset = train.PRESETS[study["preset"]]
     policies, inputs, answers, only = find_policies(config, study), find_inputs(config, study), {}, read_ids(config.only)
     runs = [train.read_run(path.parent)["settings"]["max_new_tokens"] for path in (data / "policies").glob("*/config.json")]
@@ -347,8 +351,7 @@ def main(config: Config) -> dict[tuple[str, str, str], list[dict]]:
             settings |= {"samples": config.samples, "graded_by": prepare.sha256(Path(prepare.__file__))}
         origins = {who: {"made_from": made_from | questions, **settings} for who, (_, made_from) in policies.items()}
         paths = {who: data / "answers" / who / source / f"{name}.jsonl" for who in policies}
-        done = evaluate(load, table, blank, chosen, paths, origins, config.cache_gb or preset["cache_gb"], preset["tokens_per_pass"],
-                        f"{source} {name}")
+        done = evaluate(load, table, blank, chosen, paths, origins, config, preset, f"{source} {name}")
         answers |= {(who, source, name): rows for who, rows in done.items()}
         right = [f"{who} {sum(row['correct'] for row in rows) / len(rows):.1%}" for who, rows in done.items()]
         print(f"{source} {name}, n = {len(chosen)}: {', '.join(right)} ({time.perf_counter() - start:.0f} s)")

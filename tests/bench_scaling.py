@@ -36,7 +36,7 @@ def measure(setting: dict, prompts: int, rounds: int, looking: bool = False) -> 
     """Seconds of a rollout and of an update, and MB of an update; or seconds of a step of grounded over seconds of standard's beside it."""
     turn = itertools.count()
     prepare.grade = lambda text, question: prepare.Grade(next(turn) % 2 == 1, True, None)
-    bench.SHAPES["now"] = (448, setting["prompt_tokens"], setting["new_tokens"])
+    bench.SHAPES["now"] = ((448, 448), setting["prompt_tokens"], setting["new_tokens"])
     config = train.Config(**train.PRESETS["tiny"] | {"prompts_per_step": prompts, "group_size": setting["group"],
                                                      "max_new_tokens": setting["new_tokens"],
                                                      "tokens_per_pass": 8 * (setting["prompt_tokens"] + 1 + setting["new_tokens"])})

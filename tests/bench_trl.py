@@ -34,30 +34,30 @@ import torch
 from PIL import Image
 from transformers import TrainerCallback
 
-# name -> side of the pictures in pixels, tokens of a prompt with its picture, new tokens
-SHAPES = {"short": (56, 40, 40), "long": (448, 280, 64), "very_long": (896, 1050, 64)}
+# name -> width and height of the pictures in pixels, tokens of a prompt with its picture, new tokens
+SHAPES = {"short": ((56, 56), 40, 40), "long": ((448, 448), 280, 64), "very_long": ((896, 896), 1050, 64)}
 
 
 def make_policy(shape: str, folder: Path, rank: int, seed: int = 0):
     """The embedded architecture with random weights, saved and loaded as NF4 with an adapter."""
     tokenizer = prepare.make_tokenizer(seed)
     torch.manual_seed(seed)
-    side = SHAPES[shape][0]
-    image_processor = prepare.Qwen2VLImageProcessorPil(size={"shortest_edge": 28 * 28, "longest_edge": side * side})
+    width, height = SHAPES[shape][0]
+    image_processor = prepare.Qwen2VLImageProcessorPil(size={"shortest_edge": 28 * 28, "longest_edge": width * height})
     for part in (prepare.make_model(tokenizer), tokenizer, image_processor):
         part.save_pretrained(folder)
-    policy = train.load_policy(str(folder), side * side, lora_rank=rank)
+    policy = train.load_policy(str(folder), width * height, lora_rank=rank)
     policy.eos = torch.tensor([-1], device=policy.device)  # no token: completions take all their tokens
     return policy
 
 
 def make_questions(shape: str, count: int, policy) -> list[dict]:
     """Prompts of the shape's length, one picture each, no two alike."""
-    side, tokens, _ = SHAPES[shape]
+    (width, height), tokens, _ = SHAPES[shape]
     rng, numbers = random.Random(0), np.random.default_rng(0)
     questions = []
     for number in range(count):
-        picture = Image.fromarray(numbers.integers(0, 256, (side, side, 3), dtype=np.uint8))
+        picture = Image.fromarray(numbers.integers(0, 256, (height, width, 3), dtype=np.uint8))
         question = {"id": f"q{number}", "problem": "<image>", "images": [picture], "answer": "1", "answer_type": "integer", "choices": []}
         while len(policy.encode(question).input_ids) < tokens:
             question["problem"] += rng.choice((" circle", " square", " triangle", " red", " blue"))
@@ -100,7 +100,7 @@ def trl_trainer(policy, questions, shape: str, config, micro_batch: int, steps: 
         gradient_accumulation_steps=len(questions) * config.group_size // micro_batch, max_completion_length=new, max_steps=steps,
         generation_kwargs={"min_new_tokens": new, "suppress_tokens": policy.banned.tolist()}, learning_rate=config.learning_rate,
         lr_scheduler_type="constant", beta=0.0, loss_type="dapo", epsilon=config.clip_low, epsilon_high=config.clip_high, bf16=False,
-        gradient_checkpointing=False, save_strategy="no", report_to=[], logging_steps=1000, disable_tqdm=True, dataloader_pin_memory=False,
+        gradient_checkpointing=config.checkpoint, save_strategy="no", report_to=[], logging_steps=1000, disable_tqdm=True, dataloader_pin_memory=False,
         use_cpu=policy.device.type == "cpu", optim="adamw_torch", weight_decay=0.0)
     trainer = GRPOTrainer(model=policy.model, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=processor,
                           reward_funcs=reward, callbacks=[callback])

@@ -26,6 +26,7 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image
 from scipy.stats import chisquare
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from conftest import VISION, hashed_grade, tiny_model
 
@@ -429,6 +430,55 @@ def test_completions_do_not_depend_on_what_else_is_in_the_batch(train, often_end
     assert len(set(together.lengths.tolist())) > 3
 
 
+class Recorded(TorchDispatchMode):
+    """The operations of a step, to run again on the very same tensors, as a card replays a graph."""
+    def __init__(self, step):
+        super().__init__()
+        self.calls, self.ran = [], False
+        with self:
+            step()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **kwargs or {})
+        self.calls.append((function, args, kwargs or {}, out))
+        return out
+
+    def replay(self):
+        for function, args, kwargs, out in self.calls if self.ran else ():  # a card does not run what it records: the first time is done
+            for old, new in zip(tree_leaves(out), tree_leaves(function(*args, **kwargs))):
+                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+        self.ran = True
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "nf4"])
+def test_a_replayed_step_draws_what_steps_one_by_one_draw(train, policies, monkeypatch, kind):
+    """Whatever the stretch, with rows that end inside it; nothing in a step waits for the device, which a captured graph cannot."""
+    policy, recorded = dataclasses.replace(policies(kind), eos=torch.arange(100, 130), unpack=kind != "nf4"), []
+    prompts = [policy.encode(q) for q in QUESTIONS]
+    draws = torch.from_numpy(np.stack([train.uniforms(0, 4, "q", i, 21) for i in range(16)]))
+
+    def record(step, device):
+        recorded.append(Recorded(step))
+        return recorded[-1].replay
+
+    monkeypatch.setattr(train, "captured", record)
+    with torch.no_grad(), train.unpacked(policy):
+        prefix = train.encode_prompts(policy, prompts, train.look(policy, prompts))
+        for some in (draws, None):
+            truth = train.generate(policy, prefix, 21, some)
+            assert not recorded and len(set(truth.lengths.tolist())) > (3 if some is not None else 0)
+            for stretch in (2, 8, 64):
+                done = train.generate(policy, prefix, 21, some, stretch)
+                assert torch.equal(done.tokens, truth.tokens) and torch.equal(done.lengths, truth.lengths)
+                assert torch.equal(done.finished, truth.finished)
+                assert (done.logprobs - truth.logprobs).abs().max() < 1e-4 and (done.entropy - truth.entropy).abs().max() < 1e-4
+                assert recorded and all(step.ran for step in recorded)
+                names = {str(function) for step in recorded for function, *_ in step.calls}
+                assert any("index_copy_" in name for name in names) and not any(word in name for name in names for word in ("scalar", "nonzero"))
+                recorded.clear()
+
+
 def test_a_question_asked_twice_in_a_step_is_completed_anew(train, often_ending):
     """The first time as if it were asked once, then by draws of its own; the log counts all."""
     config = train.Config(group_size=4, max_new_tokens=12, cache_gb=1.0)
@@ -451,7 +501,7 @@ def test_waves_hold_every_prompt_once_and_keep_the_ceiling(train, policies, leng
     """Each is as long as it can be: one prompt more would not fit."""
     text = policies("qwen2_5_vl").full.config.text_config
     cached = 2 * 3 * 2 * 16 * 4  # keys and values, layers, kv heads, head dim, bytes
-    cost = lambda some: len(some) * (max(some) * (cached + 3 * text.intermediate_size * 4) + group * new * cached)
+    cost = lambda some: len(some) * (max(some) * cached + max(max(some) * 16 * text.intermediate_size, group * (new * cached + 28 * 576)))
     found = list(train.waves(policies("qwen2_5_vl"), lengths, group, new, cache_gb))
     assert [n for wave in found for n in range(len(lengths))[wave]] == [*range(len(lengths))]
     for wave in found:
@@ -683,6 +733,28 @@ def test_saved_adapter_is_plain_peft(train, base_folder, policies, tmp_path):
         assert tokens[:length] == generated_by_transformers(plain, ours, prompt, 12)
 
 
+def test_the_adapter_in_16_bits_beside_16_bit_weights(train, tokenizer, policies):
+    """As sampling on a card has it: as close to fp32 as PEFT's own forward, which computes it in fp32; with gradients it is PEFT's."""
+    policy, prompts = policies("qwen2_5_vl"), [policies("qwen2_5_vl").encode(q) for q in QUESTIONS]
+    tokens, rows = torch.randint(20, 200, (4, 12), generator=torch.Generator().manual_seed(0)), torch.arange(4)
+    lora = train.LoraConfig(r=4, lora_alpha=8, target_modules=train.LANGUAGE_LINEARS, task_type="CAUSAL_LM")
+    half = dataclasses.replace(policy, model=train.get_peft_model(tiny_model("qwen2_5_vl", tokenizer).requires_grad_(False), lora))
+    half.model.load_state_dict(policy.model.state_dict())
+    for name, parameter in half.model.named_parameters():
+        parameter.data = parameter.data if "lora" in name else parameter.data.bfloat16()
+    scored = lambda policy: train.score_tokens(policy, train.encode_prompts(policy, prompts, train.look(policy, prompts)), rows, tokens)
+    with torch.no_grad():
+        truth, peft = scored(policy), scored(half)
+        with train.unpacked(half):
+            ours = scored(half)
+        assert torch.equal(scored(half), peft) and not torch.equal(ours, peft)
+    with train.unpacked(half):
+        assert torch.equal(scored(half), peft)
+    with torch.no_grad(), half.model.disable_adapter(), train.unpacked(half):
+        assert (scored(half) - truth).abs().mean() > 5 * (peft - truth).abs().mean()  # the adapter does something
+    assert (ours - truth).abs().mean() < 1.2 * (peft - truth).abs().mean()
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
 def test_sampled_logprobs_are_the_training_forwards_on_a_card(train, base_folder):
     """The kernels of rollout and update differ, and compute in 16 bits: a ratio off by a few per cent stays inside the clip."""
@@ -697,6 +769,25 @@ def test_sampled_logprobs_are_the_training_forwards_on_a_card(train, base_folder
     batch.advantages = torch.linspace(-1, 1, 16, device=policy.device)
     assert train.accumulate_gradients(policy, batch, config)["clipped"] == 0
     assert all(parameter.grad.isfinite().all() for parameter in trainable(policy).values())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
+@pytest.mark.parametrize("unpack", [True, False])
+def test_a_captured_step_draws_what_the_same_step_draws_on_a_card(train, base_folder, monkeypatch, unpack):
+    """To the token, over three captures; against steps of other shapes log-probabilities are equal up to rounding, until a token differs."""
+    policy = stir(train.load_policy(str(base_folder), 112 * 112, lora_rank=4))
+    policy = dataclasses.replace(policy, unpack=unpack, eos=torch.arange(100, 110, device=policy.device))
+    prompts = [policy.encode(q) for q in QUESTIONS]
+    draws = torch.from_numpy(np.stack([train.uniforms(0, 4, "q", i, 24) for i in range(16)])).to(policy.device)
+    with torch.no_grad(), train.unpacked(policy):
+        prefix = train.encode_prompts(policy, prompts, train.look(policy, prompts))
+        replayed, single = (train.generate(policy, prefix, 24, draws, stretch) for stretch in (8, 1))
+        monkeypatch.setattr(train, "captured", lambda step, device: step)
+        stepped = train.generate(policy, prefix, 24, draws, 8)
+    assert torch.equal(replayed.tokens, stepped.tokens) and torch.equal(replayed.logprobs, stepped.logprobs)
+    same = (replayed.tokens == single.tokens).long().cumprod(1).bool() & single.mask
+    assert same[:, 0].all() and same.sum() > 0.5 * single.mask.sum()
+    assert (replayed.logprobs - single.logprobs)[same].abs().max() < 0.1
 
 
 # Runs
@@ -983,6 +1074,7 @@ def test_preflight_takes_the_worst_question_and_leaves_nothing(train, prepare, p
     policy = policies("qwen2_5_vl")
 
     class Fixed:
+        paid = False
         longest = staticmethod(lambda: QUESTIONS[1])
 
     before = state_hashes(policy.model)
@@ -996,8 +1088,47 @@ def test_preflight_takes_the_worst_question_and_leaves_nothing(train, prepare, p
     assert "samples 4 completions at a time, learns from 1 at a time," in capsys.readouterr().out
 
 
+def test_preflight_cuts_a_step_that_memory_does_not_hold(train, prepare, policies, monkeypatch, capsys):
+    """By half each time, until it goes through; where one row and one prompt at a time are too much, one sentence."""
+    class Fixed:
+        paid = False
+        longest = staticmethod(lambda: QUESTIONS[1])
+
+    policy, real, seen, holds = policies("qwen2_5_vl"), train.accumulate_gradients, [], 300
+
+    def learn(policy, batch, config):
+        seen.append((config.tokens_per_pass, config.cache_gb))
+        sums = real(policy, batch, config)
+        if config.tokens_per_pass > holds:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore about it.")
+        return sums
+
+    monkeypatch.setattr(train, "accumulate_gradients", learn)
+    config = train.Config(prompts_per_step=2, group_size=2, max_new_tokens=4, tokens_per_pass=1000, cache_gb=1.0)
+    fit = train.preflight(policy, Fixed, config)
+    assert seen == [(1000, 1.0), (500, 0.5), (250, 0.25)] and fit == dataclasses.replace(config, tokens_per_pass=250, cache_gb=0.25)
+    length = len(policy.encode(QUESTIONS[1]).input_ids)
+    assert f"learns from {250 // (length + 4)} at a time" in capsys.readouterr().out
+    assert all(parameter.grad is None for parameter in policy.model.parameters())
+    holds = 0
+    with pytest.raises(prepare.UserError, match=r"does not fit into memory \(CUDA out of memory. Tried to allocate 2 GiB.\): lower --group_size"):
+        train.preflight(policy, Fixed, config)
+
+
+def test_a_run_in_a_given_memory(train, prepare, data, monkeypatch):
+    """The sizes follow from it and are said; the run is the same up to rounding, and continues with another memory."""
+    grade_by_hash(prepare, monkeypatch)
+    _, rows, samples, out = run(train, data, steps=1, conditions=["standard"], memory_gb=0.5, tokens_per_pass=None, cache_gb=None)
+    assert " GB of 0.50\n" in out
+    again = run(train, data, steps=1, conditions=["standard"])
+    assert "is finished: kept" in again[3] and again[2] == samples
+    with pytest.raises(prepare.UserError, match="0.2 GB of memory are too little: 0.4 GB are held all the time, and one question takes up to 0.0"):
+        run(train, data, steps=1, conditions=["standard"], seeds=[1], memory_gb=0.2, tokens_per_pass=None, cache_gb=None)
+
+
 def test_preflight_refuses_what_would_fail_later(train, prepare, policies, monkeypatch):
     class Fixed:
+        paid = False
         longest = staticmethod(lambda: QUESTIONS[1])
 
     config = train.Config(prompts_per_step=2, group_size=2, max_new_tokens=2, tokens_per_pass=8, cache_gb=1.0)
@@ -1073,6 +1204,55 @@ def test_a_step_is_the_same_wherever_the_run_began(train, study_folder, tables):
     for step in range(6):
         one.at(step, 8)
     assert list(map(shown, one.at(6, 8))) == list(map(shown, two.at(6, 8)))
+
+
+class Recorded(TorchDispatchMode):
+    """The operations of a step, to run again on the very same tensors, as a card replays a graph."""
+    def __init__(self, step):
+        super().__init__()
+        self.calls, self.ran = [], False
+        with self:
+            step()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **kwargs or {})
+        self.calls.append((function, args, kwargs or {}, out))
+        return out
+
+    def replay(self):
+        for function, args, kwargs, out in self.calls if self.ran else ():  # a card does not run what it records: the first time is done
+            for old, new in zip(tree_leaves(out), tree_leaves(function(*args, **kwargs))):
+                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+        self.ran = True
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "nf4"])
+def test_a_replayed_step_draws_what_steps_one_by_one_draw(train, policies, monkeypatch, kind):
+    """Whatever the stretch, with rows that end inside it; nothing in a step waits for the device, which a captured graph cannot."""
+    policy, recorded = dataclasses.replace(policies(kind), eos=torch.arange(100, 130), unpack=kind != "nf4"), []
+    prompts = [policy.encode(q) for q in QUESTIONS]
+    draws = torch.from_numpy(np.stack([train.uniforms(0, 4, "q", i, 21) for i in range(16)]))
+
+    def record(step, device):
+        recorded.append(Recorded(step))
+        return recorded[-1].replay
+
+    monkeypatch.setattr(train, "captured", record)
+    with torch.no_grad(), train.unpacked(policy):
+        prefix = train.encode_prompts(policy, prompts, train.look(policy, prompts))
+        for some in (draws, None):
+            truth = train.generate(policy, prefix, 21, some)
+            assert not recorded and len(set(truth.lengths.tolist())) > (3 if some is not None else 0)
+            for stretch in (2, 8, 64):
+                done = train.generate(policy, prefix, 21, some, stretch)
+                assert torch.equal(done.tokens, truth.tokens) and torch.equal(done.lengths, truth.lengths)
+                assert torch.equal(done.finished, truth.finished)
+                assert (done.logprobs - truth.logprobs).abs().max() < 1e-4 and (done.entropy - truth.entropy).abs().max() < 1e-4
+                assert recorded and all(step.ran for step in recorded)
+                names = {str(function) for step in recorded for function, *_ in step.calls}
+                assert any("index_copy_" in name for name in names) and not any(word in name for name in names for word in ("scalar", "nonzero"))
+                recorded.clear()
 
 
 def test_a_question_asked_twice_in_a_step_is_damaged_or_not_each_time_anew(train, study_folder):
