@@ -1185,7 +1185,11 @@ def test_conditions_differ_in_what_they_show_and_in_nothing_else(train, study_fo
     assert {name for _, name in made["hallucination"]} == set(several)
     assert {name for _, name in made["mixed"]} == {"clean", *several}
     order = [name for name, _ in made["standard"]]
-    assert [[name for name, _ in rows] for rows in made.values()] == [order] * 3
+    assert [[name for name, _ in rows] for rows in made.values()] == [order] * len(train.CONDITIONS)
+    grounded = questions_of(train, study_folder, "grounded", corruption=several)
+    against = [q for step in range(30) for q in grounded.at(step, 8, damaged=True)]  # the same questions, each of them damaged
+    assert made["grounded"] == made["standard"] and [q["id"] for q in against] == order
+    assert {next(name for name, table in tables.items() if table[q["id"]] == shown(q)) for q in against} == set(several)
     assert all(name.startswith("shapes/train-") for name in order)
     for start in range(0, 240, 20):  # every epoch asks each of the 20 questions once, in an order of its own
         assert len(set(order[start:start + 20])) == 20
