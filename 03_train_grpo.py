@@ -71,7 +71,8 @@ CHUNK_BYTES = 2**26  # of logits in fp32: 110 positions of a vocabulary of 151,9
 STRETCH = 128        # tokens that a captured step is replayed for: a capture takes about as long as a step without one
 LOSSES = ("dapo", "grpo", "dr_grpo")
 # options that choose runs, or change rounding alone
-NOT_SETTINGS = ("data", "conditions", "seeds", "steps", "sample_every", "memory_gb", "tokens_per_pass", "cache_gb", "checkpoint", "save_every")
+NOT_SETTINGS = ("data", "conditions", "seeds", "steps", "sample_every", "memory_gb", "tokens_per_pass", "cache_gb", "checkpoint",
+                "save_every")
 CONDITIONS = ("standard", "hallucination", "mixed", "grounded")
 LANGUAGE_LINEARS = r".*language_model\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj"
 REAL = {  # beside each: what the paper's trainer, EasyR1, takes as its default on eight cards
@@ -115,9 +116,9 @@ class Config:
     kl: float = option(0.0, "weight of the k3 estimate of KL(policy || base), per token (EasyR1: 0.01)")
     updates_per_batch: int = option(1, "optimizer steps on the same completions")
     max_grad_norm: float = option(1.0, "larger gradients are scaled down to it")
-    memory_gb: float = option(None, "what weights and all that is computed may take: the next two follow from it [what is free on the card]")
-    tokens_per_pass: int = option(None, "tokens in a pass of the update, prompts and padding too, at least one row [memory; no card: preset]")
-    cache_gb: float = option(None, "for prompts and completions while sampling; what needs more takes several waves [memory; no card: preset]")
+    memory_gb: float = option(None, "what weights and all that is computed may take; the next two follow [what is free on the card]")
+    tokens_per_pass: int = option(None, "tokens in a pass of the update, prompts and padding too, at least a row [memory; no card: preset]")
+    cache_gb: float = option(None, "for prompts and completions while sampling; more takes several waves [memory; no card: preset]")
     checkpoint: bool = option(None, "keep only each layer's input for the backward pass, and run the layer again there [preset]")
     save_every: int = option(None, "steps between checkpoints of three adapters' size: a kill costs the steps since, Ctrl-C none [preset]")
     sample_every: int = option(20, "steps between two completions shown on the terminal; all samples go to rollouts.jsonl")
@@ -226,7 +227,7 @@ class Policy:
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
-    """bf16 on cards that compute in it, and there products in fp32, which are the adapter's alone, in TF32: it has 10 bits where bf16 has 7.
+    """bf16 on cards that compute in it, and there fp32 products, which are the adapter's alone, in TF32: it has 10 bits where bf16 has 7.
 
     Else fp32, in full. In fp16, which older cards such as the T4 are faster in, activations of these models exceed its 65,504 and answers
     break, which no scaling of the loss repairs, and a token's share of the loss underflows. So such a card is slower, and skips no step.
@@ -256,7 +257,8 @@ def load_policy(model: str, max_pixels: int, adapters: Mapping[str, Path] = {}, 
     return make_policy(full, *prepare.load_processors(model, max_pixels), adapters, lora_rank, seed)
 
 
-def make_policy(full: torch.nn.Module, tokenizer, image_processor, adapters: Mapping[str, Path] = {}, lora_rank: int = 0, seed: int = 0) -> Policy:
+def make_policy(full: torch.nn.Module, tokenizer, image_processor, adapters: Mapping[str, Path] = {}, lora_rank: int = 0,
+                seed: int = 0) -> Policy:
     """A loaded base as a policy, with adapters as `load_policy` says."""
     policy, device = full.requires_grad_(False), full.get_input_embeddings().weight.device
     as_product(full.model.visual.patch_embed.proj)
@@ -300,7 +302,7 @@ def unpacked(policy: Policy):
 
     In fp32 the adapter is added to them, W + s B A: one product per layer instead of three. The gradient of that sum gathers over all
     passes and goes through it once, on leaving. In 16 bits the sum would round most of the adapter away: there the two stay apart, and
-    without gradients the adapter is in 16 bits too: two products and a sum instead of PEFT's seven kernels, whether weights are unpacked or not.
+    without gradients the adapter is in 16 bits too: two products and a sum instead of PEFT's seven kernels, also where 4 bits stay packed.
     """
     changed, sums = [], []
     try:
@@ -691,8 +693,8 @@ def plan(policy: Policy, config: Config, preset: Mapping, longest: int) -> Confi
         token = 4 * cached + (2 * inputs + 30 * width if config.checkpoint else 2 * layers * 30 * width)
         need = max(question_bytes(policy, longest, config.group_size, config.max_new_tokens), (longest + config.max_new_tokens) * token)
         if left < need:
-            raise UserError(f"{memory_gb:.1f} GB of memory are too little: {held / 1e9:.1f} GB are held all the time, and one question takes "
-                            f"up to {need / 1e9:.1f}: lower --group_size or --max_new_tokens, or 01_prepare.py --max_pixels")
+            raise UserError(f"{memory_gb:.1f} GB of memory are too little: {held / 1e9:.1f} GB are held all the time, and one question "
+                            f"takes up to {need / 1e9:.1f}: lower --group_size or --max_new_tokens, or 01_prepare.py --max_pixels")
         cache_gb, tokens_per_pass = left / 1e9, int(left // token)
         if card:  # beyond it torch says that memory is out
             torch.cuda.set_per_process_memory_fraction(min(1.0, 1e9 * memory_gb / torch.cuda.mem_get_info()[1]))
@@ -1145,8 +1147,8 @@ def preflight(policy: Policy, questions: Questions, config: Config) -> Config:
         batch, config = None, replace(config, cache_gb=config.cache_gb / 2, tokens_per_pass=max(1, config.tokens_per_pass // 2))
     print(f"preflight: {sum(p.numel() for p in trainable) / 1e6:.2f} M trainable parameters, longest prompt {length} tokens "
           f"({tokens} of the picture); the largest step samples {wave * config.group_size} completions at a time, "
-          f"learns from {rows} at a time, and takes {time.perf_counter() - start:.1f} s and {peak_gb(policy):.2f} GB" + (f" of {config.memory_gb:.2f}" if config.memory_gb else "")
-          + ("" if policy.unpack else "; 4-bit weights are not unpacked"))
+          f"learns from {rows} at a time, and takes {time.perf_counter() - start:.1f} s and {peak_gb(policy):.2f} GB"
+          + (f" of {config.memory_gb:.2f}" if config.memory_gb else "") + ("" if policy.unpack else "; 4-bit weights are not unpacked"))
     return config
 
 

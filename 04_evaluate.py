@@ -202,8 +202,9 @@ def evaluate(load: Callable[[], Policy], table: Dataset, blank: Dataset | None, 
         lengths = np.sum([source["prompt_tokens"][:] for source in (table, blank) if source], axis=0)
         max_new_tokens, samples = settings["max_new_tokens"], settings.get("samples", 0)
         lengths = [lengths[row] for row, _ in share]
-        sizes = train.plan(policy, train.Config(memory_gb=config.memory_gb, cache_gb=config.cache_gb, checkpoint=True, group_size=max(1, samples),
-                                                max_new_tokens=max_new_tokens), preset, max(lengths))
+        wanted = train.Config(memory_gb=config.memory_gb, cache_gb=config.cache_gb, checkpoint=True, group_size=max(1, samples),
+                              max_new_tokens=max_new_tokens)
+        sizes = train.plan(policy, wanted, preset, max(lengths))
         batches = [share[some] for some in train.waves(policy, lengths, sizes.group_size, max_new_tokens, sizes.cache_gb)]
     with tqdm(total=len(share) * len(own), desc=title, leave=False, disable=rank > 0 or None) as bar:
         for batch in batches:

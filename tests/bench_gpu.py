@@ -12,7 +12,7 @@ runs out of memory says so in its line, and the others go on.
             of the time in which the card copies as many bytes as a token needs of weights and cache
     growth  seconds of a step over the group's size, and over new tokens
     exact   on two layers: the largest relative error of a matrix's gradient against plain forwards over whole sequences in fp32
-    trl     seconds and peak memory of a step of TRL's GRPOTrainer on the same model (pip install -r tests/requirements.txt; Qwen2.5-VL only)
+    trl     seconds and peak memory of a step of TRL's GRPOTrainer on the same model (tests/requirements.txt; Qwen2.5-VL only)
 
     python tests/bench_gpu.py --models 3b --stages load step decode --image_tokens 256 1024 2048
     python tests/bench_gpu.py --models 7b --memory_gb 14 --stages step
@@ -47,19 +47,21 @@ import transformers as hf
 from accelerate import init_empty_weights
 
 QWEN25_TEXT = dict(hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16, num_key_value_heads=2,
-                   vocab_size=151936, rms_norm_eps=1e-6, rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]})
+                   vocab_size=151936, rms_norm_eps=1e-6,
+                   rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]})
 QWEN25_VISION = dict(depth=32, hidden_size=1280, num_heads=16, intermediate_size=3420, out_hidden_size=2048, patch_size=14, window_size=112,
                      fullatt_block_indexes=[7, 15, 23, 31])
 MODELS = {  # name -> configuration class, text, vision, whether lm_head is the embedding
     "3b": (hf.Qwen2_5_VLConfig, QWEN25_TEXT, QWEN25_VISION, True),
     "7b": (hf.Qwen2_5_VLConfig, QWEN25_TEXT | dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
-                                                   num_key_value_heads=4, vocab_size=152064), QWEN25_VISION | dict(out_hidden_size=3584), False),
+                                                   num_key_value_heads=4, vocab_size=152064),
+           QWEN25_VISION | dict(out_hidden_size=3584), False),
     "qwen3-4b": (hf.Qwen3VLConfig, dict(
         hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8, head_dim=128,
         vocab_size=151936, rms_norm_eps=1e-6,
         rope_parameters={"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20], "mrope_interleaved": True}),
-        dict(depth=24, hidden_size=1024, num_heads=16, intermediate_size=4096, out_hidden_size=2560, patch_size=16, num_position_embeddings=2304,
-             deepstack_visual_indexes=[5, 11, 17]), True),
+        dict(depth=24, hidden_size=1024, num_heads=16, intermediate_size=4096, out_hidden_size=2560, patch_size=16,
+             num_position_embeddings=2304, deepstack_visual_indexes=[5, 11, 17]), True),
 }
 SMALL_TEXT = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=1024,
                   rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]})
@@ -109,7 +111,8 @@ def build(options, layers: int | None = None, dtype: torch.dtype | None = None):
     full.to(device).is_loaded_in_4bit = True  # PEFT looks for it
     patch, (columns, rows) = config.vision_config.patch_size, GRIDS[options.image_tokens]
     side = 2 * patch  # of an image token
-    processor = prepare.Qwen2VLImageProcessorPil(patch_size=patch, size={"shortest_edge": side**2, "longest_edge": side**2 * columns * rows})
+    size = {"shortest_edge": side**2, "longest_edge": side**2 * columns * rows}
+    processor = prepare.Qwen2VLImageProcessorPil(patch_size=patch, size=size)
     bench.SHAPES["now"] = ((side * columns, side * rows), options.image_tokens + 100, options.new)
     policy = train.make_policy(full, TOKENIZER, processor, lora_rank=options.rank)
     policy.eos = torch.tensor([-1], device=device)
@@ -175,8 +178,9 @@ def step(options) -> dict:
     mid = {name: statistics.median(row[name] for row in rows[1:]) for name in rows[0]}
     return {"step_s": round(mid["rollout"] + mid["update"], 3), "prefill_s": round(mid["look"] + mid["encode_prompts"], 3),
             "decode_s": round(mid["generate"], 3), "update_s": round(mid["update"], 3),
-            "other_s": round(mid["rollout"] - sum(mid[name] for name in real), 3), "rollout_gb": mid["rollout_gb"], "update_gb": mid["update_gb"],
-            "memory_gb": config.memory_gb and round(config.memory_gb, 2), "tokens_per_pass": config.tokens_per_pass, "unpacked": policy.unpack}
+            "other_s": round(mid["rollout"] - sum(mid[name] for name in real), 3), "rollout_gb": mid["rollout_gb"],
+            "update_gb": mid["update_gb"], "memory_gb": config.memory_gb and round(config.memory_gb, 2),
+            "tokens_per_pass": config.tokens_per_pass, "unpacked": policy.unpack}
 
 
 def copies_per_s(device: torch.device) -> float:
@@ -197,7 +201,7 @@ def bytes_per_token(policy, prompts, options) -> int:
 
 
 def generate_s(policy, prompts, group: int, new: int) -> float:
-    """Seconds of model.generate of transformers: every prompt `group` times, sampled from the whole distribution. The second call counts."""
+    """Seconds of model.generate of transformers: every prompt `group` times, drawn as ours. The second call counts."""
     ids = torch.tensor([prompt.input_ids for prompt in prompts], device=policy.device)
     run = partial(
         policy.model.generate, input_ids=ids, attention_mask=torch.ones_like(ids),
@@ -268,7 +272,8 @@ def plain_gradient(policy, batch, config) -> dict:
         ids = torch.cat([torch.tensor(prompt.input_ids, device=policy.device), tokens])[None]
         logits = policy.full(
             input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=(ids == policy.full.config.image_token_id).int(),
-            pixel_values=prompt.pixel_values.to(policy.device), image_grid_thw=prompt.image_grid_thw.to(policy.device), use_cache=False).logits
+            pixel_values=prompt.pixel_values.to(policy.device), image_grid_thw=prompt.image_grid_thw.to(policy.device),
+            use_cache=False).logits
         logits = logits[0, len(prompt.input_ids) - 1:-1].float().index_fill(-1, policy.banned, -torch.inf)
         logprobs = logits.log_softmax(-1).gather(1, tokens[:, None])
         (-batch.advantages[i] * logprobs.sum() / total).backward()
@@ -290,8 +295,8 @@ def exact(options) -> dict:
             parameter.data.normal_(0, 0.02)
     truth.model.load_state_dict({name: p.float() for name, p in policy.model.named_parameters() if p.requires_grad}, strict=False)
     questions = bench.make_questions("now", 2, policy)
-    config = train.Config(prompts_per_step=2, group_size=4, max_new_tokens=min(options.new, 128), tokens_per_pass=4096, cache_gb=2.0, checkpoint=True,
-                          clip_low=1e9, clip_high=1e9)
+    config = train.Config(prompts_per_step=2, group_size=4, max_new_tokens=min(options.new, 128), tokens_per_pass=4096, cache_gb=2.0,
+                          checkpoint=True, clip_low=1e9, clip_high=1e9)
     batch = train.roll_out(policy, questions, 0, 0, config)[0]
     batch.advantages = torch.linspace(-1, 1, 8, device=policy.device)
     train.accumulate_gradients(policy, batch, config)
@@ -327,7 +332,8 @@ def where(device: str) -> dict:
     line = {"card": "none", **{name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")}}
     if device == "cuda":
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        line |= {"card": torch.cuda.get_device_name(), "driver": subprocess.run(query, check=True, capture_output=True, text=True).stdout.split()[0]}
+        driver = subprocess.run(query, check=True, capture_output=True, text=True).stdout.split()[0]
+        line |= {"card": torch.cuda.get_device_name(), "driver": driver}
     return line
 
 
@@ -346,7 +352,8 @@ def main(arguments=None) -> list[dict]:
     parser.add_argument("--memory_gb", type=float, help="[what is free on the card]")
     parser.add_argument("--small", action="store_true", help="toy models and sizes")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
-    usual = {"image_tokens": [1024], "prompts": 8, "group": 8, "new": 512, "rank": 32, "groups": [4, 8, 16, 32], "news": [128, 256, 512], "rounds": 2}
+    usual = {"image_tokens": [1024], "prompts": 8, "group": 8, "new": 512, "rank": 32, "groups": [4, 8, 16, 32], "news": [128, 256, 512],
+             "rounds": 2}
     toy = {"image_tokens": [16], "prompts": 2, "group": 2, "new": 8, "rank": 4, "groups": [2, 4], "news": [4, 8], "rounds": 1}
     options = parser.parse_args(arguments)
     vars(options).update({name: value for name, value in (toy if options.small else usual).items() if getattr(options, name) is None})

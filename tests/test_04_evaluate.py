@@ -26,10 +26,10 @@ def without_logprobs(rows):
     return [{key: value for key, value in row.items() if key != "gold_logprob"} for row in rows]
 
 
-@pytest.mark.parametrize("cache_gb", [0.003, 1e-9])
-def test_batches_change_no_answer(study, evaluate, data, cache_gb):
+@pytest.mark.parametrize("memory", [{"cache_gb": 0.003}, {"cache_gb": 1e-9}, {"memory_gb": 0.45}])
+def test_batches_change_no_answer(study, evaluate, data, memory):
     key = ("base", "shapes", "clean")
-    again = evaluate.main(config(evaluate, data, cache_gb=cache_gb))[key]
+    again = evaluate.main(config(evaluate, data, **memory))[key]
     assert without_logprobs(again) == without_logprobs(study[1][key])
     assert [row["gold_logprob"] for row in again] == pytest.approx([row["gold_logprob"] for row in study[1][key]], abs=1e-3)
 

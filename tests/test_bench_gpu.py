@@ -145,8 +145,8 @@ def test_a_step_holds_no_more_than_planned(train, on_meta, monkeypatch, model, b
     monkeypatch.setattr(train.Sharing, "of", lambda owner, prompts: train.Sharing(rows(len(owner), prompts), rows(len(owner), 1)[0], True))
     base = sum(p.nbytes for p in policy.full.parameters() if not p.requires_grad)
     adapter = [p for p in policy.model.parameters() if p.requires_grad]
-    config = train.plan(policy, train.Config(
-        group_size=group, max_new_tokens=new, checkpoint=True, memory_gb=(base + by_hand(model, length, group, new)[0]) / GB + beside), {}, length)
+    memory_gb = (base + by_hand(model, length, group, new)[0]) / GB + beside
+    config = train.plan(policy, train.Config(group_size=group, max_new_tokens=new, checkpoint=True, memory_gb=memory_gb), {}, length)
     policy.unpack, own = False, train.OwnTokens
     monkeypatch.setattr(train, "OwnTokens", lambda places, at: own(new, at))  # room for all tokens, of which three are drawn
     prompt = SimpleNamespace(input_ids=[5] * length, image_grid_thw=None)
