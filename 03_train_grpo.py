@@ -99,7 +99,7 @@ PRESETS = {
 class Config:
     data: str = option("data", "the study's folder")
     conditions: list[str] = option(list(CONDITIONS), "which of: standard hallucination mixed grounded")
-    corruption: list[str] = option(["blank"], "what damages a question; of several, each question gets one by its seed")
+    corruption: list[str] = option([], "what damages a question; of several, each question gets one by its seed [blank; for grounded mismatch]")
     mixed_fraction: float = option(0.5, "share of damaged questions in condition mixed")
     looking_weight: float = option(0.2, "of what condition grounded pays for using the picture; 0 is standard")
     looking_bound: float = option(5.0, "nats a token beyond which more use of the picture earns nothing")
@@ -753,8 +753,10 @@ def looking_pay(divergence: torch.Tensor, entropy: torch.Tensor, correct: torch.
     (arXiv 2507.06448) saw, where KL kept rising with answers of no sense: only right completions are paid; q is held fixed, so that nothing
     is earned by forgetting what to say without a picture; pay is bounded; and a token that could be any of many earns nothing.
 
-    Tried on shapes, one seed, and left: KL - H (the policy settles on its likeliest words: flips 36% instead of 49%), KL + H (no gain),
-    pay for wrong completions too (more information, 3 points less right), weight 1 (26 points less right).
+    Tried on shapes and left, one seed each: KL - H (the policy settles on its likeliest words: flips 36% instead of 49%), KL + H (no gain),
+    pay for wrong completions too (more information, 3 points less right), weight 1 (26 points less right). Three seeds each: q of a blank
+    picture (no gain: it pays for any picture, this one or another), advantages of a question in proportion to the information of its
+    right answers (VPPO's idea, arXiv 2510.09285; no gain). The README says what is left of this with the picture of another question.
     """
     return correct[:, None] * (entropy < ENTROPY_GUARD) * divergence.clamp(max=bound)
 
@@ -986,7 +988,7 @@ class Questions:
 
     def __init__(self, study: dict, condition: str, seed: int, config: Config):
         data, source = Path(config.data), study["sources"]["train"]
-        names = [] if condition == "standard" else config.corruption
+        names = damage_of(condition, config)
         self.share = {"standard": 0.0, "hallucination": 1.0, "mixed": config.mixed_fraction, "grounded": 0.0}[condition]
         self.paid = condition == "grounded" and config.looking_weight > 0
         self.seed, self.names, self.tables, self.made_from = seed, names, {}, {}
@@ -1181,6 +1183,7 @@ def train_run(study: dict, condition: str, seed: int, config: Config) -> dict:
                 **prepare.versions(), **{f.name: getattr(config, f.name) for f in fields(Config) if f.name not in NOT_SETTINGS}}
     if condition != "mixed":
         del settings["mixed_fraction"]
+    settings["corruption"] = damage_of(condition, config)
     if condition == "standard":
         del settings["corruption"]
     if condition != "grounded":
@@ -1272,7 +1275,13 @@ def read_run(folder: Path) -> dict:
 
 
 def run_name(condition: str, seed: int, config: Config) -> str:
-    return f"{condition}-s{seed}" if condition == "standard" else f"{condition}-{'+'.join(config.corruption)}-s{seed}"
+    damage = damage_of(condition, config)
+    return f"{condition}-{'+'.join(damage)}-s{seed}" if damage else f"{condition}-s{seed}"
+
+
+def damage_of(condition: str, config: Config) -> list[str]:
+    """What damages the questions of a condition: blank, as in the paper; for grounded another question's picture, see `looking_pay`."""
+    return [] if condition == "standard" else config.corruption or (["mismatch"] if condition == "grounded" else ["blank"])
 
 
 @joined()

@@ -819,7 +819,8 @@ def uninterrupted(train, prepare, study_folder, tmp_path_factory):
 
 def test_looking_that_weighs_nothing_is_standard_training(train, data, monkeypatch):
     monkeypatch.setattr(train.prepare, "grade", hashed_grade)
-    train.main(train.Config(data=str(data), **STEP, steps=2, conditions=["standard", "grounded"], looking_weight=0.0))
+    train.main(train.Config(data=str(data), **STEP, steps=2, conditions=["standard", "grounded"], corruption=["blank"],
+                            looking_weight=0.0))
     train.main(train.Config(data=str(data), **STEP, steps=2, conditions=["grounded"], corruption=["removed"], looking_weight=0.5))
     standard, without, looking = ((data / "policies" / run / "adapter_model.safetensors").read_bytes()
                                   for run in ("standard-s0", "grounded-blank-s0", "grounded-removed-s0"))
