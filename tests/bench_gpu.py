@@ -304,7 +304,7 @@ def exact(options) -> dict:
     torch.set_float32_matmul_precision("highest")
     right = plain_gradient(truth, batch, config)
     worst = lambda one: max(((one[name] - right[name]).norm() / right[name].norm()).item() for name in right)
-    whole = lambda one: torch.cat([value.flatten() for value in one.values()])
+    whole = lambda one: torch.cat([value.flatten() for value in one.values()]).double()
     return {"dtype": str(policy.dtype), "largest_relative_error": worst(found), "of_a_plain_forward_in_it": worst(plain),
             "cosine": torch.cosine_similarity(whole(found), whole(right), dim=0).item(), "matrices": len(right)}
 
