@@ -16,6 +16,7 @@ run     python 01_prepare.py                                    # shapes and the
 """
 import ast
 import cmath
+import errno
 import fcntl
 import hashlib
 import io
@@ -32,7 +33,7 @@ import warnings
 from argparse import SUPPRESS, RawDescriptionHelpFormatter
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import lru_cache, partial
@@ -124,7 +125,7 @@ class Help(RawDescriptionHelpFormatter):
         return f"{action.help} (default: %(default)s)" if action.default not in (None, [], SUPPRESS) else action.help
 
 
-def run(main: Callable, config_class: type, description: str):
+def run(main: Callable, config_class: type, description: str, several: bool = False):
     """Parse the command line and run a stage; bad input ends with one sentence and exit code 2, Ctrl-C and SIGTERM with 130."""
     parser = HfArgumentParser(config_class, description=description, allow_abbrev=False, formatter_class=Help)
     config, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True, look_for_args_file=False)
@@ -136,7 +137,10 @@ def run(main: Callable, config_class: type, description: str):
     try:
         if unknown:
             raise UserError(f"{unknown[0]} is no option: see --help")
-        with writing(Path(config.data)), locked(Path(config.data), begin=config_class is Config):
+        rank, size = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+        if size > 1 and not several:
+            raise UserError(f"{Path(sys.argv[0]).name} is the work of one process: run it with python, not with torchrun")
+        with writing(Path(config.data)), locked(Path(config.data), config_class is Config) if size == 1 or rank == 0 else nullcontext():
             return main(config)
     except UserError as error:
         elsewhere = f" (with --data {config.data})" if config.data != "data" and ".py" in str(error) and "--data" not in str(error) else ""
@@ -161,6 +165,10 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+OF_A_DISK = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOTDIR, errno.EISDIR,
+             errno.EEXIST, errno.ENOENT, errno.ELOOP, errno.ENAMETOOLONG)
+
+
 @contextmanager
 def writing(path: Path):
     """A fault of the file system becomes a sentence; libraries written in Rust tell its number in their text alone."""
@@ -169,7 +177,7 @@ def writing(path: Path):
     except Exception as error:
         told = re.search(r"os error (\d+)", str(error))
         number = getattr(error, "errno", None) or told and int(told[1])
-        if not number or isinstance(error, UserError):
+        if number not in OF_A_DISK or isinstance(error, UserError):
             raise
         raise UserError(f"{getattr(error, 'filename', None) or path} cannot be written or read ({os.strerror(number)}): make room, give "
                         "permission, or choose another folder with --data") from error
@@ -183,9 +191,6 @@ def locked(data: Path, begin: bool):
     """
     if not begin and not data.is_dir():
         raise UserError(f"{data} is missing: run 01_prepare.py --data {data} first")
-    if os.environ.get("RANK", "0") != "0":
-        yield
-        return
     data.mkdir(parents=True, exist_ok=True)
     with open(data / ".lock", "a+") as holder:
         try:
@@ -194,8 +199,10 @@ def locked(data: Path, begin: bool):
             holder.seek(0)
             raise UserError(f"{data} is in use by another run (process {holder.read().strip()}): wait for its end, or choose another "
                             "folder with --data") from None
-        except OSError:
-            pass  # a file system without locks
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                raise
+            print(f"note: {data} lies on a file system without locks: keep other runs off it yourself")
         else:
             holder.truncate(0)
             print(os.getpid(), file=holder, flush=True)
@@ -278,6 +285,8 @@ def write_jsonl(path: Path, rows: Iterable[Mapping]):
 def append_jsonl(path: Path, rows: Iterable[Mapping]):
     with writing(path), open(path, "a") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
+        file.flush()
+        os.fsync(file)
 
 
 def write_questions(path: Path, questions: Iterable[Question], made_from: Mapping[str, str | int]) -> int:
@@ -375,11 +384,10 @@ def load_study(data: Path) -> dict:
 
 def model_path(data: Path, study: Mapping) -> str:
     """Where the study's model is, the embedded one in the data folder, else a hub id or a folder; stops if it is not the one recorded."""
-    if any(name.startswith("hub:") for name in study["model_files"]):
-        if hash_model(data, study["model"]) != study["model_files"]:
-            raise UserError(f"{data / 'study.json'} was made from another {study['model']} than the hub has now: run 01_prepare.py again")
-    else:
-        check_fresh(data, data / "study.json", study["model_files"], "run 01_prepare.py again")
+    if commit := study["model_files"].get(f"hub:{study['model']}"):
+        with loading(study["model"]):  # as it was, whatever the hub has now
+            return huggingface_hub.snapshot_download(study["model"], revision=commit, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.txt"])
+    check_fresh(data, data / "study.json", study["model_files"], "run 01_prepare.py again")
     return str(data / "model") if study["model"] == "embedded" else study["model"]
 
 

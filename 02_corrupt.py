@@ -369,6 +369,8 @@ def write_damaged(data: Path, source: str, digest: str, study: Mapping, name: st
     clean, path = prepare.input_path(source, "clean"), data / prepare.input_path(source, name)
     questions, notes = prepare.read_questions(data / clean, "run 01_prepare.py again"), Counter()
     origin = {clean: digest, "seed": study["seed"], "code": prepare.sha256(Path(__file__))}
+    if name in EDITS:  # of scenes that are drawn there
+        origin["world"] = prepare.sha256(Path(prepare.__file__))
     if path.exists() and prepare.made_from(path) == origin:
         print(f"{path}: up to date")
         return len(questions)

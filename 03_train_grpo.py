@@ -41,6 +41,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass, fields, replace
+from datetime import timedelta
 from functools import cached_property, partial
 from itertools import zip_longest
 from pathlib import Path
@@ -65,6 +66,7 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForImageTextTo
 
 Prompt, Question, UserError, option = prepare.Prompt, prepare.Question, prepare.UserError, prepare.option
 
+ENTROPY_GUARD = 2.0  # nats of a token: as if seven words were equally likely
 CHUNK_BYTES = 2**26  # of logits in fp32: 110 positions of a vocabulary of 151,936
 STRETCH = 128        # tokens that a captured step is replayed for: a capture takes about as long as a step without one
 LOSSES = ("dapo", "grpo", "dr_grpo")
@@ -97,10 +99,10 @@ PRESETS = {
 class Config:
     data: str = option("data", "the study's folder")
     conditions: list[str] = option(list(CONDITIONS), "which of: standard hallucination mixed grounded")
-    corruption: list[str] = option(["blank"], "what damages a question; of several, each question gets one by its seed")
+    corruption: list[str] = option([], "what damages a question; of several, each question gets one by its seed [blank; for grounded mismatch]")
     mixed_fraction: float = option(0.5, "share of damaged questions in condition mixed")
     looking_weight: float = option(0.2, "of what condition grounded pays for using the picture; 0 is standard")
-    looking_bound: float = option(2.0, "nats a token beyond which more use of the picture earns nothing")
+    looking_bound: float = option(5.0, "nats a token beyond which more use of the picture earns nothing")
     seeds: list[int] = option([0], "one run per condition and seed")
     steps: int = option(None, "updates of the policy [preset]")
     prompts_per_step: int = option(None, "questions a step [preset]")
@@ -136,7 +138,10 @@ def joined() -> Iterator[None]:
         if card >= cards:
             raise UserError(f"process {card + 1} on this machine has no card: run torchrun --nproc_per_node={cards}")
         torch.cuda.set_device(card)
-    together(dist.init_process_group)  # gloo between processors, NCCL between cards
+    try:  # gloo between processors, NCCL between cards; one process may wait long for another, as stage 4 deals out whole files
+        dist.init_process_group(timeout=timedelta(days=7))
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"the processes cannot meet ({str(error).splitlines()[0]}): start them with torchrun") from error
     try:
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere) if world()[0] else nullcontext():
             yield
@@ -741,14 +746,19 @@ def token_loss(logprobs, old_logprobs, advantages, reference, config: Config) ->
 def looking_pay(divergence: torch.Tensor, entropy: torch.Tensor, correct: torch.Tensor, bound: float) -> torch.Tensor:
     """What condition `grounded` pays for each token of a completion, in nats: (R, T), (R, T), (R,) -> (R, T).
 
-        correct * min(KL(p || q) - H(p), bound)
+        correct * [H(p) < 2] * min(KL(p || q), bound)
 
     p: the next-token distribution given the picture, q: that given the damaged one, along the policy's own completion. Where the picture
-    says nothing, p = q, and KL is 0 with its gradient; where it does, pay grows with what it says. q is held fixed: the policy cannot earn
-    by forgetting what to say without a picture. Two guards against the collapse that PAPO (arXiv 2507.06448) saw, which kept raising KL
-    with answers of no sense: entropy costs what KL gains by it, and only right completions are paid.
+    says nothing, p = q, and KL is 0 with its gradient; where it does, pay grows with what it says. Guards against the collapse that PAPO
+    (arXiv 2507.06448) saw, where KL kept rising with answers of no sense: only right completions are paid; q is held fixed, so that nothing
+    is earned by forgetting what to say without a picture; pay is bounded; and a token that could be any of many earns nothing.
+
+    Tried on shapes and left, one seed each: KL - H (the policy settles on its likeliest words: flips 36% instead of 49%), KL + H (no gain),
+    pay for wrong completions too (more information, 3 points less right), weight 1 (26 points less right). Three seeds each: q of a blank
+    picture (no gain: it pays for any picture, this one or another), advantages of a question in proportion to the information of its
+    right answers (VPPO's idea, arXiv 2510.09285; no gain). The README says what is left of this with the picture of another question.
     """
-    return correct[:, None] * (divergence - entropy).clamp(max=bound)
+    return correct[:, None] * (entropy < ENTROPY_GUARD) * divergence.clamp(max=bound)
 
 
 def score_tokens(policy: Policy, prefix: Prefix, rows: torch.Tensor, tokens: torch.Tensor, checkpoint_layers: bool = False,
@@ -846,7 +856,8 @@ def accumulate_gradients(policy: Policy, batch: Batch, config: Config) -> dict[s
                     against = encode_prompts(policy, *([items[p] for p in some] for items in batch.damaged))
             graph = encode_prompts(policy, [batch.prompts[p] for p in some], [batch.features[p] for p in some], config.checkpoint)
             leaves = graph.as_leaves()
-            for rows, owner, length in completions_of(some, group, lengths, graph.mask.shape[1], config.tokens_per_pass):
+            before = graph.mask.shape[1] + (against.mask.shape[1] if against else 0)
+            for rows, owner, length in completions_of(some, group, lengths, before, config.tokens_per_pass):
                 mask, tokens = done.mask[rows, :length], done.tokens[rows, :length]
                 scores = score_tokens(policy, leaves, owner.to(policy.device), tokens, config.checkpoint, against)
                 logprobs, divergence, entropy = scores if batch.damaged else (scores, torch.zeros_like(scores), torch.zeros_like(scores))
@@ -907,8 +918,8 @@ def roll_out(policy: Policy, questions: Sequence[Question], step: int, seed: int
     start, group, (rank, size) = time.perf_counter(), config.group_size, world()
     before = occurrences([question["id"] for question in questions])[rank::size]  # asked twice in a step, it is completed otherwise
     questions = questions[rank::size]
-    prompts = [policy.encode(question) for question in questions]
-    features = look(policy, prompts)
+    prompts, others = ([policy.encode(question) for question in some] for some in (questions, damaged[rank::size]))
+    features, unseen = look(policy, prompts), look(policy, others)
     draws = torch.from_numpy(np.stack([uniforms(seed, step, question["id"], k * group + i, config.max_new_tokens)
                                        for question, k in zip(questions, before) for i in range(group)]))
     lengths, parts = [len(prompt.input_ids) for prompt in prompts], []
@@ -921,11 +932,11 @@ def roll_out(policy: Policy, questions: Sequence[Question], step: int, seed: int
     texts, grades, rewards = grade_completions(policy, questions, done)
     reference = score_base(policy, prompts, features, done, config) if config.kl else None
     advantages = group_advantages(rewards, scale=config.loss != "dr_grpo").flatten()
-    paid = rewards.nan_to_num(0.0, 0.0, 0.0)  # for the log; what is no number still reaches the gradient, and the step is skipped
+    earned = rewards.nan_to_num(0.0, 0.0, 0.0)  # for the log; what is no number still reaches the gradient, and the step is skipped
     samples = [{"step": step, "id": question["id"], "completion": before[p] * group, "response": texts[p * group],
-                "answer": grades[p * group].answer, "gold": question["answer"], "reward": round(paid[p, 0].item(), 3)}
+                "answer": grades[p * group].answer, "gold": question["answer"], "reward": round(earned[p, 0].item(), 3)}
                for p, question in enumerate(questions)]
-    own = {"reward": paid.tolist(), "correct": [g.correct for g in grades], "well_formed": [g.well_formed for g in grades],
+    own = {"reward": earned.tolist(), "correct": [g.correct for g in grades], "well_formed": [g.well_formed for g in grades],
            "entropy": done.entropy.sum(1).tolist(), "length": done.lengths.tolist(), "finished": done.finished.tolist()}
     parts = gather((samples, own))
     whole = {name: np.concatenate([part[name] for _, part in parts]) for name in own}
@@ -934,9 +945,8 @@ def roll_out(policy: Policy, questions: Sequence[Question], step: int, seed: int
             "entropy": float(whole["entropy"].sum() / whole["length"].sum()), "completion_tokens": int(whole["length"].sum()),
             "rollout_s": time.perf_counter() - start}
     samples = [sample for turn in zip_longest(*(some for some, _ in parts)) for sample in turn if sample]  # in the order of one process
-    others = [policy.encode(question) for question in damaged[rank::size]]
     correct = torch.tensor([1.0 * g.correct for g in grades], device=policy.device)
-    return Batch(prompts, features, done, advantages, reference, correct, (others, look(policy, others)) if others else None), row, samples
+    return Batch(prompts, features, done, advantages, reference, correct, (others, unseen) if others else None), row, samples
 
 
 def learn(policy: Policy, optimizer: torch.optim.Optimizer, batch: Batch, config: Config) -> dict:
@@ -953,7 +963,8 @@ def learn(policy: Policy, optimizer: torch.optim.Optimizer, batch: Batch, config
             break
     tokens = sums["tokens"]  # of groups with unequal rewards, of paid ones; with --kl of all
     return {"loss": None if skipped else sums["loss"], "kl": sums["kl"] / tokens if config.kl and not skipped else None,
-            "clipped": sums["clipped"] / tokens if tokens else None, "looking": sums["looking"] / tokens if batch.damaged and tokens else None,
+            "clipped": sums["clipped"] / tokens if tokens else None,
+            "looking": sums["looking"] / tokens if batch.damaged and tokens and not skipped else None,
             "gradient_norm": None if skipped else norm, "skipped": skipped,
             "update_s": time.perf_counter() - start}
 
@@ -977,7 +988,7 @@ class Questions:
 
     def __init__(self, study: dict, condition: str, seed: int, config: Config):
         data, source = Path(config.data), study["sources"]["train"]
-        names = [] if condition == "standard" else config.corruption
+        names = damage_of(condition, config)
         self.share = {"standard": 0.0, "hallucination": 1.0, "mixed": config.mixed_fraction, "grounded": 0.0}[condition]
         self.paid = condition == "grounded" and config.looking_weight > 0
         self.seed, self.names, self.tables, self.made_from = seed, names, {}, {}
@@ -1168,10 +1179,11 @@ def train_run(study: dict, condition: str, seed: int, config: Config) -> dict:
     run = run_name(condition, seed, config)
     folder = data / "policies" / run
     questions = Questions(study, condition, seed, config)
-    settings = {"condition": condition, "seed": seed, "model": study["model"], "made_from": questions.made_from | study["model_files"], **prepare.versions(),
-                **{f.name: getattr(config, f.name) for f in fields(Config) if f.name not in NOT_SETTINGS}}
+    settings = {"condition": condition, "seed": seed, "model": study["model"], "made_from": questions.made_from | study["model_files"],
+                **prepare.versions(), **{f.name: getattr(config, f.name) for f in fields(Config) if f.name not in NOT_SETTINGS}}
     if condition != "mixed":
         del settings["mixed_fraction"]
+    settings["corruption"] = damage_of(condition, config)
     if condition == "standard":
         del settings["corruption"]
     if condition != "grounded":
@@ -1184,6 +1196,8 @@ def train_run(study: dict, condition: str, seed: int, config: Config) -> dict:
         print(f"{run} is finished: kept")
         return done
     policy = load_policy(prepare.model_path(data, study), study["max_pixels"], lora_rank=config.lora_rank, seed=seed)
+    if study["model"] != "embedded":  # what the hub calls it, not where this machine keeps it
+        policy.model.peft_config["default"].base_model_name_or_path = study["model"]
     optimizer = torch.optim.AdamW([p for p in policy.model.parameters() if p.requires_grad], lr=config.learning_rate, weight_decay=0.0)
     log, samples = folder / "train.jsonl", folder / "rollouts.jsonl"
     finished = load_checkpoint(folder / "checkpoint", policy, optimizer, settings, len(rows_until(log)))
@@ -1191,7 +1205,9 @@ def train_run(study: dict, condition: str, seed: int, config: Config) -> dict:
         raise UserError(f"{folder} has already made {finished} steps, not {config.steps}: delete that folder, or ask for more --steps")
     rows = rows_until(log, finished)  # later ones are about to be made again
     by_first(lambda: [prepare.write_jsonl(path, rows_until(path, finished)) for path in (log, samples)])
-    config = preflight(policy, questions, plan(policy, config, PRESETS[study["preset"]], questions.longest()["prompt_tokens"]))
+    config = plan(policy, config, PRESETS[study["preset"]], questions.longest()["prompt_tokens"])
+    check_same(folder, finished, policy.unpack)
+    config = preflight(policy, questions, config)
     if finished:
         print(f"{run} continues after step {finished}")
     with stopping() as asked:
@@ -1242,11 +1258,14 @@ def finish(folder: Path, policy: Policy, result: dict):
 
 def save_adapter(folder: Path, policy: Policy):
     """adapter_model.safetensors and adapter_config.json as PEFT writes them."""
-    part = folder / ".adapter.part"
-    policy.model.save_pretrained(part)
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        (part / name).replace(folder / name)
-    shutil.rmtree(part)
+    whole = folder / ".adapter.part"
+    try:
+        policy.model.save_pretrained(whole)
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            with prepare.replacing(folder / name) as part:
+                (whole / name).replace(part)
+    finally:
+        prepare.remove(whole)
 
 
 def read_run(folder: Path) -> dict:
@@ -1256,7 +1275,13 @@ def read_run(folder: Path) -> dict:
 
 
 def run_name(condition: str, seed: int, config: Config) -> str:
-    return f"{condition}-s{seed}" if condition == "standard" else f"{condition}-{'+'.join(config.corruption)}-s{seed}"
+    damage = damage_of(condition, config)
+    return f"{condition}-{'+'.join(damage)}-s{seed}" if damage else f"{condition}-s{seed}"
+
+
+def damage_of(condition: str, config: Config) -> list[str]:
+    """What damages the questions of a condition: blank, as in the paper; for grounded another question's picture, see `looking_pay`."""
+    return [] if condition == "standard" else config.corruption or (["mismatch"] if condition == "grounded" else ["blank"])
 
 
 @joined()
@@ -1293,4 +1318,4 @@ def check_config(config: Config):
 
 
 if __name__ == "__main__":
-    prepare.run(main, Config, __doc__)
+    prepare.run(main, Config, __doc__, several=True)

@@ -36,6 +36,7 @@ Policy, Question, UserError, option = train.Policy, prepare.Question, prepare.Us
 
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 LORA_WEIGHT = re.compile(r"base_model\.model\.(.*language_model\.layers\..+)\.lora_[AB]\.weight")
+OWN_NAME = re.compile(rf"(base|{'|'.join(train.CONDITIONS)})(-|$)")
 LORA_SETTINGS = ("r lora_alpha target_modules rank_pattern alpha_pattern use_rslora lora_dropout base_model_name_or_path revision task_type "
                  "inference_mode auto_mapping peft_version exclude_modules layers_to_transform layers_pattern").split()
 
@@ -48,7 +49,7 @@ class Config:
     corruptions: list[str] = option([], "inputs: clean, or names of stage 2 [all there are]")
     limit: int = option(None, "questions per benchmark, spread over its groups [all]")
     only: str = option(None, "file of ids, as report/strict-SOURCE.json: ask these questions alone [all]")
-    samples: int = option(4, "answers drawn at temperature 1 to each question without a picture, beside the greedy one: can it be guessed?")
+    samples: int = option(8, "answers drawn at temperature 1 to each question without a picture, beside the greedy one: can it be guessed?")
     memory_gb: float = option(None, "what weights and all that is computed may take: lower it first [what is free on the card]")
     cache_gb: float = option(None, "for the questions answered together [what memory_gb leaves; without a card the preset of stage 3]")
     max_new_tokens: int = option(None, "tokens; a longer answer is cut [the most that any run of the study had]")
@@ -130,7 +131,7 @@ def answer(policy: Policy, questions: Sequence[Question], prompts: Sequence[prep
         responses, grades, _ = train.grade_completions(policy, questions, done)
         golds = gold_logprobs(policy, prefix, questions, responses, tokens_per_pass)
         if draws is not None:
-            drawn, samples = train.grade_completions(policy, questions, train.generate(policy, prefix, max_new_tokens, draws))[1], len(draws) // len(prompts)
+            _, drawn, _ = train.grade_completions(policy, questions, train.generate(policy, prefix, max_new_tokens, draws))
         if without:
             nats = token_information(policy, train.encode_prompts(policy, *without), done, tokens_per_pass)
     rows = [{"id": question["id"], "group": question["group"], "needs_image": question["needs_image"], "response": response,
@@ -142,6 +143,7 @@ def answer(policy: Policy, questions: Sequence[Question], prompts: Sequence[prep
         if without:
             row |= {"pieces": pieces_of(done.tokens[i, :row["tokens"]].tolist(), policy.tokenizer), "nats": nats[i]}
         if draws is not None:
+            samples = len(drawn) // len(rows)
             row["drawn_right"] = sum(grade.correct for grade in drawn[i * samples:(i + 1) * samples])
     return rows
 
@@ -162,10 +164,9 @@ def part(path: Path, rank: int | str = "*", size: int | str = "*") -> str:
 
 
 def settle(path: Path, rows: dict[str, dict], origin: dict):
-    """Write the whole file, unless it has these answers, perhaps among more, under today's verdicts; the parts go."""
+    """Write the whole file, unless it has these answers under today's verdicts; others of the same origin stay, and the parts go."""
     old = {row["id"]: row for row in prepare.read_jsonl(path)} if path.exists() else {}
-    there = all(name in old and old[name] | origin == old[name] for name in rows)
-    new = (old if there else {}) | rows
+    new = {name: row for name, row in old.items() if row | origin == row} | rows
     if new != old:
         prepare.write_jsonl(path, new.values())
     for file in path.parent.glob(part(path)):
@@ -197,7 +198,8 @@ def evaluate(load: Callable[[], Policy], table: Dataset, blank: Dataset | None, 
     share = [(row, name) for row, name in zip(rows, questions) if any(name not in done[who] for who in own)][rank::size]
     batches = []
     if any(name not in done[who] and name not in new[who] for _, name in share for who in own):
-        policy, lengths, settings = load(), table["prompt_tokens"][:], next(iter(origins.values()))  # the same for all
+        policy, settings = load(), next(iter(origins.values()))  # the same for all
+        lengths = np.sum([source["prompt_tokens"][:] for source in (table, blank) if source], axis=0)
         max_new_tokens, samples = settings["max_new_tokens"], settings.get("samples", 0)
         lengths = [lengths[row] for row, _ in share]
         wanted = train.Config(memory_gb=config.memory_gb, cache_gb=config.cache_gb, checkpoint=True, group_size=max(1, samples),
@@ -246,14 +248,14 @@ def find_policies(config: Config, study: dict) -> dict[str, tuple[Path | None, d
                 raise UserError(f"{folder} was trained on another model than {study['model']}: delete it and run 03_train_grpo.py again")
             check_adapter(folder)
             found[name] = (folder, model_files | {str(path.relative_to(data)): prepare.sha256(path) for path in map(folder.joinpath, ADAPTER)})
-        elif (folder := Path(name)).is_dir() and not re.match(rf"(base|{'|'.join(train.CONDITIONS)})(-|$)", folder.resolve().name) and folder.resolve().name not in found:
-            trained_on, asked_on = check_adapter(folder), prepare.model_path(data, study)
-            if Path(trained_on).name != Path(asked_on).name or study["model"] == "embedded" and Path(trained_on).resolve() != Path(asked_on).resolve():
+        elif (folder := Path(name).resolve()).is_dir() and not OWN_NAME.match(folder.name) and folder.name not in found:
+            trained_on, asked_on = check_adapter(folder), str(data / "model") if study["model"] == "embedded" else study["model"]
+            whole = (lambda path: Path(path).resolve()) if study["model"] == "embedded" else lambda path: Path(path).name
+            if whole(trained_on) != whole(asked_on):
                 print(f"note: {folder} was trained on {trained_on or 'a base that it does not name'}, and is asked here on {asked_on}")
-            folder = folder.resolve()
             found[folder.name] = (folder, model_files | {str(path): prepare.sha256(path) for path in map(folder.joinpath, ADAPTER)})
         elif folder.is_dir():
-            raise UserError(f"{folder}: {folder.resolve().name} is the name of a policy of this kit, or given twice: rename the folder")
+            raise UserError(f"{folder}: {folder.name} is the name of a policy of this kit, or given twice: rename the folder")
         else:
             raise UserError(f"{data / 'policies' / name} holds no finished policy: choose from {', '.join(['base', *finished])}, "
                             "run 03_train_grpo.py, or give the folder of an adapter")
@@ -270,7 +272,8 @@ def check_adapter(folder: Path) -> str:
         with safe_open(folder / ADAPTER[1], "pt") as file:
             names = list(file.keys())
     except (OSError, ValueError, TypeError, SafetensorError) as error:
-        raise UserError(f"{folder} is no adapter (adapter_config.json and adapter_model.safetensors, as PEFT saves them: {error}): save or train it again") from error
+        raise UserError(f"{folder} is no adapter (adapter_config.json and adapter_model.safetensors, as PEFT saves them: {error}): "
+                        "save or train it again") from error
     usual = LoraConfig().to_dict()
     odd = [f"{key} {value}" for key, value in settings.items() if key not in LORA_SETTINGS and value and value != usual.get(key)]
     odd += ["no peft_type LORA"] * (settings.get("peft_type") != "LORA") + [name for name in names if not LORA_WEIGHT.fullmatch(name)][:1]
@@ -311,10 +314,10 @@ def find_inputs(config: Config, study: dict) -> list[tuple[str, str, dict[str, s
     return inputs
 
 
-def read_ids(path: str | None) -> set[str]:
-    """The ids that a file of stage 5 names; none where there is no file."""
+def read_ids(path: str | None) -> set[str] | None:
+    """The ids that a file of stage 5 names; None: no file is asked for."""
     try:
-        return set(map(str, json.loads(Path(path).read_text())["ids"])) if path else set()
+        return set(map(str, json.loads(Path(path).read_text())["ids"])) if path else None
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"--only {path} is no file of ids, such as stage 5 writes (report/strict-SOURCE.json): {error}") from error
 
@@ -339,13 +342,14 @@ def main(config: Config) -> dict[tuple[str, str, str], list[dict]]:
         table = prepare.read_questions(data / prepare.input_path(source, name), "run 02_corrupt.py")
         blank = next((prepare.read_questions(data / path, "") for path in questions if path != prepare.input_path(source, name)), None)
         ids, groups, splits, lengths = (table[column][:] for column in ("id", "group", "split", "prompt_tokens"))
-        tests = [row for row, split in enumerate(splits) if split == "test" and (not only or ids[row] in only)]
+        tests = [row for row, split in enumerate(splits) if split == "test" and (only is None or ids[row] in only)]
         if not tests:
             raise UserError(f"{config.only} names no question of {source}: choose --benchmarks that it speaks of")
         chosen = [tests[i] for i in prepare.stratified([ids[row] for row in tests], [groups[row] for row in tests], config.limit)]
         chosen.sort(key=lambda row: -lengths[row])  # what does not fit into memory shows at once, and there is little padding
         settings = {"made_with": made_with, "max_new_tokens": max_new_tokens}
-        settings |= {"samples": config.samples} if name in prepare.NO_PICTURE and config.samples else {}
+        if name in prepare.NO_PICTURE and config.samples:  # what is drawn is not kept, but its verdicts
+            settings |= {"samples": config.samples, "graded_by": prepare.sha256(Path(prepare.__file__))}
         origins = {who: {"made_from": made_from | questions, **settings} for who, (_, made_from) in policies.items()}
         paths = {who: data / "answers" / who / source / f"{name}.jsonl" for who in policies}
         done = evaluate(load, table, blank, chosen, paths, origins, config, preset, f"{source} {name}")
@@ -356,4 +360,4 @@ def main(config: Config) -> dict[tuple[str, str, str], list[dict]]:
 
 
 if __name__ == "__main__":
-    prepare.run(main, Config, __doc__)
+    prepare.run(main, Config, __doc__, several=True)

@@ -486,9 +486,10 @@ def make_panel(data: Path, source: str, answers: dict, resamples: int, seed: int
 def measure(panel: Panel, policy: str) -> dict:
     """All that is said of one policy on one source, apart from comparisons.
 
-    Worth of the picture: accuracy with it less accuracy without it, on the same questions. Strict accuracy: share of questions that are right with the picture and not right without it. Visual information: mean
-    over questions of log p(gold | picture) - log p(gold | no picture), each after the policy's own reasoning, in nats.
-    Unparsed: responses in which no answer was found. Length: tokens of a response. Words are looked for in the first 20,000 characters.
+    Worth of the picture: accuracy with it less accuracy without it, on the same questions. Strict accuracy: share of questions that are
+    right with the picture and not right without it. Visual information: mean over questions of log p(gold | picture) - log p(gold | no
+    picture), each after the policy's own reasoning, in nats. Unparsed: responses in which no answer was found. Length: tokens of a
+    response. Words are looked for in the first 20,000 characters.
     """
     inputs, without = panel.answers[policy], panel.without
     asked = {name: inputs[name] for name in ("clean", *panel.withouts)}
@@ -568,14 +569,14 @@ def strict_subset(panel: Panel) -> list[str]:
     """Ids of the questions that no policy, the base included, answers without the picture, above chance.
 
     Under each input without a picture a policy answers once greedily and `samples` times at temperature 1. A question goes out if one of
-    them is right; of a choice question, where chance is right too, if so many are as chance gives in fewer than 1 of 20 (binomial, of
-    one in as many as it has choices).
+    them is right; a choice question, where chance is right too, if so many of one policy's answers to one input are that chance, one in as
+    many as it has choices, would do so for any of them in fewer than 1 of 20 questions (binomial, Bonferroni).
     """
     out = []
     for i, question in enumerate(panel.questions):
         rows = [inputs[name][i] for inputs in panel.answers.values() for name in panel.withouts]
         chance = 1 / len(question["choices"]) if question["choices"] else 0.0
-        if all(tail(row["correct"] + row.get("drawn_right", 0), 1 + row.get("samples", 0), chance) >= 0.05 for row in rows):
+        if all(tail(row["correct"] + row.get("drawn_right", 0), 1 + row.get("samples", 0), chance) >= 0.05 / len(rows) for row in rows):
             out.append(question["id"])
     return out
 
@@ -657,7 +658,8 @@ def collect(panels: Sequence[Panel], study: Mapping) -> dict:
             for key, value in measure(panel, policy).items():
                 out[key][policy][panel.source] = value
         chosen = set(strict_subset(panel)) if panel.withouts else set()
-        out["strict_subset"][panel.source] = {"ids": sorted(chosen), **share(q["id"] in chosen for q in panel.questions), "clean": {
+        drawn = {policy: {name: inputs[name][0].get("samples", 0) for name in panel.withouts} for policy, inputs in panel.answers.items()}
+        out["strict_subset"][panel.source] = {"samples": drawn, "ids": sorted(chosen), **share(q["id"] in chosen for q in panel.questions), "clean": {
             policy: accuracy(row for row in inputs["clean"] if row["id"] in chosen) for policy, inputs in panel.answers.items() if chosen}}
         for policy in list(panel.answers)[1:]:
             out["gains"].setdefault(policy, {})[panel.source] = gain = split([policy])
@@ -942,7 +944,8 @@ def check_measures(n: int = 4000, resamples: int = 500, seed: int = 1) -> list[d
         check(f"{learner}: strict accuracy", share(strict), expected_strict(**after))
         check(f"{learner}: leaning to the majority", spread["leaning"], expected_leaning(**after))
         if 0 < after["sees"] < 1:
-            check(f"{learner}: visual information", {"unit": "nats"} | estimate(weights @ (learnt["clean"][3] - learnt["blank"][3]), n), expected_information(**after))
+            nats = estimate(weights @ (learnt["clean"][3] - learnt["blank"][3]), n)
+            check(f"{learner}: visual information", {"unit": "nats"} | nats, expected_information(**after))
     swapped = (group < 3) & (gold != donor)
     for sees in (0.0, 0.6, 0.95):
         told = simulate(rng, gold, donor, **NOVICE | {"sees": sees, "form": 0.0})
@@ -1027,7 +1030,8 @@ def dependence(r: Mapping, policy: str, source: str) -> dict:
     """Whether a policy depends on the picture, in words: what McNemar's test says, corrected by Holm, of each input without a picture."""
     said = lambda name: f"{percent((x := r['accuracy'][policy][source][name])['accuracy'])} {interval(x['ci95'])}"
     worths = r.get("picture_worth", {}).get(policy, {}).get(source, {})
-    parts = [f"without it ({name}) {said(name)}, a difference of {points(x['value'])} points {interval(x['ci95'], points)}, p {x['p_holm']:.2g}" for name, x in worths.items()]
+    parts = [f"without it ({name}) {said(name)}, a difference of {points(x['value'])} points "
+             f"{interval(x['ci95'], points)}, p {x['p_holm']:.2g}" for name, x in worths.items()]
     shown = [math.copysign(x["p_holm"] < 0.05, x["value"]) for x in worths.values()]
     claim = ("was not asked without the picture" if not worths else "depends on the picture" if min(shown) == 1 else
              "does better without the picture" if max(shown) == -1 else "is not shown to depend on the picture")
@@ -1099,7 +1103,8 @@ def source_tables(r: Mapping, source: str) -> list[dict]:
     found = lambda key, policy: (x := r.get(key, {}).get(policy, {}).get(source)) and x.get("clean", x.get(about["without_picture"], x))
     looking = [(policy, [cell(x := found(key, policy), form(key), n=bool(x) and x["n"] != about["n"]) for key in looks_at.values()])
                for policy in about["policies"]]
-    fading = [(policy, [cell(x, number) for x in r["fading"][policy][source]]) for policy in about["policies"] if source in r.get("fading", {}).get(policy, {})]
+    fades = {policy: x for policy in about["policies"] if (x := r.get("fading", {}).get(policy, {}).get(source))}
+    fading = [(policy, [cell(fifth, number) for fifth in x]) for policy, x in fades.items()]
     changed = list(dict.fromkeys(name for policy in about["policies"] for name in r["changes"][policy][source]))
     changes = [(policy, [cell(r["changes"][policy][source].get(name)) for name in changed]) for policy in about["policies"]]
     asked = [(policy, name) for policy in about["policies"] for name in r["distribution"][policy][source]]
@@ -1132,8 +1137,9 @@ def card_table(r: Mapping) -> dict:
               "said to need the picture": "said_to_need_the_picture", "not said": "need_unknown"}
     types = lambda x: ", ".join(f"{name} {percent(y['share'])}" for name, y in x["types"].items())
     choice = lambda x: (percent(x["one_choice"]["expected"]), f"n = {x['one_choice']['n']}") if "one_choice" in x else cell(None)
-    rows = [(source, [(str(x["n"]), ""), (str(x["groups"]), ""), (types(x), ""), choice(x), *(cell((x | {"strict": r["strict_subset"][source]}).get(key)) for key in shares.values())])
-            for source, x in r["card"].items()]
+    cards = {source: x | {"strict": r["strict_subset"][source]} for source, x in r["card"].items()}
+    rows = [(source, [(str(x["n"]), ""), (str(x["groups"]), ""), (types(x), ""), choice(x), *(cell(x.get(key)) for key in shares.values())])
+            for source, x in cards.items()]
     return table("right without looking, 95% intervals; n questions", ["benchmark", "n", "groups", "answers", "a blind choice", *shares], rows)
 
 
@@ -1207,7 +1213,8 @@ def line_chart(title: str, x_label: str, series: Sequence[Mapping]) -> Markup:
     y = lambda value: height - below - min(max(value, 0), 1) * (height - above - below)
     join = lambda xs, ys: " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in zip(xs, ys))
     parts = [draw("text", x_label, x=(left + width - right) / 2, y=height - 4, class_="tick")]
-    parts += [draw("text", f"{t:g}", x=x(t), y=height - below + 16, class_="tick") for t in (x0, float(f"{(x0 + x1) / 2:.1g}"), x1) if t in (x0, x1) or x0 < t < x1]
+    middle = float(f"{(x0 + x1) / 2:.1g}")
+    parts += [draw("text", f"{t:g}", x=x(t), y=height - below + 16, class_="tick") for t in (x0, *[middle] * (x0 < middle < x1), x1)]
     for t in (0.0, 0.25, 0.5, 0.75, 1.0):
         parts += [draw("line", x1=left, x2=width - right, y1=y(t), y2=y(t), class_="grid"),
                   draw("text", f"{t:.0%}", x=left - 6, y=y(t) + 4, class_="tick end")]
@@ -1234,7 +1241,7 @@ def training_charts(data: Path, look: Mapping[str, str]) -> list[tuple[str, Mark
     for path in [path for run in look if (path := data / "policies" / run / "train.jsonl").exists()]:
         rows = prepare.read_jsonl(path)
         for i, row in enumerate(rows):
-            if not isinstance(row, dict) or not all(isinstance(row.get(key), (int, float)) and math.isfinite(row[key]) for key in keys):
+            if not all(isinstance(row.get(key), (int, float)) and math.isfinite(row[key]) for key in keys):
                 raise UserError(f"{path} row {i + 1} is no step of a training: delete {path.parent} and run 03_train_grpo.py again")
         if rows:
             steps = np.array([[row[key] for key in keys] for row in rows], float).T  # (4, steps)
@@ -1547,7 +1554,7 @@ def main(config: Config) -> dict:
     runs = sorted({policy for panel in panels for policy in panel.answers if (data / "policies" / policy / "config.json").exists()},
                   key=policy_order)
     results = collect(panels, study) | {"notes": notes, "provenance": {
-        "study": study, "policies": {run: json.loads((data / "policies" / run / "config.json").read_text()) for run in runs},
+        "study": study, "policies": {run: prepare.read_json(data / "policies" / run / "config.json", {}, "delete it and run 03_train_grpo.py again") for run in runs},
         "resamples": config.resamples, "versions": prepare.versions(), "inputs": dict(sorted(checked.items()))}}
     results["dependence"] = [dependence(results, policy, source) for source, x in results["sources"].items() for policy in x["policies"]]
     page = render(data, study, panels, results, config.gallery)

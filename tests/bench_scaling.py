@@ -5,7 +5,8 @@ The model and questions of bench_trl.py at its long shape (448 x 448 pictures, 2
 quantity changed at a time, each setting in a process of its own: seconds are the median of `--rounds` steps after one that warms up; MB
 is the peak of an update above the process with the model loaded. The exponents are fitted on logarithms: 1 means in proportion.
 
-    python tests/bench_scaling.py        # prints one JSON line
+    python tests/bench_scaling.py                        # prints one JSON line
+    python tests/bench_scaling.py --looking --rounds 9   # what condition grounded costs: its steps and standard's alternate in one process
 """
 import argparse
 import importlib
@@ -25,13 +26,14 @@ prepare, train = bench.prepare, bench.train
 
 import numpy as np
 import torch
+from PIL import Image
 
 AXES = {"group": (4, 8, 16, 32), "prompt_tokens": (280, 560, 1120), "new_tokens": (32, 64, 128, 256)}
 USUAL = {"group": 8, "prompt_tokens": 280, "new_tokens": 64}
 
 
-def measure(setting: dict, prompts: int, rounds: int) -> dict[str, float]:
-    """Seconds of a rollout and of an update, and MB of an update."""
+def measure(setting: dict, prompts: int, rounds: int, looking: bool = False) -> dict[str, float]:
+    """Seconds of a rollout and of an update, and MB of an update; or seconds of a step of grounded over seconds of standard's beside it."""
     turn = itertools.count()
     prepare.grade = lambda text, question: prepare.Grade(next(turn) % 2 == 1, True, None)
     bench.SHAPES["now"] = ((448, 448), setting["prompt_tokens"], setting["new_tokens"])
@@ -42,14 +44,23 @@ def measure(setting: dict, prompts: int, rounds: int) -> dict[str, float]:
         policy = bench.make_policy("now", Path(folder), config.lora_rank)
         questions = bench.make_questions("now", prompts, policy)
         optimizer = torch.optim.AdamW([p for p in policy.model.parameters() if p.requires_grad], lr=config.learning_rate, weight_decay=0.0)
-        loaded, seconds = bench.memory_mb("VmRSS"), []
-        for step in range(rounds + 1):
+        loaded = bench.memory_mb("VmRSS")
+
+        def one(step: int, damaged=()) -> tuple[float, float]:
             start = time.perf_counter()
-            batch, _, _ = train.roll_out(policy, questions, step, 0, config)
+            batch, _, _ = train.roll_out(policy, questions, step, 0, config, damaged)
             middle = time.perf_counter()
             bench.forget_peak()
             train.learn(policy, optimizer, batch, config)
-            seconds.append((middle - start, time.perf_counter() - middle))
+            return middle - start, time.perf_counter() - middle
+        if looking:
+            blank = [q | {"images": [Image.new("RGB", picture.size, (120, 120, 120)) for picture in q["images"]]} for q in questions]
+            pairs = [(sum(one(step, blank)), sum(one(step))) for step in range(rounds + 1)][1:]
+            ratios = sorted(grounded / standard for grounded, standard in pairs)
+            return {"grounded_s": round(statistics.median(pair[0] for pair in pairs), 3), "rounds": rounds,
+                    "standard_s": round(statistics.median(pair[1] for pair in pairs), 3), "ratio": round(statistics.median(ratios), 2),
+                    "range": [round(ratios[0], 2), round(ratios[-1], 2)]}
+        seconds = [one(step) for step in range(rounds + 1)]
         rollout, update = (statistics.median(column) for column in zip(*seconds[1:]))
         return {"rollout_s": round(rollout, 3), "update_s": round(update, 3), "step_s": round(rollout + update, 3),
                 "update_mb": round(bench.memory_mb("VmHWM") - loaded, 1)}
@@ -60,8 +71,12 @@ def main():
     parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--one", help="JSON of one setting: measured in this process")
+    parser.add_argument("--looking", action="store_true", help="condition grounded against standard")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
+    if options.looking:
+        print(json.dumps(measure(USUAL, options.prompts, options.rounds, looking=True)))
+        return
     if options.one:
         print(json.dumps(measure(json.loads(options.one), options.prompts, options.rounds)))
         return

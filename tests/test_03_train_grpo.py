@@ -223,8 +223,10 @@ def test_gradient_of_the_shared_prompt_is_that_of_whole_sequences(train, policie
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "nf4"])
-def test_gradient_of_looking_is_that_of_whole_sequences(train, policies, kind, monkeypatch):
-    """What `grounded` adds: KL to the distribution given a blank picture, bounded, less entropy, on right completions alone; however it is cut."""
+@pytest.mark.parametrize("loss, kl", [("dapo", 0.0), ("grpo", 0.1), ("dr_grpo", 0.0)])
+def test_gradient_of_looking_is_that_of_whole_sequences(train, policies, kind, loss, kl, monkeypatch):
+    """What `grounded` adds: KL to the distribution given a blank picture, bounded, of tokens with little entropy, on right completions alone;
+    weighed like any token of the step's loss, however it is cut."""
     policy = policies(kind)
     completions, batch = hand_made_batch(train, policy)
     prompts = [batch.prompts[i // 3] for i in range(len(completions))]
@@ -232,28 +234,32 @@ def test_gradient_of_looking_is_that_of_whole_sequences(train, policies, kind, m
     correct = torch.tensor([i % 3 < 2 for i in range(len(completions))], dtype=torch.float32)
     correct[:3] = 0  # a question that nobody got right earns nothing
     batch.advantages[3:6] = 0  # and one whose answers are all alike can
-    step = dataclasses.replace(batch, correct=correct, damaged=(blank, train.look(policy, blank)))
     logprobs = [plain_logprobs(policy, *pair) for pair in zip(prompts, completions)]
-    step.completions.logprobs = padded([row.detach() for row in logprobs], 7)
-    config = train.Config(loss="dapo", max_new_tokens=10, looking_weight=0.7, looking_bound=-1.0)
-    loss, clipped, count = paper_loss(config, logprobs, [row.detach() for row in logprobs], batch.advantages, None), 0, sum(map(len, completions))
+    with torch.no_grad(), policy.model.disable_adapter():
+        reference = [plain_logprobs(policy, *pair) for pair in zip(prompts, completions)] if kl else None
+    batch.completions.logprobs = padded([row.detach() for row in logprobs], 7)
+    step = dataclasses.replace(batch, correct=correct, damaged=(blank, train.look(policy, blank)), reference=padded(reference, 7) if kl else None)
+    config = train.Config(loss=loss, kl=kl, max_new_tokens=10, looking_weight=0.7, looking_bound=0.5)
+    monkeypatch.setattr(train, "ENTROPY_GUARD", 3.0)
+    value, bounded, spread = paper_loss(config, logprobs, [row.detach() for row in logprobs], batch.advantages, reference), 0, 0
     for i, tokens in enumerate(completions):
         p = plain_forward(policy, prompts[i], tokens)
         with torch.no_grad():
             q = plain_forward(policy, blank[i // 3], tokens)
         sampled = torch.isfinite(p[0])
         p, q = p[:, sampled], q[:, sampled]
+        weight = {"dapo": 1 / sum(map(len, completions)), "grpo": 1 / len(tokens) / len(completions), "dr_grpo": 1 / len(completions) / 10}[loss]
         for t in range(len(tokens)):
-            pay = (p[t].exp() * (p[t] - q[t])).sum() + (p[t].exp() * p[t]).sum()
-            clipped += float(pay) > -1.0
-            loss = loss - 0.7 * correct[i] * torch.clip(pay, max=-1.0) / count
-    assert 0 < clipped < count
-    truth = dict(zip(trainable(policy), torch.autograd.grad(loss, list(trainable(policy).values()))))
+            divergence, entropy = (p[t].exp() * (p[t] - q[t])).sum(), -(p[t].exp() * p[t]).sum()
+            bounded, spread = bounded + (float(divergence) > 0.5), spread + (float(entropy) > 3.0)
+            value = value - 0.7 * correct[i] * (entropy < 3.0) * torch.clip(divergence, max=0.5) * weight
+    assert all(0 < some < sum(map(len, completions)) for some in (bounded, spread))
+    truth = dict(zip(trainable(policy), torch.autograd.grad(value, list(trainable(policy).values()))))
     for config.tokens_per_pass, config.checkpoint, chunk in ((1, False, 2**26), (120, True, 2**26), (2000, False, 4 * 576 * 5)):
         monkeypatch.setattr(train, "CHUNK_BYTES", chunk)
         gradient, sums = shared_gradient(train, policy, step, config)
         assert largest_error(gradient, truth) < 1e-4
-        assert sums["loss"] == pytest.approx(loss.item(), rel=1e-4)
+        assert sums["loss"] == pytest.approx(value.item(), rel=1e-4)
 
 
 def test_the_gradient_is_the_same_to_the_bit_each_time(train, policies):
@@ -811,6 +817,16 @@ def uninterrupted(train, prepare, study_folder, tmp_path_factory):
         return folder, run(train, folder, kl=0.02)
 
 
+def test_looking_that_weighs_nothing_is_standard_training(train, data, monkeypatch):
+    monkeypatch.setattr(train.prepare, "grade", hashed_grade)
+    train.main(train.Config(data=str(data), **STEP, steps=2, conditions=["standard", "grounded"], corruption=["blank"],
+                            looking_weight=0.0))
+    train.main(train.Config(data=str(data), **STEP, steps=2, conditions=["grounded"], corruption=["removed"], looking_weight=0.5))
+    standard, without, looking = ((data / "policies" / run / "adapter_model.safetensors").read_bytes()
+                                  for run in ("standard-s0", "grounded-blank-s0", "grounded-removed-s0"))
+    assert standard == without != looking
+
+
 def test_two_runs_are_byte_identical(train, prepare, data, uninterrupted, monkeypatch):
     grade_by_hash(prepare, monkeypatch)
     adapter, rows, samples, _ = uninterrupted[1]
@@ -1170,7 +1186,11 @@ def test_conditions_differ_in_what_they_show_and_in_nothing_else(train, study_fo
     assert {name for _, name in made["hallucination"]} == set(several)
     assert {name for _, name in made["mixed"]} == {"clean", *several}
     order = [name for name, _ in made["standard"]]
-    assert [[name for name, _ in rows] for rows in made.values()] == [order] * 3
+    assert [[name for name, _ in rows] for rows in made.values()] == [order] * len(train.CONDITIONS)
+    grounded = questions_of(train, study_folder, "grounded", corruption=several)
+    against = [q for step in range(30) for q in grounded.at(step, 8, damaged=True)]  # the same questions, each of them damaged
+    assert made["grounded"] == made["standard"] and [q["id"] for q in against] == order
+    assert {next(name for name, table in tables.items() if table[q["id"]] == shown(q)) for q in against} == set(several)
     assert all(name.startswith("shapes/train-") for name in order)
     for start in range(0, 240, 20):  # every epoch asks each of the 20 questions once, in an order of its own
         assert len(set(order[start:start + 20])) == 20

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -90,6 +91,38 @@ def test_answers_made_from_other_input_are_made_again(evaluate, data, prepare):
     assert evaluate.main(config(evaluate, data))["base", "shapes", "clean"] == rows == prepare.read_jsonl(path)
     shorter = evaluate.main(config(evaluate, data, max_new_tokens=3))["base", "shapes", "clean"]
     assert max(row["tokens"] for row in shorter) <= 3 < max(row["tokens"] for row in rows)
+
+
+def test_only_the_ids_of_a_file_are_asked_and_other_answers_stay(evaluate, prepare, data, tmp_path):
+    """Eight of the questions, then four of which two are new: the file keeps all ten; who samples otherwise asks anew."""
+    ids, file = [f"shapes/test-{i:04d}" for i in range(10)], tmp_path / "ids.json"
+    rows = {}
+    for some in ids[:8], ids[6:]:
+        file.write_text(json.dumps({"ids": some}))
+        rows |= {row["id"]: row for row in evaluate.main(config(evaluate, data, only=str(file)))["base", "shapes", "clean"]}
+    kept = prepare.read_jsonl(data / "answers/base/shapes/clean.jsonl")
+    assert {row["id"] for row in kept} == set(ids) and all(rows[row["id"]] == row for row in kept)
+    for text, says in ('{"ids": []}', "names no question"), ("[]", "no file of ids"), ('{"ids": 3}', "no file of ids"):
+        file.write_text(text)
+        with pytest.raises(prepare.UserError, match=says):
+            evaluate.main(config(evaluate, data, only=str(file)))
+
+
+def test_drawn_answers_are_those_of_one_question_alone(evaluate, prepare, train, data):
+    """What is drawn without a picture: as many as asked for, by numbers that depend on question and place alone, graded like any answer."""
+    rows = evaluate.main(config(evaluate, data, corruptions=["blank"], samples=6))["base", "shapes", "blank"]
+    study = prepare.load_study(data)
+    policy, questions = train.load_policy(str(data / "model"), study["max_pixels"]), {
+        q["id"]: q for q in prepare.read_questions(data / prepare.input_path("shapes", "blank"), "")}
+    for row in rows[::13]:
+        question = questions[row["id"]]
+        prompts = [policy.encode(question)]
+        with torch.no_grad(), train.unpacked(policy):
+            prefix = train.encode_prompts(policy, prompts, train.look(policy, prompts))
+            draws = torch.from_numpy(np.stack([train.uniforms(0, 0, row["id"], i, 24) for i in range(6)]))
+            texts, _, _ = train.grade_completions(policy, [question], train.generate(policy, prefix, 24, draws))
+        assert row["drawn_right"] == sum(prepare.grade(text, question).correct for text in texts) and row["samples"] == 6
+    assert "drawn_right" not in evaluate.main(config(evaluate, data, corruptions=["removed"], samples=0))["base", "shapes", "removed"][0]
 
 
 def test_limit_takes_the_same_share_of_every_group(evaluate, data):

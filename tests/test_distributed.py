@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 
 from conftest import ROOT
 
-RUN = "mixed-blank+removed-s0"
-TRAIN = ["03_train_grpo", "--conditions", "mixed", "--corruption", "blank", "removed", "--steps", "12", "--prompts_per_step", "5",
+RUN = "grounded-blank+removed-s0"
+TRAIN = ["03_train_grpo", "--conditions", "grounded", "--corruption", "blank", "removed", "--steps", "12", "--prompts_per_step", "5",
          "--group_size", "4", "--max_new_tokens", "12", "--tokens_per_pass", "96", "--lora_rank", "4", "--learning_rate", "1e-3"]
 EVALUATE = ["04_evaluate", "--corruptions", "clean", "blank", "--max_new_tokens", "40", "--cache_gb", "0.001"]
 STOPPED, LEFT = "stopped: the same command continues", "error: another process of this run has ended: the same command continues"

@@ -382,6 +382,22 @@ def test_code_beside_a_model_of_a_known_family_is_not_run(server, home, model, t
     assert done.code in (0, 2) and "Traceback" not in done.stderr and not (home / "evil").exists()
 
 
+@pytest.mark.parametrize("data, options, says", [
+    ("file", [], "file cannot be written or read (File exists)"), ("file/data", [], "(Not a directory)"), ("loop", [], "(File exists)"),
+    ("dangling", [], "(File exists)"), ("/proc/data", [], "/proc/data cannot be written or read"), ("x" * 300, [], "(File name too long)"),
+    ("data", ["--local", "../x=mine"], "is not NAME=PATH"), ("data", ["--local", "a/b=mine"], "is not NAME=PATH"),
+    ("data", ["--local", ".hidden=mine"], "is not NAME=PATH"), ("data", ["--benchmarks", "../../x"], "source ../../x is unknown"),
+    ("data", ["--benchmarks", "mine", "--local", "mine=/dev/zero"], "has no parquet of split test"),
+    ("data", ["--model", "/dev/zero"], "could not be loaded"), ("data", ["--model", "../../etc/passwd"], "could not be loaded")])
+def test_a_hostile_path_is_one_sentence(server, home, model, tmp_path, data, options, says):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    before = listing(home, tmp_path)
+    check_sentence(server("01_prepare", "--model", model, "--limit", 4, "--data", tmp_path / data, *options), says)
+    assert listing(home, tmp_path, without=[tmp_path / "data"]) == before
+
+
 # Artifacts: damaged, foreign or in part
 
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
 from conftest import CORRUPTIONS, ROOT, run_stages
 
-RUNS = ["grounded-blank-s0", "hallucination-blank-s0", "mixed-blank-s0", "standard-s0"]
+RUNS = ["grounded-mismatch-s0", "hallucination-blank-s0", "mixed-blank-s0", "standard-s0"]
 
 
 def test_every_artifact_of_the_design_exists(study):
