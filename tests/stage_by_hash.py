@@ -12,4 +12,4 @@ prepare, stage = importlib.import_module("01_prepare"), importlib.import_module(
 
 if __name__ == "__main__":
     prepare.grade = hashed_grade
-    prepare.run(stage.main, stage.Config, stage.__doc__)
+    prepare.run(stage.main, stage.Config, stage.__doc__, several=True)

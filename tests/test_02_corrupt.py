@@ -121,8 +121,9 @@ def test_other_processes_make_the_same_bytes(prepare, corrupt, tmp_path):
         data = tmp_path / process
         prepare.write_questions(data / "questions/shapes.parquet", prepare.shapes_world(0, 12), {})
         digest = prepare.sha256(data / "questions/shapes.parquet")
-        (data / "study.json").write_text(json.dumps({"seed": 0, "limit": 12, "sources": {"train": "shapes", "benchmarks": ["shapes"]},
-                                                     "artifacts": {"questions/shapes.parquet": digest}}))
+        (data / "study.json").write_text(json.dumps({"preset": "tiny", "model": "embedded", "model_files": {}, "max_pixels": 12544,
+                                                     "versions": prepare.versions(), "seed": 0, "limit": 12,
+                                                     "sources": {"train": "shapes", "benchmarks": ["shapes"]}, "artifacts": {"questions/shapes.parquet": digest}}))
         subprocess.run([sys.executable, str(ROOT / "02_corrupt.py"), "--data", str(data), "--preview_rows", "1"], check=True,
                        capture_output=True, env=os.environ | {"PYTHONHASHSEED": process, "OMP_NUM_THREADS": threads})
         written.append({path.name: path.read_bytes() for path in (data / "corrupted").rglob("*.*")})

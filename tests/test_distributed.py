@@ -153,3 +153,9 @@ def test_two_cards_share_a_run_and_an_evaluation(data):
         assert code == 0, out
     assert lines(log) == 12 and all(lines(path) == 20 for path in (data / "answers").glob("*/shapes/*"))
     assert "has no card: run torchrun --nproc_per_node=2" in end(start(data, EVALUATE, 3, "0,1"))[1]
+
+
+def test_a_stage_of_one_process_says_so(data):
+    done = subprocess.run([sys.executable, str(ROOT / "02_corrupt.py"), "--data", str(data)], capture_output=True, text=True,
+                          env=os.environ | {"RANK": "1", "WORLD_SIZE": "2"})
+    assert done.returncode == 2 and done.stderr.startswith("error: 02_corrupt.py is the work of one process: run it with python")
