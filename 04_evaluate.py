@@ -8,7 +8,7 @@ an intact question it is told token by token: which words came from the picture,
 
 reads   data/study.json, data/questions/, data/corrupted/, data/policies/
 writes  data/answers/POLICY/SOURCE/NAME.jsonl, a line per graded answer; NAME is clean or a corruption
-run     python 04_evaluate.py                     # all policies and inputs: about a minute on 2 CPU cores
+run     python 04_evaluate.py                     # all policies and inputs: two minutes on 2 CPU cores
         python 04_evaluate.py --policies base standard-s0 --corruptions clean blank --limit 100
         torchrun --nproc_per_node=2 04_evaluate.py       # the questions are dealt out to two processes
         python 04_evaluate.py --policies base path/to/my_adapter     # a LoRA of your own: does it depend on the picture?
