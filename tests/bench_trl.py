@@ -14,7 +14,6 @@ import importlib
 import importlib.metadata
 import itertools
 import json
-import os
 import random
 import re
 import statistics

@@ -16,7 +16,6 @@ import os
 import shutil
 import signal
 import statistics
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -1209,55 +1208,6 @@ def test_a_step_is_the_same_wherever_the_run_began(train, study_folder, tables):
     for step in range(6):
         one.at(step, 8)
     assert list(map(shown, one.at(6, 8))) == list(map(shown, two.at(6, 8)))
-
-
-class Recorded(TorchDispatchMode):
-    """The operations of a step, to run again on the very same tensors, as a card replays a graph."""
-    def __init__(self, step):
-        super().__init__()
-        self.calls, self.ran = [], False
-        with self:
-            step()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **kwargs or {})
-        self.calls.append((function, args, kwargs or {}, out))
-        return out
-
-    def replay(self):
-        for function, args, kwargs, out in self.calls if self.ran else ():  # a card does not run what it records: the first time is done
-            for old, new in zip(tree_leaves(out), tree_leaves(function(*args, **kwargs))):
-                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
-                    old.copy_(new)
-        self.ran = True
-
-
-@pytest.mark.parametrize("kind", [*KINDS, "nf4"])
-def test_a_replayed_step_draws_what_steps_one_by_one_draw(train, policies, monkeypatch, kind):
-    """Whatever the stretch, with rows that end inside it; nothing in a step waits for the device, which a captured graph cannot."""
-    policy, recorded = dataclasses.replace(policies(kind), eos=torch.arange(100, 130), unpack=kind != "nf4"), []
-    prompts = [policy.encode(q) for q in QUESTIONS]
-    draws = torch.from_numpy(np.stack([train.uniforms(0, 4, "q", i, 21) for i in range(16)]))
-
-    def record(step, device):
-        recorded.append(Recorded(step))
-        return recorded[-1].replay
-
-    monkeypatch.setattr(train, "captured", record)
-    with torch.no_grad(), train.unpacked(policy):
-        prefix = train.encode_prompts(policy, prompts, train.look(policy, prompts))
-        for some in (draws, None):
-            truth = train.generate(policy, prefix, 21, some)
-            assert not recorded and len(set(truth.lengths.tolist())) > (3 if some is not None else 0)
-            for stretch in (2, 8, 64):
-                done = train.generate(policy, prefix, 21, some, stretch)
-                assert torch.equal(done.tokens, truth.tokens) and torch.equal(done.lengths, truth.lengths)
-                assert torch.equal(done.finished, truth.finished)
-                assert (done.logprobs - truth.logprobs).abs().max() < 1e-4 and (done.entropy - truth.entropy).abs().max() < 1e-4
-                assert recorded and all(step.ran for step in recorded)
-                names = {str(function) for step in recorded for function, *_ in step.calls}
-                assert any("index_copy_" in name for name in names) and not any(word in name for name in names for word in ("scalar", "nonzero"))
-                recorded.clear()
 
 
 def test_a_question_asked_twice_in_a_step_is_damaged_or_not_each_time_anew(train, study_folder):

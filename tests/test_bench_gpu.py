@@ -5,7 +5,6 @@ There tensors are counted on the meta device, where they have sizes and no conte
 time, operation by operation, and what one gets by hand from the published shapes.
 """
 import importlib
-import math
 import weakref
 from types import SimpleNamespace
 

@@ -10,7 +10,6 @@ import random
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from transformers import Qwen2Tokenizer
 
