@@ -17,7 +17,6 @@ run     python 01_prepare.py                                    # shapes and the
 import ast
 import cmath
 import errno
-import fcntl
 import hashlib
 import io
 import json
@@ -54,6 +53,7 @@ import torch
 from datasets import (
     Dataset, Features, Image as ImageFeature, List, Value, config as datasets_config, disable_progress_bars, get_dataset_config_names,
     load_dataset)
+from filelock import FileLock, Timeout
 from PIL import Image, ImageDraw, ImageOps
 from safetensors import safe_open
 from tqdm import tqdm
@@ -134,6 +134,8 @@ def run(main: Callable, config_class: type, description: str, several: bool = Fa
         disable_progress_bars()
         logging.disable_progress_bar()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as schedulers stop a job: like Ctrl-C
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # a console that is not UTF-8 lacks some characters of questions
     try:
         if unknown:
             raise UserError(f"{unknown[0]} is no option: see --help")
@@ -165,8 +167,10 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-OF_A_DISK = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOTDIR, errno.EISDIR,
-             errno.EEXIST, errno.ENOENT, errno.ELOOP, errno.ENAMETOOLONG)
+# by name, for not every system has all of them
+OF_A_DISK = {getattr(errno, name, None) for name in (
+    "EACCES", "EPERM", "EROFS", "ENOSPC", "EDQUOT", "EFBIG", "EIO", "ENOTDIR", "EISDIR", "EEXIST", "ENOENT", "ELOOP",
+    "ENAMETOOLONG")} - {None}
 
 
 @contextmanager
@@ -192,25 +196,29 @@ def locked(data: Path, begin: bool):
     if not begin and not data.is_dir():
         raise UserError(f"{data} is missing: run 01_prepare.py --data {data} first")
     data.mkdir(parents=True, exist_ok=True)
-    with open(data / ".lock", "a+") as holder:
-        try:
-            fcntl.flock(holder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder.seek(0)
-            raise UserError(f"{data} is in use by another run (process {holder.read().strip()}): wait for its end, or choose another "
-                            "folder with --data") from None
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-                raise
-            print(f"note: {data} lies on a file system without locks: keep other runs off it yourself")
-        else:
-            holder.truncate(0)
-            print(os.getpid(), file=holder, flush=True)
-            for folder in (data, *filter(Path.is_dir, map(data.joinpath, FOLDERS))):
-                os.listdir(folder)  # glob passes over a folder that may not be read, without a word
-                for part in folder.glob(".*.part" if folder == data else "**/.*.part"):
-                    remove(part)
+    lock = FileLock(data / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UserError(f"{data} is in use by another run: wait for its end, or choose another folder with --data") from None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+            raise
+        print(f"note: {data} lies on a file system without locks: keep other runs off it yourself")
+    try:
+        if lock.is_locked:
+            clear_parts(data)
         yield
+    finally:
+        lock.release()
+
+
+def clear_parts(data: Path):
+    """Take away what killed runs left half written."""
+    for folder in (data, *filter(Path.is_dir, map(data.joinpath, FOLDERS))):
+        os.listdir(folder)  # glob passes over a folder that may not be read, without a word
+        for part in folder.glob(".*.part" if folder == data else "**/.*.part"):
+            remove(part)
 
 
 FOLDERS = ("questions", "corrupted", "policies", "answers", "report")  # of the data folder, beside model
@@ -230,7 +238,7 @@ def replacing(path: Path) -> Iterator[Path]:
             path.parent.mkdir(parents=True, exist_ok=True)
             yield part
             if part.is_file():
-                with open(part) as file:
+                with open(part, "rb+") as file:  # Windows syncs only what may be written
                     os.fsync(file)  # what the name promises survives a power cut
             os.replace(part, path)
         finally:
@@ -279,11 +287,11 @@ def read_jsonl(path: Path) -> list[dict]:
 
 def write_jsonl(path: Path, rows: Iterable[Mapping]):
     with replacing(path) as part:
-        part.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        part.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8", newline="\n")
 
 
 def append_jsonl(path: Path, rows: Iterable[Mapping]):
-    with writing(path), open(path, "a") as file:
+    with writing(path), open(path, "a", encoding="utf-8", newline="\n") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
         file.flush()
         os.fsync(file)
@@ -1572,7 +1580,7 @@ def fingerprint(path: Path) -> str:
     if not path.exists():
         raise UserError(f"{path} is missing: check --local")
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-    return hashlib.sha256(json.dumps([(str(file.relative_to(path)), sha256(file)) for file in files]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([(file.relative_to(path).as_posix(), sha256(file)) for file in files]).encode()).hexdigest()
 
 
 @lru_cache
@@ -1648,7 +1656,7 @@ def embedded_model(data: Path, seed: int, max_pixels: int):
     print(f"{data / 'model'}: learning for three minutes, and again after a change of this file, --seed, --max_pixels or packages", flush=True)
     with replacing(data / "model") as part:
         make_embedded_model(part, seed, max_pixels)
-        (part / note.name).write_text(json.dumps(recipe))
+        (part / note.name).write_text(json.dumps(recipe), encoding="utf-8")
         shutil.rmtree(data / "model", ignore_errors=True)
 
 
@@ -1709,7 +1717,7 @@ def main(config: Config) -> dict:
     artifacts = [*(input_path(name, "clean") for name in names), "questions/rejected.jsonl"]
     study = plan | {"questions": counts, "artifacts": {name: sha256(data / name) for name in artifacts}}
     with replacing(path) as part:
-        part.write_text(json.dumps(study, indent=1))
+        part.write_text(json.dumps(study, indent=1), encoding="utf-8")
     print(f"{data / 'questions' / 'rejected.jsonl'}: {len(rejected)} rows that can't be used, and why\n{path}: the record of all this")
     return study
 

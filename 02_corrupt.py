@@ -15,6 +15,7 @@ import hashlib
 import importlib
 import json
 import re
+import sys
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -28,6 +29,7 @@ from datasets import Dataset
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).parent))  # python -P leaves it out
 prepare = importlib.import_module("01_prepare")
 Question = prepare.Question
 

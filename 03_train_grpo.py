@@ -33,7 +33,7 @@ import logging
 import math
 import os
 import random
-import resource
+import re
 import shutil
 import signal
 import sys
@@ -47,6 +47,7 @@ from itertools import zip_longest
 from pathlib import Path
 from types import SimpleNamespace
 
+sys.path.insert(0, str(Path(__file__).parent))  # python -P leaves it out
 prepare = importlib.import_module("01_prepare")  # before torch: it says how its threads wait
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # before it is imported: on a CPU it asks for a package that the kit does without
 
@@ -1158,8 +1159,11 @@ def peak_gb(policy: Policy) -> float:
     """Most memory held so far, in GB: of the card, or without one of the process."""
     if policy.device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
-    scale = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in kB elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 1e9
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text(encoding="utf-8"))[1]) * 1024 / 1e9
+    memory = psutil.Process().memory_info()
+    return getattr(memory, "peak_wset", memory.rss) / 1e9  # Windows; macOS tells only what is held now
 
 
 def one_line(run: str, row: dict, steps: int) -> str:
@@ -1252,7 +1256,7 @@ def finish(folder: Path, policy: Policy, result: dict):
     """Adapter, then config.json: it says that the run is whole."""
     save_adapter(folder, policy)
     with prepare.replacing(folder / "config.json") as part:
-        part.write_text(json.dumps(result, indent=1))
+        part.write_text(json.dumps(result, indent=1), encoding="utf-8")
     shutil.rmtree(folder / "checkpoint", ignore_errors=True)
 
 

@@ -17,11 +17,13 @@ import functools
 import importlib
 import json
 import re
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent))  # python -P leaves it out
 prepare = importlib.import_module("01_prepare")  # before torch: it says how its threads wait
 train = importlib.import_module("03_train_grpo")
 
@@ -247,7 +249,7 @@ def find_policies(config: Config, study: dict) -> dict[str, tuple[Path | None, d
             if not made_from.items() >= model_files.items():
                 raise UserError(f"{folder} was trained on another model than {study['model']}: delete it and run 03_train_grpo.py again")
             check_adapter(folder)
-            found[name] = (folder, model_files | {str(path.relative_to(data)): prepare.sha256(path) for path in map(folder.joinpath, ADAPTER)})
+            found[name] = (folder, model_files | {path.relative_to(data).as_posix(): prepare.sha256(path) for path in map(folder.joinpath, ADAPTER)})
         elif (folder := Path(name).resolve()).is_dir() and not OWN_NAME.match(folder.name) and folder.name not in found:
             trained_on, asked_on = check_adapter(folder), str(data / "model") if study["model"] == "embedded" else study["model"]
             whole = (lambda path: Path(path).resolve()) if study["model"] == "embedded" else lambda path: Path(path).name
@@ -268,7 +270,7 @@ def check_adapter(folder: Path) -> str:
     The vision tower and the base are shared by all policies: settings that change them, or that only a later PEFT knows, are refused.
     """
     try:
-        settings = dict(json.loads((folder / ADAPTER[0]).read_text()))
+        settings = dict(json.loads((folder / ADAPTER[0]).read_text(encoding="utf-8")))
         with safe_open(folder / ADAPTER[1], "pt") as file:
             names = list(file.keys())
     except (OSError, ValueError, TypeError, SafetensorError) as error:
@@ -317,7 +319,7 @@ def find_inputs(config: Config, study: dict) -> list[tuple[str, str, dict[str, s
 def read_ids(path: str | None) -> set[str] | None:
     """The ids that a file of stage 5 names; None: no file is asked for."""
     try:
-        return set(map(str, json.loads(Path(path).read_text())["ids"])) if path else None
+        return set(map(str, json.loads(Path(path).read_text(encoding="utf-8"))["ids"])) if path else None
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"--only {path} is no file of ids, such as stage 5 writes (report/strict-SOURCE.json): {error}") from error
 

@@ -18,6 +18,7 @@ import itertools
 import json
 import math
 import re
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,12 +26,14 @@ from functools import cached_property
 from pathlib import Path
 from statistics import NormalDist
 
+sys.path.insert(0, str(Path(__file__).parent))  # python -P leaves it out
+prepare = importlib.import_module("01_prepare")
+
 import jinja2
 import numpy as np
 from markupsafe import Markup
 from PIL import Image
 
-prepare = importlib.import_module("01_prepare")
 UserError, option = prepare.UserError, prepare.option
 
 PARTS = {"format": "format: answered in the asked-for form",

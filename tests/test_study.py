@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The whole study at its smallest: five stages hand on real files, and what stage 4 recorded any user of PEFT can get again."""
 import json
+import os
+import shutil
 import subprocess
 import sys
 
@@ -10,6 +12,7 @@ from peft import PeftModel
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
 from conftest import CORRUPTIONS, ROOT, run_stages
+from stage import SMALLEST
 
 RUNS = ["grounded-mismatch-s0", "hallucination-blank-s0", "mixed-blank-s0", "standard-s0"]
 
@@ -87,3 +90,30 @@ def test_a_mistake_on_the_command_line_is_one_sentence(study, stage, options, sa
     command = [sys.executable, str(ROOT / f"{stage}.py"), "--data", str(data), *options.split()]
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stderr.strip()) == (2, says.format(data=data, runs=", ".join(RUNS)))
+
+
+WITHOUT_UNIX = """
+import builtins, runpy, sys
+usual, folder = builtins.__import__, sys.argv[1].rpartition("/")[0]
+
+def refuse(name, globals=None, *more, **named):  # the libraries choose by the system's name: only the stages must do without
+    if name in ("fcntl", "resource") and str((globals or {}).get("__file__", "")).startswith(folder):
+        raise ImportError(name)
+    return usual(name, globals, *more, **named)
+
+builtins.__import__ = refuse
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_the_stages_run_without_what_only_some_systems_have(study, tmp_path):
+    """As on Windows: no fcntl, no resource, a console in cp1252; and under PYTHONSAFEPATH, without the script's folder in sys.path."""
+    data, script = shutil.copytree(study[0], tmp_path / "data"), tmp_path / "without_unix.py"
+    script.write_text(WITHOUT_UNIX)
+    (data / "report" / "results.json").unlink()
+    for stage, options in SMALLEST.items():
+        done = subprocess.run([sys.executable, script, ROOT / f"{stage}.py", "--data", data, *options], capture_output=True,
+                              env=os.environ | {"PYTHONIOENCODING": "cp1252", "PYTHONSAFEPATH": "1"})
+        assert done.returncode == 0, (stage, done.stderr)
+    assert (data / "report" / "results.json").read_bytes() == (study[0] / "report" / "results.json").read_bytes()
