@@ -869,6 +869,18 @@ def same_maths(answer: str, gold: str) -> bool:
     return values is not None and len(values) == len(golds) and all(equal(*pair) for both in zip(values, golds) for pair in zip(*both))
 
 
+# --- golds that are compared as text, for stage 1 to count ---
+
+
+def reads_as_maths(question: Mapping) -> bool:
+    """Whether a gold that should be a number or an expression can be read as one."""
+    kinds = ("list", "math", "integer", "float")
+    return question["answer_type"] not in kinds or bool(values_of(gold_texts(question)[0]))
+
+
+# --- end of these ---
+
+
 # The embedded world: pictures of shapes, and questions whose need for the picture is known
 
 SIDE = 84  # pixels: a 3 x 3 grid of cells of 28 x 28, one image token each
@@ -1912,32 +1924,46 @@ def embedded_model(data: Path, seed: int, max_pixels: int):
         shutil.rmtree(data / "model", ignore_errors=True)
 
 
-def prepare_source(name: str, config: Config, path: Path | None, processors: tuple, benchmarks: dict,
-                   rejected: list[dict]) -> dict[str, int]:
-    """Write data/questions/SOURCE.parquet, test questions first; returns how many there are of each split."""
-    counts = {split: 0 for split, wanted in (("test", name in config.benchmarks), ("train", name == config.train)) if wanted}
-    before, folder, seen = len(rejected), path if path is None or path.is_dir() else path.parent, {}
+def prepare_source(name: str, config: Config, path: Path | None, processors: tuple,
+                   benchmarks: dict, rejected: list[dict]) -> tuple[dict[str, int], dict[str, int]]:
+    """Write data/questions/SOURCE.parquet, test questions first; returns how many there are of each
+    split, and of how many the gold is compared as text although it should be maths."""
+    splits = ["test"] if name in config.benchmarks else []
+    if name == config.train:
+        splits.append("train")
+    counts, as_text = dict.fromkeys(splits, 0), dict.fromkeys(splits, 0)
+    before, seen = len(rejected), {}
+    folder = path.parent if path and not path.is_dir() else path
 
     def questions() -> Iterator[Question]:
-        for split in counts:
+        for split in splits:
             for file, n, question in chosen(name, split, path, config, rejected):
                 with rejecting(rejected, source=name, file=file, row=n, id=question["id"]):
                     question = finish(question, folder, *processors, config.max_prompt_tokens)
                     check_new(question, seen, benchmarks)
                     counts[split] += 1
+                    if not reads_as_maths(question):
+                        as_text[split] += 1
                     yield question
             if not counts[split]:
-                raise UserError(f"source {name} has no {split} question left: {reasons(rejected[before:]) or 'its files are empty'}")
+                why = reasons(rejected[before:]) or "its files are empty"
+                raise UserError(f"source {name} has no {split} question left: {why}")
+
     file = Path(config.data) / input_path(name, "clean")
     write_questions(file, questions(), {})
-    print(f"{file}: " + ", ".join(f"{count} {split}" for split, count in counts.items()) + " questions"
-          + f", rejected {len(rejected) - before}" + f" ({reasons(rejected[before:])})" * (len(rejected) > before))
-    return counts
+    told = []
+    for split in splits:
+        note = f" (golds compared as text: {as_text[split]})" if as_text[split] else ""
+        told.append(f"{counts[split]} {split} questions{note}")
+    why = f" ({reasons(rejected[before:])})" if len(rejected) > before else ""
+    print(f"{file}: {', '.join(told)}, rejected {len(rejected) - before}{why}")
+    return counts, as_text
 
 
 def reasons(rejected: list[dict]) -> str:
     """How often each reason, without its details."""
-    return ", ".join(f"{reason} {n}" for reason, n in Counter(row["reason"].partition(":")[0] for row in rejected).most_common())
+    counts = Counter(row["reason"].partition(":")[0] for row in rejected)
+    return ", ".join(f"{reason} {n}" for reason, n in counts.most_common())
 
 
 def main(config: Config) -> dict:
@@ -1960,14 +1986,16 @@ def main(config: Config) -> dict:
         print(f"{data / 'questions'}: up to date")
         return old
     names = [name for name in plan["sources"]["benchmarks"] if name != config.train] + [config.train]  # leaks are looked for in benchmarks
-    benchmarks, rejected, counts = {}, [], {}
+    benchmarks, rejected, counts, as_text = {}, [], {}, {}
     try:
         for name in names:
-            counts[name] = prepare_source(name, config, local.get(name), processors, benchmarks, rejected)
+            counts[name], as_text[name] = prepare_source(
+                name, config, local.get(name), processors, benchmarks, rejected)
     finally:  # also where a source has no question left: here it says why
         write_jsonl(data / "questions" / "rejected.jsonl", rejected)
     artifacts = [*(input_path(name, "clean") for name in names), "questions/rejected.jsonl"]
-    study = plan | {"questions": counts, "artifacts": {name: sha256(data / name) for name in artifacts}}
+    study = plan | {"questions": counts, "golds_as_text": as_text,
+                    "artifacts": {name: sha256(data / name) for name in artifacts}}
     with replacing(path) as part:
         part.write_text(json.dumps(study, indent=1))
     print(f"{data / 'questions' / 'rejected.jsonl'}: {len(rejected)} rows that can't be used, and why\n{path}: the record of all this")

@@ -492,6 +492,16 @@ def test_lost_letters_are_rejected(own):
     assert own("Which?", "A", choices=["\ufffd", "b"]).startswith("not UTF-8")
 
 
+def test_golds_compared_as_text_are_counted(prepare, stage, tmp_path, monkeypatch, capsys):
+    """However the grader decides it, the count stands in what stage 1 prints and in study.json."""
+    monkeypatch.setattr(prepare, "reads_as_maths", lambda question: question["problem"] not in ("<image>How many 1?", "<image>How many 3?"))
+    folder = own_folder(tmp_path / "mine", [
+        {"problem": f"How many {i}?", "answer": str(6 + i % 2), "images": [f"{i}.png"]} for i in range(5)])
+    study, _, _ = stage(benchmarks=["mine"], local=[f"mine={folder}"])
+    assert study["golds_as_text"] == {"mine": {"test": 2}, "shapes": {"train": 0}}
+    assert "5 test questions (golds compared as text: 2)" in capsys.readouterr().out
+
+
 # Pictures
 
 
