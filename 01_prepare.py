@@ -877,6 +877,18 @@ def same_maths(answer: str, gold: str) -> bool:
     return values is not None and len(values) == len(golds) and all(equal(*pair) for both in zip(values, golds) for pair in zip(*both))
 
 
+# --- golds that are compared as text, for stage 1 to count ---
+
+
+def reads_as_maths(question: Mapping) -> bool:
+    """Whether a gold that should be a number or an expression can be read as one."""
+    kinds = ("list", "math", "integer", "float")
+    return question["answer_type"] not in kinds or bool(values_of(gold_texts(question)[0]))
+
+
+# --- end of these ---
+
+
 # The embedded world: pictures of shapes, and questions whose need for the picture is known
 
 SIDE = 84  # pixels: a 3 x 3 grid of cells of 28 x 28, one image token each
@@ -1202,52 +1214,121 @@ ANSWER_TYPES = ("choice", "integer", "float", "list", "text", "math", "open")
 PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # none that starts a program, as EPS does
 MOST_PIXELS = 64_000_000  # of a picture file; MathVista's largest has 18.3 million
 MOST_CHARACTERS = 1_000_000  # of a text in a row, far beyond any prompt: it is not even looked at
-CONTROL = re.compile(r"[\0-\x08\x0e-\x1f\x7f]")  # none but white space
+CONTROL = re.compile(r"[\0-\x08\x0e-\x1f\x7f]|\f(?=[a-z])")  # \f: read from "\frac"
+# In JSON "\frac" is a form feed and "rac", "\theta" a tab and "heta", "\neq" a line break and "eq":
+# only a doubled backslash is one. \f, \r and \b before a letter are never meant; \n and \t may be,
+# so there the names of LaTeX decide; the rest are no JSON.
+ONE_BACKSLASH = re.compile(
+    r"(?<!\\)(?:\\\\)*\\([bfr][A-Za-z]+"
+    r"|n(?:abla|atural|cong|earrow|eq|exists|geq|leq|mid|ot|otin|prec|sim|subseteq|u"
+    r"|warrow|ewline)(?![A-Za-z])|n(?:e|eg|i)(?![A-Za-z.):])"
+    r"|t(?:an|anh|au|ext|ext(?:bf|it|rm|sf|tt|style)|frac|heta|herefore|hinspace|ilde|imes|o|op"
+    r"|riangle|riangleq)(?![A-Za-z])"
+    r"|u(?![0-9A-Fa-f]{4})[A-Za-z]*|[AC-Zac-eg-mo-qsv-z][A-Za-z]*|[(){}[\],;:!%$&#_ ^|])")
+UNDECODED = re.compile("[\udc80-\udcff]")  # a byte that is no text in the file's encoding
 SPLITS = ("train", "validation", "val", "dev", "test", "testmini")  # with one of these a file's name begins, if with any
 
 
-def place_pictures(text: str, pictures: Sequence, merged: bool) -> tuple[str, list]:
-    """One `<image>` tag per picture, and the pictures in the order of their tags; those without a tag stand first.
+def place_pictures(text: str, pictures: Sequence, merged: bool) -> tuple[str, list, list[int]]:
+    """One `<image>` tag per picture, the pictures in the order of their tags, and each tag's number.
 
-    `<image 3>` names the third picture, a bare `<image>` the next one; a second mention becomes words. So does any beyond the
-    first where one file shows all pictures (`merged`).
+    `<image 3>` names the third picture, a bare `<image>` the first that no tag has named; a second
+    mention becomes words. So does any beyond the first where one file shows all pictures
+    (`merged`). Pictures without a tag stand first.
     """
-    given = {n: raw for n, raw in enumerate(pictures, 1) if raw not in (None, {"bytes": None, "path": None})}  # null, as some write it
-    order = []
+    given = {}
+    for number, picture in enumerate(pictures, 1):
+        if picture not in (None, {"bytes": None, "path": None}):  # null, as some write it
+            given[number] = picture
+    numbers, named, placed, following = [], set(), {}, 1
 
     def tag(match: re.Match) -> str:
-        number = int(match[1] or len(order) + 1)
-        if number in order or merged and number not in given:
+        nonlocal following
+        while following in named:
+            following += 1
+        number = int(match[1] or following)
+        numbers.append(number)
+        named.add(number)
+        if number in placed or (merged and number not in given):
             return f"image {number}"
         if number not in given:
             raise Rejected(f"picture missing: {match[0]}")
-        order.append(number)
+        placed[number] = given[number]
         return "<image>"
+
     text = IMAGE_TAG.sub(tag, text)
-    first = [n for n in given if n not in order]
-    return "<image>" * len(first) + text, [given[n] for n in first + order]
+    first = [picture for number, picture in given.items() if number not in placed]
+    return "<image>" * len(first) + text, first + list(placed.values()), numbers
 
 
-def record(text: str, pictures: Sequence, answer, choices: Sequence[str] | None = None, kind: str = "math", shown: str | None = None,
-           merged: bool = False, **more) -> Question:
-    """A question whose pictures are still files. `text` is the bare question; `shown` what the model reads, if that is more."""
-    choices, letters = choices or [], [chr(65 + i) for i in range(len(choices or []))]
-    if len(choices) > 26:
+def unboxed(answer: str) -> str:
+    """The content of a gold's last \\boxed{}, as virl39k has them; a gold without one stays."""
+    boxes = find_boxes(answer)
+    return boxes[-1][0].strip() if boxes else answer.strip()
+
+
+def record(text: str, pictures: Sequence, answer, choices: Sequence[str] | None = None,
+           kind: str = "math", shown: str | None = None, merged: bool = False, **more) -> Question:
+    """A question whose pictures are still files.
+
+    `text` is the bare question; `shown` what the model reads, if that is more.
+    """
+    choices = choices or []
+    letters = list(LETTERS[:len(choices)])
+    if len(choices) > len(LETTERS):
         raise Rejected("not a question: more choices than letters")
-    in_picture = [choice.strip("(). ") for choice in choices] == letters  # the picture says what A, B, ... are
-    problem, images = place_pictures(shown or with_choices(text, [] if in_picture else choices), pictures, merged)
-    answer = json.dumps(answer) if isinstance(answer, list) else "" if answer is None else str(answer).strip()
-    if boxes := find_boxes(answer):  # as virl39k has them
-        answer = boxes[-1][0].strip()
-    if kind == "math" and re.fullmatch(r"[A-Za-z][A-Za-z' -]+", plain(answer)):  # Yes, or a name: no maths
-        kind = "text"
-    return {"text": IMAGE_TAG.sub("", text), "problem": problem, "images": images, "answer": answer,
-            "answer_type": "choice" if choices else kind, "choices": [IMAGE_TAG.sub(r"image \1", choice) for choice in choices], **more}
+    if not all(isinstance(choice, str) for choice in choices):
+        raise Rejected("choices: one is null or no text")
+    if [choice.strip("(). ") for choice in choices] == letters:
+        shown = shown or text  # the picture says what A, B, ... are
+    problem, images, numbers = place_pictures(
+        shown or with_choices(text, choices), pictures, merged)
+    # Choices follow the text, so the last tags are theirs. Each becomes the number of its picture:
+    # as bare tags all choices would be the same text, and every letter would be right.
+    in_choices = sum(len(IMAGE_TAG.findall(choice)) for choice in choices)
+    own_numbers = iter(numbers[len(numbers) - in_choices:])
+    choices = [IMAGE_TAG.sub(lambda _: f"image {next(own_numbers)}", choice) for choice in choices]
+    if choices and len({" ".join(choice.split()) for choice in choices}) == 1:
+        raise Rejected("choices: all are the same, so that every letter would be right")
+    if isinstance(answer, list):
+        answer = json.dumps(answer)
+    answer = unboxed("" if answer is None else str(answer))
+    if choices:
+        kind = "choice"
+    elif kind == "math" and re.fullmatch(r"[A-Za-z][A-Za-z' -]+", plain(answer)):
+        kind = "text"  # Yes, or a name
+    return {"text": IMAGE_TAG.sub("", text), "problem": problem, "images": images,
+            "answer": answer, "answer_type": kind, "choices": choices, **more}
+
+
+# Choices
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+MARKS = (re.compile(r"^[ \t]*\(?([A-Ja-j])[.:)、．]", re.M),  # `A. text` or `(a) text`, a line each
+         re.compile(r"(?<!\w)\(([A-Ja-j])\)"),              # (A) red (B) blue
+         re.compile(r"(?:^|(?<=\s))([A-J])[.):、．](?=\s)"))   # A. red B. blue C. green
 
 
 def letter(text: str, choices: Sequence[str]) -> str:
-    """A choice named by its text becomes its letter; of equal choices the first, as the grader takes any of them."""
-    return chr(65 + choices.index(text)) if text in choices else text
+    """A choice named by its text becomes its letter; of equal choices the first, as the grader
+    takes any of them."""
+    return LETTERS[choices.index(text)] if text in choices else text
+
+
+def gold_letter(gold: str, choices: Sequence[str]) -> str:
+    """The letter of a gold that may be a letter, with marks or without, or a choice's text.
+
+    A capital letter is one even where a choice has that text. What names none stays as it is.
+    """
+    if re.fullmatch("[A-Z]", gold):
+        return gold
+    if gold in choices:
+        return letter(gold, choices)
+    texts = [plain(choice) for choice in choices]
+    if texts.count(plain(gold)) == 1:
+        return LETTERS[texts.index(plain(gold))]
+    marked = re.fullmatch(r"\(?([A-Za-z])[).:]{0,2}", plain(gold))
+    return marked[1].upper() if marked else gold
 
 
 def some(choices: Sequence[str]) -> Sequence[str]:
@@ -1257,61 +1338,177 @@ def some(choices: Sequence[str]) -> Sequence[str]:
     return choices
 
 
-def listed_choices(text: str) -> list[str]:
-    """Choices that stand in a question's text, a line each: `A. text`, `A: text` or `(A) text`."""
-    found = re.findall(r"^[ \t]*\(?([A-J])[.:)、．][ \t]*(.*)$", text, re.M)
-    return [choice.strip() for _, choice in found] if [mark for mark, _ in found] == [chr(65 + i) for i in range(len(found))] else []
+def listed_choices(text: str, forms: Sequence[re.Pattern] = MARKS) -> list[str]:
+    """The choices that a question's text lists, or none: a line each, or on one line.
+
+    They run from the last A on, without a gap. Bare marks mean that the picture shows the choices.
+    """
+    for form in forms:
+        marks = list(form.finditer(text))
+        letters = "".join(mark[1] for mark in marks).upper()
+        marks = marks[letters.rfind("A"):]
+        least = 3 if form is MARKS[2] else 2  # "the line from A. to B. is" lists nothing
+        if len(marks) < least or not letters.endswith(LETTERS[:len(marks)]):
+            continue
+        ends = [mark.start() for mark in marks[1:]] + [len(text)]
+        choices = [text[mark.end():end].strip(" \t\r\n;,") for mark, end in zip(marks, ends)]
+        choices[-1] = choices[-1].partition("\n")[0].strip()  # then text that is no choice
+        if not any(choices):
+            return list(LETTERS[:len(marks)])
+        prose = form is not MARKS[0] and any("?" in choice for choice in choices)
+        if all(choices) and not prose:
+            return choices
+    return []
 
 
-# From a dataset's columns, by name, to a record: columns without a default must be there, others than these are not even read
+def listed_gold(text: str, gold: str) -> tuple[list[str], str]:
+    """The choices that a text lists and the gold's letter, where the gold names one; else none and
+    the gold. A letter beyond the last choice stays one, for `check_gold` to reject."""
+    choices = listed_choices(text)
+    named = gold_letter(unboxed(gold), choices)
+    if choices and re.fullmatch("[A-Z]", named):
+        return choices, named
+    return [], gold
 
 
-def from_easyr1(problem, images, answer, id=None, category=None):  # geometry3k's choices are not shown: its task is free-form
-    choices = listed_choices(problem) if re.fullmatch(r"\s*[A-J]\s*", answer) else []
+# From a dataset's columns, by name, to a record: columns without a default must be there, others
+# than these are not even read
+
+
+def from_easyr1(problem, images, answer, id=None, category=None):
+    """Choices that stand in the text, if any; geometry3k's are not shown: its task is free-form."""
+    choices, answer = listed_gold(problem, answer)
     return record(problem, images, answer, choices, shown=problem, id=id, group=category)
 
 
-def from_mathvista(pid, question, decoded_image, choices, unit, precision, answer, answer_type, metadata, query):
-    """`query` is its own prompt: hint, question, unit, choices. A gold choice is given by its text."""
+def from_mmk12(id, question, image, answer, subject):
+    """Test questions list their choices in the text."""
+    choices, answer = listed_gold(question, answer)
+    return record(question, [image], answer, choices, shown=question, id=id, group=subject)
+
+
+def from_mathvista(pid, question, decoded_image, choices, unit, precision, answer, answer_type,
+                   metadata, query):
+    """`query` is its own prompt: hint, question, unit, choices. A gold choice is given by its
+    text."""
     choices = some(choices) if answer_type == "text" else choices or []
-    return record(question, [decoded_image], letter(answer, choices), choices, answer_type, query, id=pid, unit=unit,
-                  precision=None if precision is None else int(precision), group=metadata["task"])
+    return record(question, [decoded_image], letter(answer, choices), choices, answer_type, query,
+                  id=pid, unit=unit, precision=None if precision is None else int(precision),
+                  group=metadata["task"])
 
 
-def from_mmmu(id, question, options, answer, question_type, image_1, image_2, image_3, image_4, image_5, image_6, image_7):
-    """Pictures are named in the question and in choices. An open question's gold may be a list of alternatives."""
+def from_mmmu(id, question, options, answer, question_type,
+              image_1, image_2, image_3, image_4, image_5, image_6, image_7):
+    """Pictures are named in the question and in choices. An open question's gold may be a list of
+    alternatives."""
     choices = some(literal_list(options)) if question_type == "multiple-choice" else []
-    answer = literal_list(answer) if answer.startswith("[") and not choices else answer
-    return record(question, [image_1, image_2, image_3, image_4, image_5, image_6, image_7], answer, choices, "open", id=id,
-                  group=re.sub(r"^(dev|validation|test)_|_\d+$", "", id))
+    if answer.startswith("[") and not choices:
+        answer = literal_list(answer)
+    pictures = [image_1, image_2, image_3, image_4, image_5, image_6, image_7]
+    subject = re.sub(r"^(dev|validation|test)_|_\d+$", "", id)
+    return record(question, pictures, answer, choices, "open", id=id, group=subject)
+
+
+def from_scienceqa(image, question, choices, answer, hint, subject):
+    """Its lecture and solution tell the answer: they are not read."""
+    context = f"Context: {hint}\n" if hint else ""
+    shown = with_choices(context + question, some(choices))
+    return record(question, [image], LETTERS[answer], choices, shown=shown, group=subject)
+
+
+def from_mathvision(id, question, options, decoded_image, answer, subject):
+    """One file shows all pictures that the text names."""
+    return record(question, [decoded_image], answer, options, merged=True, id=id, group=subject)
 
 
 def from_mathverse(sample_index, problem_version, question, image, answer, question_type, query_wo):
     """Choices stand in the text or, where the version is "Vision Only", in the picture."""
-    choices = (listed_choices(query_wo) or list("ABCD")) if question_type == "multi-choice" else []
+    choices = []
+    if question_type == "multi-choice":
+        choices = listed_choices(query_wo, MARKS[:1]) or list("ABCD")
     text = re.split(r"\n *choices", question or "", flags=re.I)[0]
-    return record(text, [image], answer, choices, shown=query_wo, id=sample_index, group=problem_version)
+    return record(text, [image], answer, choices, shown=query_wo, id=sample_index,
+                  group=problem_version)
 
 
-def from_own(problem, images, answer, answer_type=None, choices=None, id=None, group=None, unit=None, precision=None, split=None,
-             needs_image=None):
+def from_wemath(ID, question, option, answer, image_path, key):
+    """Choices are one text: "A. 3;B. 4;C. No correct answer"."""
+    choices = some(listed_choices(re.sub(r"; *(?=[A-J]\.)", "\n", option), MARKS[:1]))
+    return record(question, [image_path], answer, choices, id=f"{ID}-{key}", group=key)
+
+
+def from_own(problem, images, answer, answer_type=None, choices=None, id=None, group=None,
+             unit=None, precision=None, split=None, needs_image=None):
     """The user's own: a line of questions.jsonl, or a row of a parquet with the kit's columns."""
     lists = isinstance(choices or [], list) and isinstance(images, list)
-    known = answer_type in (None, *ANSWER_TYPES) and split in (None, "train", "test") and needs_image in (None, True, False)
-    if not (lists and known):
-        raise Rejected(f"not a question: choices and images are lists, answer_type is one of {', '.join(ANSWER_TYPES)}, split is train or "
-                       "test, needs_image is true or false, or they are left out")
+    known = answer_type in (None, *ANSWER_TYPES) and split in (None, "train", "test")
+    if not (lists and known and needs_image in (None, True, False)):
+        raise Rejected("not a question: choices and images are lists, answer_type is one of "
+                       f"{', '.join(ANSWER_TYPES)}, split is train or test, needs_image is true or "
+                       "false, or they are left out")
+    if "\N{REPLACEMENT CHARACTER}" in f"{problem} {answer} {choices}":
+        raise Rejected("not UTF-8: a letter was lost when the text was saved")
     if isinstance(answer, float) and not math.isfinite(answer):
         raise Rejected("gold: the answer is no finite number")
-    choices, plainly = [str(choice) for choice in choices or []], str(answer).strip()
-    if choices and not re.fullmatch("[A-Z]", plainly):
-        answer = letter(plainly, choices)
-    number = re.fullmatch(r"[+-]?\d{1,15}(\.\d{1,15})?", plainly)
-    kind = ("open" if isinstance(answer, list) else "float" if number and number[1] else "integer" if number
-            else "math" if re.search(r"[\d\\^=]", plainly) else "text")
-    texts = {name: str(value) for name, value in (("id", id), ("group", group), ("unit", unit)) if value is not None}
-    return record(problem, images, answer, choices, answer_type or kind, problem if choices and "(A)" in problem else None, split=split,
-                  needs_image=needs_image, precision=None if precision is None else int(precision), **texts)
+    shown = problem
+    if choices:
+        choices, answer, shown = own_choices(problem, choices, str(answer).strip())
+    elif answer_type in (None, "choice") and isinstance(answer, str | int | float):
+        choices, answer = listed_gold(problem, str(answer).strip())
+    if answer_type == "choice":
+        some(choices)
+    texts = {}
+    for name, value in (("id", id), ("group", group), ("unit", unit)):
+        if value is not None:
+            texts[name] = str(value)
+    return record(problem, images, answer, choices, answer_type or kind_of(answer), shown,
+                  split=split, needs_image=needs_image,
+                  precision=None if precision is None else int(precision), **texts)
+
+
+def own_choices(problem: str, given: list, gold: str) -> tuple[list[str], str, str | None]:
+    """The texts of choices, the gold's letter, and the text that shows both where `problem` does.
+
+    A text that lists other choices than are given, or the same in another order, shows the model
+    two lists of letters: which one an answer means, nobody could say.
+    """
+    if any(choice is None or isinstance(choice, list | dict) for choice in given):
+        raise Rejected("choices: one is null or no text")
+    if any(isinstance(choice, float) and not math.isfinite(choice) for choice in given):
+        raise Rejected("choices: one is no finite number")
+    choices = [str(choice).strip() for choice in given]
+    if not all(choices):
+        raise Rejected("choices: one is empty")
+    gold = gold_letter(gold, choices)
+    unmarked = listed_choices("\n".join(choices), MARKS[:1])
+    if len(unmarked) == len(choices):  # "A. red", "B. blue"
+        choices = unmarked
+    listed = listed_choices(problem)
+    if [choice.upper() for choice in choices] == list(LETTERS[:len(listed)]):
+        choices = listed  # the texts of these letters
+    gold = gold_letter(gold, choices)
+    told, wanted = (comparable(texts) for texts in (listed, choices))
+    written = "\n".join(comparable([with_choices("", choices)]))
+    if told == wanted or written in comparable([problem])[0]:
+        return choices, gold, problem
+    if listed_choices(problem, MARKS[:1]) or sorted(told) == sorted(wanted):
+        raise Rejected("choices: the text lists others, or in another order: give them once")
+    return choices, gold, None
+
+
+def comparable(texts: Sequence[str]) -> list[str]:
+    """Texts without what a picture's place in the row decides: `<image>` is `image 2` elsewhere."""
+    return [plain(re.sub(r"<?\bimage ?\d*\b>?", "image", text)) for text in texts]
+
+
+def kind_of(answer) -> str:
+    """The type of a gold whose row names none."""
+    if isinstance(answer, list):
+        return "open"
+    text = str(answer).strip()
+    if number := re.fullmatch(r"[+-]?\d{1,15}(\.\d{1,15})?", text):
+        return "float" if number[1] else "integer"
+    return "math" if re.search(r"[\d\\^=]", text) else "text"
 
 
 @dataclass(frozen=True)
@@ -1327,20 +1524,13 @@ SOURCES = {
     "geometry3k": Source("hiyouga/geometry3k", "train", "test", from_easyr1),
     "mmr1": Source("MMR1/MMR1-Math-RL-Data-v0", "train", None, from_easyr1),
     "virl39k": Source("PAPOGalaxy/PAPO_ViRL39K_train", "train", None, from_easyr1),
-    "mmk12": Source("FanqingM/MMK12", "train", "test", lambda id, question, image, answer, subject: record(  # test: choices in the text
-        question, [image], answer, listed_choices(question) if re.fullmatch(r"\s*[A-J]\s*", answer) else [], shown=question, id=id,
-        group=subject)),
+    "mmk12": Source("FanqingM/MMK12", "train", "test", from_mmk12),
     "mathvista": Source("AI4Math/MathVista", None, "testmini", from_mathvista),
     "mmmu": Source("MMMU/MMMU", None, "validation", from_mmmu, "*"),
-    "scienceqa": Source("derek-thomas/ScienceQA", None, "test", lambda image, question, choices, answer, hint, subject: record(
-        question, [image], chr(65 + answer), some(choices), shown=with_choices(f"Context: {hint}\n" * bool(hint) + question, choices),
-        group=subject)),  # its lecture and solution tell the answer
-    "mathvision": Source("MathLLMs/MathVision", None, "test", lambda id, question, options, decoded_image, answer, subject: record(
-        question, [decoded_image], answer, options, merged=True, id=id, group=subject)),
+    "scienceqa": Source("derek-thomas/ScienceQA", None, "test", from_scienceqa),
+    "mathvision": Source("MathLLMs/MathVision", None, "test", from_mathvision),
     "mathverse": Source("AI4Math/MathVerse", None, "testmini", from_mathverse, "testmini"),
-    "wemath": Source("We-Math/We-Math", None, "testmini", lambda ID, question, option, answer, image_path, key: record(
-        question, [image_path], answer, some(listed_choices(re.sub(r"; *(?=[A-J]\.)", "\n", option))),  # "A. 3;B. 4;C. No correct answer"
-        id=f"{ID}-{key}", group=key)),
+    "wemath": Source("We-Math/We-Math", None, "testmini", from_wemath),
 }
 OWN = Source("", "train", "test", from_own)
 
@@ -1369,23 +1559,74 @@ def local_tables(name: str, source: Source, split: str, path: Path) -> list[tupl
 
 
 def read_rows(name: str, path: Path | None, split: str) -> Iterator[tuple[str, int, Mapping | str]]:
-    """(file, number of the row in it, row) of a split, from the hub or from `path`; one row in memory at a time."""
-    source, on_hub = SOURCES.get(name, OWN), path is None
-    split, columns = getattr(source, split), signature(source.convert).parameters
-    for file, table in hub_tables(name, source, split) if on_hub else local_tables(name, source, split, path):
+    """(file, number of the row in it, row) of a split, from the hub or from `path`; one row in
+    memory at a time."""
+    source = SOURCES.get(name, OWN)
+    split = getattr(source, split)
+    if path is None:
+        tables = hub_tables(name, source, split)
+    else:
+        tables = local_tables(name, source, split, path)
+    for file, table in tables:
         with reading(file, "get it again"):
-            if isinstance(table, Path) and table.suffix == ".jsonl":
-                with open(table, encoding="utf-8-sig", errors="replace") as lines:
-                    yield from ((file, n, line) for n, line in enumerate(lines, 1) if line.strip())
+            if isinstance(table, Dataset):
+                columns = table.column_names
+            elif table.suffix == ".jsonl":
+                yield from read_lines(table)
                 continue
-            table = table if on_hub else pq.ParquetFile(table)
-            there = table.column_names if on_hub else table.schema_arrow.names
-            if missing := [name for name in columns if name not in there and columns[name].default is Parameter.empty]:
-                raise UserError(f"{file} lacks the columns {', '.join(missing)}: it is no copy of {source.hub or 'what the kit reads'}")
-            wanted, n = [name for name in columns if name in there], 0
-            for batch in table.select_columns(wanted).with_format("arrow").iter(1) if on_hub else table.iter_batches(1, columns=wanted):
-                for n, row in enumerate(batch.to_pylist(), n + 1):
-                    yield file, n, row
+            else:
+                table = pq.ParquetFile(table)
+                columns = table.schema_arrow.names
+            wanted = wanted_columns(file, columns, source)
+            if isinstance(table, Dataset):
+                batches = table.select_columns(wanted).with_format("arrow").iter(1)
+            else:
+                batches = table.iter_batches(1, columns=wanted)
+            number = 0
+            for batch in batches:
+                for row in batch.to_pylist():
+                    number += 1
+                    yield file, number, row
+
+
+def wanted_columns(file: str, columns: Sequence[str], source: Source) -> list[str]:
+    """Those that the source's converter reads; a sentence where it needs one that is not there."""
+    fields = signature(source.convert).parameters
+    missing = [name for name, field in fields.items()
+               if name not in columns and field.default is Parameter.empty]
+    if missing:
+        raise UserError(f"{file} lacks the columns {', '.join(missing)}: it is no copy of "
+                        f"{source.hub or 'what the kit reads'}")
+    return [name for name in fields if name in columns]
+
+
+def read_lines(file: Path) -> Iterator[tuple[str, int, str]]:
+    """(file, number, line) of JSON lines; bytes that are no text stay marked, for `parse_line`."""
+    with open(file, encoding=encoding_of(file), errors="surrogateescape") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                yield str(file), number, line
+
+
+def encoding_of(file: Path) -> str:
+    """What a text file's first bytes declare, else UTF-8.
+
+    Where it is not UTF-8 throughout, it is of another encoding, in which some lines look like UTF-8
+    by chance, as a lone \u56fe in GBK does: then ASCII, so that no line with any other letter is taken.
+    """
+    with open(file, "rb") as raw:
+        start = raw.read(3)
+    if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return "utf-16"
+    if start == b"\xef\xbb\xbf":
+        return "utf-8-sig"
+    try:
+        with open(file, encoding="utf-8") as text:
+            while text.read(1 << 20):
+                pass
+    except UnicodeDecodeError:
+        return "ascii"
+    return "utf-8"
 
 
 def open_picture(raw: Mapping | str, folder: Path | None) -> Image.Image:
@@ -1455,36 +1696,67 @@ def rejecting(rejected: list[dict], **where):
 
 
 def to_question(name: str, split: str, row: Mapping | str, number: int) -> Question | None:
-    """A row as a question with its pictures still encoded, None if it says that it is for the other split, or Rejected."""
+    """A row as a question with its pictures still encoded, None if it says that it is for the other
+    split, or Rejected."""
     convert = SOURCES.get(name, OWN).convert
     fields = signature(convert).parameters
     try:
-        texts = [text for text in ([row] if isinstance(row, str) else row.values()) if isinstance(text, str)]
-        if (most := max(map(len, texts), default=0)) > MOST_CHARACTERS:
-            raise Rejected(f"too long: {most} characters")
+        texts = [row] if isinstance(row, str) else row.values()
+        longest = max((len(text) for text in texts if isinstance(text, str)), default=0)
+        if longest > MOST_CHARACTERS:
+            raise Rejected(f"too long: {longest} characters")
         if isinstance(row, str):
-            row = json.loads(row)
-            if unknown := [key for key in row if key not in fields]:
-                raise Rejected(f"not a question: no field is called {unknown[0][:40]!r}, choose from {', '.join(fields)}")
-        if missing := [key for key in fields if key not in row and fields[key].default is Parameter.empty]:
+            row = parse_line(row, fields)
+        missing = [key for key, field in fields.items()
+                   if key not in row and field.default is Parameter.empty]
+        if missing:
             raise Rejected(f"not a question: it lacks {', '.join(missing)}")
         question = convert(**{column: row[column] for column in fields if column in row})
-        texts = [question[name] for name in ("problem", "id", "group", "unit") if question.get(name) is not None]
-        whole = " ".join(map(str, [*texts, *gold_texts(question), *question["choices"]]))
-        whole.encode()  # half a surrogate pair fits no file
-        if CONTROL.search(whole):
-            raise Rejected("control characters: escaped LaTeX, such as \\beta read as \\b and eta, looks like this")
-        if not 0 <= (question.get("precision") or 0) <= 15:
-            raise Rejected(f"not a question: precision {question['precision']}")
         if question.get("split") not in (None, split):
             return None
-        if not question["images"]:
-            raise Rejected("no picture")
-        check_gold(question)
+        check_question(question)
+    except Rejected:
+        raise
     except Exception as error:  # a row may hold anything
-        raise error if isinstance(error, Rejected) else Rejected(f"not a question: {type(error).__name__} {str(error)[:100]}") from error
+        raise Rejected(f"not a question: {type(error).__name__} {str(error)[:100]}") from error
     own_id = question.get("id")
-    return question | {"id": f"{name}/{split}-{number}" if own_id in (None, "") else f"{name}/{own_id}", "source": name, "split": split}
+    if own_id in (None, ""):
+        own_id = f"{split}-{number}"
+    return question | {"id": f"{name}/{own_id}", "source": name, "split": split}
+
+
+def parse_line(line: str, fields: Iterable[str]) -> dict:
+    """A line of JSON as a row, or Rejected where it would be read as something else than meant."""
+    if UNDECODED.search(line):
+        raise Rejected("not UTF-8: save the file as UTF-8")
+    if latex := ONE_BACKSLASH.search(line):
+        name = latex[1][:20]
+        raise Rejected(f"backslash: JSON reads \\{name} as no LaTeX, double it: \\\\{name}; behind a "
+                       "line break or tab that is meant put a space")
+    row = json.loads(line)
+    unknown = [key for key in row if key not in fields]
+    if unknown:
+        raise Rejected(f"not a question: no field is called {unknown[0][:40]!r}, choose from "
+                       f"{', '.join(fields)}")
+    return row
+
+
+def check_question(question: Question):
+    """Reject what a converter let through and no parquet or grader can take."""
+    texts = [question["problem"], *gold_texts(question), *question["choices"]]
+    for name in ("id", "group", "unit"):
+        if question.get(name) is not None:
+            texts.append(str(question[name]))
+    whole = " ".join(texts)
+    whole.encode()  # half a surrogate pair fits no file
+    if CONTROL.search(whole):
+        raise Rejected("control characters: escaped LaTeX, such as \\beta read as \\b and eta, looks "
+                       "like this")
+    if not 0 <= (question.get("precision") or 0) <= 15:
+        raise Rejected(f"not a question: precision {question['precision']}")
+    if not question["images"]:
+        raise Rejected("no picture")
+    check_gold(question)
 
 
 def chosen(name: str, split: str, path: Path | None, config: Config, rejected: list[dict]) -> Iterator[tuple[str, int, Question]]:
@@ -1660,32 +1932,46 @@ def embedded_model(data: Path, seed: int, max_pixels: int):
         shutil.rmtree(data / "model", ignore_errors=True)
 
 
-def prepare_source(name: str, config: Config, path: Path | None, processors: tuple, benchmarks: dict,
-                   rejected: list[dict]) -> dict[str, int]:
-    """Write data/questions/SOURCE.parquet, test questions first; returns how many there are of each split."""
-    counts = {split: 0 for split, wanted in (("test", name in config.benchmarks), ("train", name == config.train)) if wanted}
-    before, folder, seen = len(rejected), path if path is None or path.is_dir() else path.parent, {}
+def prepare_source(name: str, config: Config, path: Path | None, processors: tuple,
+                   benchmarks: dict, rejected: list[dict]) -> tuple[dict[str, int], dict[str, int]]:
+    """Write data/questions/SOURCE.parquet, test questions first; returns how many there are of each
+    split, and of how many the gold is compared as text although it should be maths."""
+    splits = ["test"] if name in config.benchmarks else []
+    if name == config.train:
+        splits.append("train")
+    counts, as_text = dict.fromkeys(splits, 0), dict.fromkeys(splits, 0)
+    before, seen = len(rejected), {}
+    folder = path.parent if path and not path.is_dir() else path
 
     def questions() -> Iterator[Question]:
-        for split in counts:
+        for split in splits:
             for file, n, question in chosen(name, split, path, config, rejected):
                 with rejecting(rejected, source=name, file=file, row=n, id=question["id"]):
                     question = finish(question, folder, *processors, config.max_prompt_tokens)
                     check_new(question, seen, benchmarks)
                     counts[split] += 1
+                    if not reads_as_maths(question):
+                        as_text[split] += 1
                     yield question
             if not counts[split]:
-                raise UserError(f"source {name} has no {split} question left: {reasons(rejected[before:]) or 'its files are empty'}")
+                why = reasons(rejected[before:]) or "its files are empty"
+                raise UserError(f"source {name} has no {split} question left: {why}")
+
     file = Path(config.data) / input_path(name, "clean")
     write_questions(file, questions(), {})
-    print(f"{file}: " + ", ".join(f"{count} {split}" for split, count in counts.items()) + " questions"
-          + f", rejected {len(rejected) - before}" + f" ({reasons(rejected[before:])})" * (len(rejected) > before))
-    return counts
+    told = []
+    for split in splits:
+        note = f" (golds compared as text: {as_text[split]})" if as_text[split] else ""
+        told.append(f"{counts[split]} {split} questions{note}")
+    why = f" ({reasons(rejected[before:])})" if len(rejected) > before else ""
+    print(f"{file}: {', '.join(told)}, rejected {len(rejected) - before}{why}")
+    return counts, as_text
 
 
 def reasons(rejected: list[dict]) -> str:
     """How often each reason, without its details."""
-    return ", ".join(f"{reason} {n}" for reason, n in Counter(row["reason"].partition(":")[0] for row in rejected).most_common())
+    counts = Counter(row["reason"].partition(":")[0] for row in rejected)
+    return ", ".join(f"{reason} {n}" for reason, n in counts.most_common())
 
 
 def main(config: Config) -> dict:
@@ -1708,14 +1994,16 @@ def main(config: Config) -> dict:
         print(f"{data / 'questions'}: up to date")
         return old
     names = [name for name in plan["sources"]["benchmarks"] if name != config.train] + [config.train]  # leaks are looked for in benchmarks
-    benchmarks, rejected, counts = {}, [], {}
+    benchmarks, rejected, counts, as_text = {}, [], {}, {}
     try:
         for name in names:
-            counts[name] = prepare_source(name, config, local.get(name), processors, benchmarks, rejected)
+            counts[name], as_text[name] = prepare_source(
+                name, config, local.get(name), processors, benchmarks, rejected)
     finally:  # also where a source has no question left: here it says why
         write_jsonl(data / "questions" / "rejected.jsonl", rejected)
     artifacts = [*(input_path(name, "clean") for name in names), "questions/rejected.jsonl"]
-    study = plan | {"questions": counts, "artifacts": {name: sha256(data / name) for name in artifacts}}
+    study = plan | {"questions": counts, "golds_as_text": as_text,
+                    "artifacts": {name: sha256(data / name) for name in artifacts}}
     with replacing(path) as part:
         part.write_text(json.dumps(study, indent=1), encoding="utf-8")
     print(f"{data / 'questions' / 'rejected.jsonl'}: {len(rejected)} rows that can't be used, and why\n{path}: the record of all this")

@@ -291,6 +291,217 @@ def test_what_the_kit_wrote_it_reads(prepare, stage, tmp_path):
         assert same_picture(one["images"][0], two["images"][0])
 
 
+# Rows: what is read otherwise than it is meant is taken rightly or rejected
+
+
+@pytest.fixture
+def own(prepare):
+    """A row of the user's own, of `problem`, `answer` and more, as a question or as its reason."""
+    def read(problem="Which?", answer="3", images=("0.png",), **more):
+        row = {"problem": problem, "answer": answer, "images": list(images)} | more
+        try:
+            return prepare.to_question("mine", "test", json.dumps(row), 0)
+        except prepare.Rejected as error:
+            return str(error)
+    return read
+
+
+PICTURES = ("0.png", "1.png", "2.png")
+
+
+def test_pictures_as_choices_keep_their_letters_apart(prepare, own):
+    """Bare or numbered, each choice is the number of its picture, so that one letter alone is right."""
+    bare = own("Like <image>?", "B", PICTURES, choices=["<image>", "<image>"])
+    assert bare["choices"] == ["image 2", "image 3"] and bare["images"] == list(PICTURES)
+    assert bare["problem"] == "Like <image>?\n(A) <image>\n(B) <image>"
+    numbered = own("Like <image 2>?", "B", PICTURES, choices=["<image 3> left", "<image1> right"])
+    assert numbered["choices"] == ["image 3 left", "image 1 right"]
+    assert numbered["images"] == ["1.png", "2.png", "0.png"]
+    mixed = own("Like <image 2>?", "A", PICTURES, choices=["<image>", "<image>"])
+    assert mixed["choices"] == ["image 1", "image 3"]
+    assert mixed["images"] == ["1.png", "0.png", "2.png"]
+    listed = own("<image> is like:\n(A) <image>\n(B) <image>", "B", PICTURES)
+    assert listed["choices"] == ["image 2", "image 3"] and listed["answer"] == "B"
+    again = own(listed["problem"], "B", PICTURES, choices=listed["choices"])
+    assert [again[key] for key in ("problem", "choices")] == [listed[key] for key in ("problem", "choices")]
+    for question in (bare, numbered, mixed, listed):
+        right = [letter for letter in "AB" if prepare.grade(f"\\boxed{{{letter}}}", question).correct]
+        assert right == [question["answer"]]
+
+
+def test_one_file_with_all_pictures_keeps_choices_apart(prepare):
+    question = prepare.SOURCES["mathvision"].convert(
+        "1", "Which?", ["<image>"] * 4, {"bytes": b"", "path": None}, "C", "logic")
+    assert question["choices"] == ["image 1", "image 2", "image 3", "image 4"]
+
+
+@pytest.mark.parametrize("choices, reason", [
+    (["red", None], "choices: one is null or no text"), ([None, None], "choices: one is null"),
+    (["red", ["blue"]], "choices: one is null or no text"), ([["red", "blue"], ["green"]], "choices: one is null"),
+    (["red", {"text": "blue"}], "choices: one is null or no text"), (["red", ""], "choices: one is empty"),
+    ([1, float("nan")], "choices: one is no finite number"), ([2, float("inf")], "choices: one is no"),
+    (["red", "red"], "choices: all are the same"), (["red", " red "], "choices: all are the same"),
+    (["red"], "choices: all are the same"), (["<image 1>", "<image 1>"], "choices: all are the same"),
+    ([str(i) for i in range(27)], "not a question: more choices than letters")])
+def test_choices_that_are_none_are_rejected(own, choices, reason):
+    assert own("Which?", "A", choices=choices).startswith(reason)
+
+
+def test_a_null_among_a_benchmarks_choices_is_rejected(prepare):
+    with pytest.raises(prepare.Rejected, match="choices: one is null"):
+        prepare.SOURCES["scienceqa"].convert({"bytes": b"", "path": None}, "Which?", ["left", None], 0, "", "x")
+
+
+@pytest.mark.parametrize("gold, choices, letter", [
+    ("B", ["red", "blue"], "B"), ("b", ["red", "blue"], "B"), ("(B)", ["red", "blue"], "B"), ("B.", ["red", "blue"], "B"),
+    ("(b)", ["red", "blue"], "B"), ("blue", ["red", "blue"], "B"), ("Blue.", ["red", "blue"], "B"),
+    (r"\boxed{B}", ["red", "blue"], "B"), ("a", ["b", "a"], "B"), ("A", ["B", "A"], "A"), (3, [2, 3], "B"), ("3", [2, 3], "B"),
+    (2.5, [1, 2.5], "B"), ("red", ["red", "red", "blue"], "A"), ("C", ["red", "blue", "green"], "C"),
+    ("5 mw", ["5 MW", "5 mW"], None), ("C", ["red", "blue"], None), ("green", ["red", "blue"], None),
+    (0, ["red", "blue"], None), (["A", "B"], ["red", "blue"], None), ("AB", ["red", "blue"], None)])
+def test_the_gold_of_a_choice_question(own, gold, choices, letter):
+    """By letter or by text; what names none of the choices, or several, is no gold."""
+    question = own("Which?", gold, choices=choices)
+    if letter is None:
+        assert question.startswith("gold: the answer")
+    else:
+        assert (question["answer"], question["answer_type"]) == (letter, "choice")
+        assert question["choices"] == [str(choice) for choice in choices]
+
+
+@pytest.mark.parametrize("text", [
+    "Points (A) and (B) lie on it. Which is red?", "Is (A) red?", "f(A) is?", "Which of A. and B. is it?", "Is it (A) or (B)?",
+    "Which?\n(A)"])
+def test_a_mention_of_a_letter_hides_no_choices(own, text):
+    question = own(text, "B", choices=["red", "blue"])
+    assert question["problem"] == f"<image>{text}\n(A) red\n(B) blue" and question["choices"] == ["red", "blue"]
+
+
+LISTS = ["Which?\nA. red\nB. blue", "Which?\n(A) red\n(B) blue", "Which?\n(a) red\n(b) blue", "Which?\na) red\nb) blue",
+         "Which? (A) red (B) blue", "Which? (a) red; (b) blue", "See (A).\nWhich?\n(A) red\n(B) blue", "Which?\nA、red\nB、blue",
+         "Which?\nChoices:\nA:red\nB:blue", "Which?\nA.\nred\nB.\nblue", "Which?\n  A: red\n\n  B: blue\nAnswer with the letter."]
+
+
+@pytest.mark.parametrize("text", LISTS)
+@pytest.mark.parametrize("gold", ["B", "b", "(B)", "blue", r"\boxed{B}"])
+def test_choices_that_the_text_lists(own, text, gold):
+    """With `choices` or without, they are shown once, and the gold is a letter."""
+    for more in ({}, {"choices": ["red", "blue"]}, {"choices": ["A", "B"]}, {"choices": ["A. red", "B. blue"]}, {"answer_type": "choice"}):
+        if more.get("choices") == ["A", "B"] and gold == "blue":
+            continue  # no choice is called so
+        question = own(text, gold, **more)
+        assert (question["answer_type"], question["choices"], question["answer"]) == ("choice", ["red", "blue"], "B"), more
+        assert question["problem"] == f"<image>{text}"
+
+
+def test_three_choices_on_one_line(own):
+    for text in ("Which? A. red B. blue C. green", "Which? A) red B) blue C) green", "Which?\n(A) red (B) blue (C) green"):
+        assert own(text, "C")["choices"] == ["red", "blue", "green"]
+
+
+@pytest.mark.parametrize("text, gold, kind", [
+    ("Which point is highest?", "B", "text"), ("Is (A) left of (B)? Which?", "B", "text"), ("From A. to B. is?", "B", "text"),
+    ("Look:\nA. one\nC. three", "C", "text"), ("Look:\nA. a dog\nB. a cat\nHow many?", 7, "integer"),
+    ("Say.\nA. x\nB. y", ["B", "b"], "open")])
+def test_a_gold_that_is_no_listed_choice_is_asked_freely(own, text, gold, kind):
+    question = own(text, gold)
+    assert (question["answer_type"], question["choices"]) == (kind, []) and question["problem"] == f"<image>{text}"
+
+
+def test_letters_whose_choices_the_picture_shows(own):
+    for text, more in (("Which?\nA.\nB.\nC.", {}), ("Which?", {"choices": ["A", "B", "C"]}), ("Which?", {"choices": ["A.", "B.", "C."]})):
+        question = own(text, "C", **more)
+        assert (question["choices"], question["answer"], question["problem"]) == (["A", "B", "C"], "C", f"<image>{text}")
+
+
+@pytest.mark.parametrize("text, more, reason", [
+    ("Which?\nA. red\nB. blue", {"answer": "C"}, "gold: the answer 'C' is not a letter of its 2 choices"),
+    ("Which?\nA. red\nB. blue", {"choices": ["blue", "red"]}, "choices: the text lists others"),
+    ("Which? (A) red (B) blue", {"choices": ["blue", "red"]}, "choices: the text lists others"),
+    ("Which?\nA. red\nB. blue", {"choices": ["red", "blue", "green"]}, "choices: the text lists others"),
+    ("Which?", {"answer_type": "choice"}, "choices: none could be read"), ("Which?", {"choices": []}, None)])
+def test_lists_that_contradict(own, text, more, reason):
+    """Two lists of letters, or none: which choice an answer means, nobody could say."""
+    question = own(text, **{"answer": "B"} | more)
+    assert question["answer_type"] == "text" if reason is None else question.startswith(reason)
+
+
+def test_boxed_and_marked_letters_of_training_sets(prepare):
+    for gold in ("B", "b", r"\boxed{B}", "(B)", r"$\text{B}$", "B.", "blue"):
+        row = {"problem": "<image>Which? (A) red (B) blue", "images": [{"bytes": b"", "path": None}], "answer": gold}
+        question = prepare.to_question("virl39k", "train", row, 0)
+        assert (question["answer"], question["answer_type"], question["choices"]) == ("B", "choice", ["red", "blue"])
+
+
+LATEX = (r"\frac{1}{2} \theta \rho \neq \nabla \nu \ne \times \text{m} \triangle \beta \bar \right \rangle \forall \tan \tau \tfrac12 \notin "
+         r"\not= \to \textbf{x} \underline{x} \alpha \sqrt2 \pi \( \{ \, \% \rm \nexists").split()
+
+
+@pytest.mark.parametrize("latex", LATEX)
+def test_one_backslash_is_rejected_and_two_are_taken(prepare, latex):
+    """JSON reads \\f, \\t, \\r, \\n, \\b as white space or control characters, and refuses most others."""
+    line = '{"problem": "Find $x %s y$.", "answer": "3", "images": ["0.png"]}'
+    with pytest.raises(prepare.Rejected, match=r"^backslash: .* double it"):
+        prepare.to_question("mine", "test", line % latex, 0)
+    assert prepare.to_question("mine", "test", line % latex.replace("\\", "\\\\"), 0)["text"] == f"Find $x {latex} y$."
+    for field in ('"choices": ["%s", "b"]', '"group": "%s"', '"unit": "%s"'):
+        with pytest.raises(prepare.Rejected, match="^backslash"):
+            prepare.to_question("mine", "test", '{"problem": "Which?", "answer": "A", "images": ["0.png"], %s}' % (field % latex), 0)
+
+
+@pytest.mark.parametrize("text", [
+    "Find x.\nA. red\nB. blue", "name\tage\nAnna\t7", "first\r\nsecond", "Which?\na. x\nb. y\nc. z\nd. p\ne. q", "i) one\nii) two",
+    "Look.\nNow say.", "more or\nless", "a\n\nb", 'He said "no\nway".', "tab\there", "\\\\ a double one", "caf\u00e9 \u6c42 \N{SNOWMAN}",
+    "C:\\new\\table", "a/b"])
+def test_what_json_escapes_rightly_is_taken(own, text):
+    assert own(text, "7")["text"] == text
+
+
+# Encodings: what the kit reads is what was written, or it says so
+
+SENTENCES = ["How many?", "图?", "求面积。", "Où est l'été?", "¿Cuántos?", "Größe?", "三角形ABC的面积是多少?"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "gbk", "gb18030", "latin-1", "cp1252", "shift-jis", "big5"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_file_is_read_as_it_was_written_or_not_at_all(prepare, tmp_path, encoding, end):
+    """A lone 图 in GBK is two bytes that are another letter in UTF-8: no such line may be taken."""
+    lines = []
+    for text in SENTENCES:
+        line = json.dumps({"problem": text, "answer": "3", "images": ["0.png"]}, ensure_ascii=False)
+        try:
+            line.encode(encoding)
+        except UnicodeEncodeError:
+            continue  # this encoding lacks these letters
+        lines.append(line)
+    (tmp_path / "questions.jsonl").write_bytes(end.join(lines).encode(encoding))
+    taken = []
+    for _, number, line in prepare.read_rows("mine", tmp_path, "test"):
+        text = json.loads(lines[number - 1])["problem"]
+        try:
+            assert prepare.to_question("mine", "test", line, 0)["text"] == text
+            taken.append(text)
+        except prepare.Rejected as error:
+            assert str(error).startswith("not UTF-8: ") and not text.isascii()
+    unicode = encoding.startswith("utf")
+    assert len(taken) == (len(SENTENCES) if unicode else 1)
+
+
+def test_lost_letters_are_rejected(own):
+    assert own("What is \ufffd?").startswith("not UTF-8")
+    assert own("Which?", "A", choices=["\ufffd", "b"]).startswith("not UTF-8")
+
+
+def test_golds_compared_as_text_are_counted(prepare, stage, tmp_path, monkeypatch, capsys):
+    """However the grader decides it, the count stands in what stage 1 prints and in study.json."""
+    monkeypatch.setattr(prepare, "reads_as_maths", lambda question: question["problem"] not in ("<image>How many 1?", "<image>How many 3?"))
+    folder = own_folder(tmp_path / "mine", [
+        {"problem": f"How many {i}?", "answer": str(6 + i % 2), "images": [f"{i}.png"]} for i in range(5)])
+    study, _, _ = stage(benchmarks=["mine"], local=[f"mine={folder}"])
+    assert study["golds_as_text"] == {"mine": {"test": 2}, "shapes": {"train": 0}}
+    assert "5 test questions (golds compared as text: 2)" in capsys.readouterr().out
+
+
 # Pictures
 
 
@@ -390,11 +601,11 @@ def test_leaks_need_the_same_text_and_a_like_picture(stage, tmp_path):
 
 
 def test_nothing_left_is_an_error(prepare, stage, tmp_path):
-    path = write_mathvista(tmp_path / "t.parquet", [mathvista(1, answer="no number")])
+    path = write_mathvista(tmp_path / "t.parquet", [mathvista(1, answer=" ")])
     with pytest.raises(prepare.UserError, match="mathvista has no test question left: gold 1"):
         stage(benchmarks=["mathvista"], local=[f"mathvista={path}"])
     (row,) = prepare.read_jsonl(tmp_path / "data" / "questions" / "rejected.jsonl")
-    assert row["row"] == 1 and row["reason"].startswith("gold: the answer 'no number'")
+    assert row["row"] == 1 and row["reason"].startswith("gold: the answer is empty")
 
 
 def test_what_was_rejected_is_always_written(stage, tmp_path):
