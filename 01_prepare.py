@@ -1529,24 +1529,36 @@ OWN = Source("", "train", "test", from_own)
 
 def hub_tables(name: str, source: Source, split: str) -> list[tuple[str, Dataset]]:
     reach_hub()
+    configs = [source.config]
     try:
-        configs = get_dataset_config_names(source.hub) if source.config == "*" else [source.config]
-        return [(f"{source.hub}/{config or 'default'}", load_dataset(source.hub, config, split=split)) for config in configs]
-    except Exception as error:  # no network, no such revision, a changed layout: the hub's errors share no class
-        raise UserError(f"source {name} could not be loaded from the hub ({source.hub}, {type(error).__name__}): "
-                        f"give a local copy with --local {name}=PATH") from error
+        if source.config == "*":
+            configs = get_dataset_config_names(source.hub)
+        return [(f"{source.hub}/{config or 'default'}", load_dataset(source.hub, config, split=split))
+                for config in configs]
+    except Exception as error:  # no network, a changed layout: the hub's errors share no class
+        raise UserError(f"source {name} could not be loaded from the hub ({source.hub}, "
+                        f"{type(error).__name__}): give a local copy with --local {name}=PATH"
+                        ) from error
 
 
 def local_tables(name: str, source: Source, split: str, path: Path) -> list[tuple[str, Path]]:
-    """`path` itself, its questions.jsonl, or its parquets unless they are named after another split."""
+    """`path` itself, its questions.jsonl, or its parquets unless they are named after another
+    split."""
     def of_split(file: Path) -> bool:  # MathVerse has a testmini_text_only beside its testmini
-        word, *_ = re.split("[-.]" if source is not OWN else "[-_.]", file.name)
+        word, *_ = re.split("[-_.]" if source is OWN else "[-.]", file.name)
         return word == split or word.partition("_")[0] not in SPLITS
+
     lines = path / "questions.jsonl"
-    files = [path] if path.is_file() else [lines] if source is OWN and lines.is_file() else [
-        file for file in sorted(path.rglob("*.parquet")) if file.is_file() and of_split(file)]
+    if path.is_file():
+        files = [path]
+    elif source is OWN and lines.is_file():
+        files = [lines]
+    else:
+        parquets = sorted(path.rglob("*.parquet"))
+        files = [file for file in parquets if file.is_file() and of_split(file)]
     if not files:
-        raise UserError(f"--local {name}={path}: that folder has no parquet of split {split}" + " and no questions.jsonl" * (source is OWN))
+        or_lines = " and no questions.jsonl" if source is OWN else ""
+        raise UserError(f"--local {name}={path}: that folder has no parquet of split {split}{or_lines}")
     return [(str(file), file) for file in files]
 
 
@@ -1596,83 +1608,113 @@ def read_lines(file: Path) -> Iterator[tuple[str, int, str]]:
     """(file, number, line) of JSON lines; bytes that are no text stay marked, for `parse_line`."""
     with open(file, encoding=encoding_of(file), errors="surrogateescape") as lines:
         for number, line in enumerate(lines, 1):
+            line = line.removeprefix(b"\xef\xbb\xbf".decode("ascii", "surrogateescape"))
             if line.strip():
                 yield str(file), number, line
 
 
 def encoding_of(file: Path) -> str:
-    """What a text file's first bytes declare, else UTF-8.
+    """Of a text file: UTF-16 where its first bytes say so, UTF-8 where it is that throughout.
 
-    Where it is not UTF-8 throughout, it is of another encoding, in which some lines look like UTF-8
-    by chance, as a lone \u56fe in GBK does: then ASCII, so that no line with any other letter is taken.
+    Else it is of another encoding, in which a line may look like UTF-8 by chance, as a lone \\u56fe
+    in GBK does: then ASCII, so that no line with any other letter is taken.
     """
     with open(file, "rb") as raw:
-        start = raw.read(3)
-    if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        start = raw.read(2)
+    if start in (b"\xff\xfe", b"\xfe\xff"):
         return "utf-16"
-    if start == b"\xef\xbb\xbf":
-        return "utf-8-sig"
     try:
-        with open(file, encoding="utf-8") as text:
+        with open(file, encoding="utf-8-sig") as text:
             while text.read(1 << 20):
                 pass
     except UnicodeDecodeError:
         return "ascii"
-    return "utf-8"
+    return "utf-8-sig"
 
 
 def open_picture(raw: Mapping | str, folder: Path | None) -> Image.Image:
-    """Decode a picture of unknown origin, in the row or in a file of the source's own folder; raises Rejected with the reason."""
+    """Decode a picture of unknown origin, in the row or in a file of the source's own folder; raises
+    Rejected with the reason."""
     try:
-        file = raw if isinstance(raw, str) else raw["path"] if raw["bytes"] is None else io.BytesIO(raw["bytes"])
-        if isinstance(file, str):
-            file = (folder / file).resolve()
-            if not file.is_relative_to(folder.resolve()):
-                raise Rejected("picture refused: its path leaves the source's folder")
-            if not file.is_file():
-                raise Rejected("picture missing: no such file")
-        with Image.open(file, formats=PICTURE_FORMATS) as picture:
+        with Image.open(picture_file(raw, folder), formats=PICTURE_FORMATS) as picture:
             short, long = sorted(picture.size)  # known before anything is decoded
-            if short * long > MOST_PIXELS or long > 200 * short:  # the image processor takes no ratio above 200
+            if short * long > MOST_PIXELS or long > 200 * short:  # the processor's highest ratio
                 raise Rejected(f"picture refused: {picture.width} x {picture.height} pixels")
             picture.load()
             ImageOps.exif_transpose(picture, in_place=True)
-            if picture.mode[0] in "IF":  # grey of more than 8 bits, which Pillow alone would clip
-                values = np.asarray(picture, np.float32)
-                if not math.isfinite(values.max()):
-                    raise Rejected("picture unreadable: its brightness is no number")
-                most = next((top for top in (1 if picture.mode == "F" else 255, 255, 65535) if values.max() <= top), values.max())
-                picture = Image.fromarray((values.clip(0) * (255 / most)).astype(np.uint8))
+            if picture.mode[0] in "IF":
+                picture = eight_bits(picture)
             if picture.has_transparency_data:  # as on paper: what is transparent shows white
                 picture = picture.convert("RGBA")
                 picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
             return picture.convert("RGB")
+    except Rejected:
+        raise
     except Exception as error:  # damaged files make the decoders raise anything
-        raise error if isinstance(error, Rejected) else Rejected(f"picture unreadable: {type(error).__name__}") from error
+        raise Rejected(f"picture unreadable: {type(error).__name__}") from error
+
+
+def picture_file(raw: Mapping | str, folder: Path | None) -> Path | io.BytesIO:
+    """What holds a picture: the row's own bytes, or a file that lies within the source's folder."""
+    if not isinstance(raw, str):
+        if raw["bytes"] is not None:
+            return io.BytesIO(raw["bytes"])
+        raw = raw["path"]
+    file = (folder / raw).resolve()
+    if not file.is_relative_to(folder.resolve()):
+        raise Rejected("picture refused: its path leaves the source's folder")
+    if not file.is_file():
+        raise Rejected("picture missing: no such file")
+    return file
+
+
+def eight_bits(picture: Image.Image) -> Image.Image:
+    """Grey of more than 8 bits, or in floats, as bright as its own scale says: Pillow would clip it."""
+    values = np.asarray(picture, np.float32)
+    highest = values.max()
+    if not math.isfinite(highest):
+        raise Rejected("picture unreadable: its brightness is no number")
+    for white in (1 if picture.mode == "F" else 255, 255, 65535, highest):
+        if highest <= white:
+            return Image.fromarray((values.clip(0) * (255 / white)).astype(np.uint8))
 
 
 def fit(picture: Image.Image, image_processor) -> Image.Image:
-    """Scale a picture above the pixel budget to the size that the image processor chooses, its filter included.
+    """Scale a picture above the pixel budget to the size that the image processor chooses, its
+    filter included.
 
-    Then the processor finds nothing left to resize, and no picture is resampled twice. Smaller pictures stay.
+    Then the processor finds nothing left to resize, and no picture is resampled twice. Smaller
+    pictures stay.
     """
-    size, side, budget = picture.size, image_processor.patch_size * image_processor.merge_size, image_processor.size
-    for _ in range(99):  # more than once only for strips, which it leaves above the budget: no side gets shorter than a patch
-        seen = smart_resize(size[1], size[0], side, budget["shortest_edge"], budget["longest_edge"])[::-1]
-        if max(math.prod(size), math.prod(seen)) <= budget["longest_edge"]:
+    side = image_processor.patch_size * image_processor.merge_size
+    smallest, budget = (image_processor.size[edge] for edge in ("shortest_edge", "longest_edge"))
+    size = picture.size
+    for _ in range(99):  # twice only for strips, left above the budget: no side is below a patch
+        height, width = smart_resize(size[1], size[0], side, smallest, budget)
+        if max(math.prod(size), width * height) <= budget:
             break
-        size = seen
+        size = (width, height)
     return picture if size == picture.size else picture.resize(size, Image.Resampling.BICUBIC)
 
 
 def difference_hash(picture: Image.Image) -> int:
-    """256 bits: whether brightness falls, by more than noise, from each cell of a 17 x 16 grid to the next.
-
-    Pictures count as like where they differ in a quarter, at most, of the bits that are set in the one with fewer: relative, for a
-    sparse drawing sets few. Saved again as JPEG, or at half its size, a picture is; so are drawings that differ in a label alone.
-    """
+    """256 bits: whether brightness falls, by more than noise, from each cell of a 17 x 16 grid to
+    the next."""
     cells = picture.convert("L").resize((17, 16), Image.Resampling.BOX).tobytes()
     return sum((cells[i] > cells[i + 1] + 2) << i for i in range(17 * 16) if i % 17 < 16)
+
+
+def alike(hashes: Sequence[int], others: Sequence[int]) -> bool:
+    """Whether pictures look alike, pair by pair: they differ in a quarter, at most, of the bits that
+    are set in the one with fewer.
+
+    Relative, for a sparse drawing sets few. Saved again as JPEG, or at half its size, a picture is
+    like itself; so are drawings that differ in a label alone.
+    """
+    if len(hashes) != len(others):
+        return False
+    return all(4 * (one ^ two).bit_count() <= min(one.bit_count(), two.bit_count())
+               for one, two in zip(hashes, others))
 
 
 # From rows to questions
@@ -1751,13 +1793,17 @@ def check_question(question: Question):
     check_gold(question)
 
 
-def chosen(name: str, split: str, path: Path | None, config: Config, rejected: list[dict]) -> Iterator[tuple[str, int, Question]]:
+def chosen(name: str, split: str, path: Path | None, config: Config,
+           rejected: list[dict]) -> Iterator[tuple[str, int, Question]]:
     """(file, number of the row in it, question) of the rows to take, pictures still encoded.
 
-    A first pass, which decodes no picture, finds them: of `limit` each group has its share. An id there already gets -2, -3, ...
+    A first pass, which decodes no picture, finds them: of `limit` each group has its share. An id
+    there already gets -2, -3, ...
     """
     if name == "shapes":
-        yield from (("shapes", n, made) for n, made in enumerate(shapes_world(config.seed, config.limit)) if made["split"] == split)
+        for number, made in enumerate(shapes_world(config.seed, config.limit)):
+            if made["split"] == split:
+                yield "shapes", number, made
         return
     numbers, ids, groups, repeats = [], {}, [], Counter()
     for number, (file, n, row) in enumerate(read_rows(name, path, split)):
@@ -1772,40 +1818,54 @@ def chosen(name: str, split: str, path: Path | None, config: Config, rejected: l
                 groups.append(question.get("group"))
     ids = list(ids)
     take = {numbers[i]: ids[i] for i in stratified(ids, groups, config.limit)}
-    rows = ((file, n, to_question(name, split, row, number) | {"id": take[number]})
-            for number, (file, n, row) in enumerate(read_rows(name, path, split)) if number in take)
-    yield from tqdm(rows, f"{name} {split}", len(take), leave=False, disable=None)
+    with tqdm(desc=f"{name} {split}", total=len(take), leave=False, disable=None) as bar:
+        for number, (file, n, row) in enumerate(read_rows(name, path, split)):
+            if number in take:
+                yield file, n, to_question(name, split, row, number) | {"id": take[number]}
+                bar.update()
 
 
-def finish(question: Question, folder: Path | None, tokenizer, image_processor, most_tokens: int) -> Question:
-    """Decode and scale the pictures, and count tokens; a prompt that is too long is rejected, never cut."""
+def finish(question: Question, folder: Path | None, tokenizer, image_processor,
+           most_tokens: int) -> Question:
+    """Decode and scale the pictures, and count tokens; a prompt that is too long is rejected, never
+    cut."""
     if len(question["problem"]) > 100 * most_tokens:
         raise Rejected(f"too long: {len(question['problem'])} characters")
-    pictures = [fit(raw if isinstance(raw, Image.Image) else open_picture(raw, folder), image_processor) for raw in question["images"]]
-    patches = [image_processor.get_number_of_image_patches(picture.height, picture.width) for picture in pictures]
-    image_tokens = [n // image_processor.merge_size**2 for n in patches]
+    pictures, image_tokens = [], []
+    for raw in question["images"]:
+        picture = raw if isinstance(raw, Image.Image) else open_picture(raw, folder)
+        picture = fit(picture, image_processor)
+        patches = image_processor.get_number_of_image_patches(picture.height, picture.width)
+        pictures.append(picture)
+        image_tokens.append(patches // image_processor.merge_size**2)
     tokens = len(tokenize_prompt(question["problem"], image_tokens, tokenizer))
     if tokens > most_tokens:
         raise Rejected(f"too long: {tokens} tokens")
-    return question | {"images": pictures, "image_tokens": sum(image_tokens), "prompt_tokens": tokens}
+    return question | {"images": pictures, "image_tokens": sum(image_tokens),
+                       "prompt_tokens": tokens}
 
 
 def check_new(question: Question, seen: dict, benchmarks: dict):
-    """Reject a question that is there already and, in training, one that a benchmark asks too: the same text and like pictures.
+    """Reject a training question that is there already, or that a benchmark asks too: the same text
+    and like pictures. A benchmark is scored over all it has.
 
-    `seen`: (split, problem, pictures) -> id. `benchmarks`: bare text -> [(hashes of pictures, id)] of test questions. Both grow.
+    `seen`: (split, problem, pictures) -> id. `benchmarks`: bare text -> [(hashes of pictures, id)]
+    of test questions. Both grow.
     """
-    key = question["split"], question["problem"], *(hashlib.sha256(picture.tobytes()).digest() for picture in question["images"])
-    if seen.setdefault(key, question["id"]) != question["id"] and question["split"] == "train":  # a benchmark is scored over all it has
-        raise Rejected(f"duplicate: of {seen[key]}")
+    digests = [hashlib.sha256(picture.tobytes()).digest() for picture in question["images"]]
+    key = question["split"], question["problem"], *digests
+    first = seen.setdefault(key, question["id"])
+    if first != question["id"] and question["split"] == "train":
+        raise Rejected(f"duplicate: of {first}")
     if question["source"] == "shapes":  # its splits share no question by construction
         return
-    text, hashes = plain(question["text"]), [difference_hash(picture) for picture in question["images"]]
+    text = plain(question["text"])
+    hashes = [difference_hash(picture) for picture in question["images"]]
     if question["split"] == "test":
         benchmarks.setdefault(text, []).append((hashes, question["id"]))
-    for others, other in benchmarks.get(text, []) if question["split"] == "train" else []:
-        if len(others) == len(hashes) and all(
-                4 * (a ^ b).bit_count() <= min(a.bit_count(), b.bit_count()) for a, b in zip(others, hashes)):
+        return
+    for others, other in benchmarks.get(text, []):
+        if alike(hashes, others):
             raise Rejected(f"leak: also {other}")
 
 
@@ -1819,19 +1879,24 @@ def check_config(config: Config) -> dict[str, Path]:
     for name, value in PRESETS[config.preset].items():
         if getattr(config, name) in (None, []):
             setattr(config, name, value)
-    local = {name: Path(path) for name, _, path in (item.partition("=") for item in config.local)}
-    names = [config.train, *config.benchmarks]
+    names, local = [config.train, *config.benchmarks], {}
     for item in config.local:
         if not re.fullmatch(rf"(?!shapes=){SOURCE_NAME.pattern}=.+", item):
-            raise UserError(f"--local {item} is not NAME=PATH with a name of letters, digits, _ . and -, other than shapes")
+            raise UserError(f"--local {item} is not NAME=PATH with a name of letters, digits, _ . "
+                            "and -, other than shapes")
+        name, _, path = item.partition("=")
+        local[name] = Path(path)
     for name in names:
         if name not in SOURCES and name not in local and name != "shapes":
-            raise UserError(f"source {name} is unknown: choose from shapes, {', '.join(SOURCES)}, or give your own with --local {name}=PATH")
+            raise UserError(f"source {name} is unknown: choose from shapes, {', '.join(SOURCES)}, or "
+                            f"give your own with --local {name}=PATH")
     for name in local:
         if name not in names:
-            raise UserError(f"--local {name} is neither --train nor among --benchmarks: name it there too")
+            raise UserError(f"--local {name} is neither --train nor among --benchmarks: name it "
+                            "there too")
     if config.train in SOURCES and SOURCES[config.train].train is None:
-        raise UserError(f"--train {config.train} is a benchmark: trained on, its scores say nothing, so choose another source")
+        raise UserError(f"--train {config.train} is a benchmark: trained on, its scores say nothing, "
+                        "so choose another source")
     for name in config.benchmarks:
         if name in SOURCES and SOURCES[name].test is None:
             raise UserError(f"--benchmarks {name} has no test split: it is for --train")

@@ -462,7 +462,10 @@ def test_what_json_escapes_rightly_is_taken(own, text):
 SENTENCES = ["How many?", "图?", "求面积。", "Où est l'été?", "¿Cuántos?", "Größe?", "三角形ABC的面积是多少?"]
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "gbk", "gb18030", "latin-1", "cp1252", "shift-jis", "big5"])
+ENCODINGS = ["utf-8", "utf-8-sig", "utf-16", "gbk", "gb18030", "latin-1", "cp1252", "shift-jis", "big5"]
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 def test_a_file_is_read_as_it_was_written_or_not_at_all(prepare, tmp_path, encoding, end):
     """A lone 图 in GBK is two bytes that are another letter in UTF-8: no such line may be taken."""
@@ -485,6 +488,15 @@ def test_a_file_is_read_as_it_was_written_or_not_at_all(prepare, tmp_path, encod
             assert str(error).startswith("not UTF-8: ") and not text.isascii()
     unicode = encoding.startswith("utf")
     assert len(taken) == (len(SENTENCES) if unicode else 1)
+
+
+def test_a_file_of_two_encodings_gives_only_its_ascii_lines(prepare, tmp_path):
+    """Also where it begins with the mark of UTF-8."""
+    lines = ['{"problem": "How many?"}'.encode(), '{"problem": "图?"}'.encode(), '{"problem": "求?"}'.encode("gbk"), b'{"problem": "a"}']
+    for mark in (b"", b"\xef\xbb\xbf"):
+        (tmp_path / "questions.jsonl").write_bytes(mark + b"\n".join(lines))
+        read = [line for _, _, line in prepare.read_rows("mine", tmp_path, "test")]
+        assert [bool(prepare.UNDECODED.search(line)) for line in read] == [False, True, True, False]
 
 
 def test_lost_letters_are_rejected(own):
@@ -759,9 +771,8 @@ def test_hashes_tell_drawings_apart(prepare):
         hashes.append(prepare.difference_hash(picture))
         saved = prepare.open_picture(encoded(picture.resize((200, 150), Image.Resampling.BICUBIC), "JPEG", quality=85), None)
         again.append(prepare.difference_hash(saved))
-    like = lambda a, b: 4 * (a ^ b).bit_count() <= min(a.bit_count(), b.bit_count())
-    assert not any(like(a, b) for i, a in enumerate(hashes) for b in hashes[:i])
-    assert sum(map(like, hashes, again)) >= 54
+    assert not any(prepare.alike([a], [b]) for i, a in enumerate(hashes) for b in hashes[:i])
+    assert sum(prepare.alike([a], [b]) for a, b in zip(hashes, again)) >= 54
 
 
 def test_a_changed_template_is_another_model(prepare, stage, tmp_path, model):
