@@ -1203,7 +1203,7 @@ def make_embedded_model(folder: Path, seed: int, max_pixels: int):
 
 IMAGE_TAG = re.compile(r"<image ?(\d{0,2})>")  # <image>, <image1>, <image 1>
 ANSWER_TYPES = ("choice", "integer", "float", "list", "text", "math", "open")
-PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # none that starts a program, as EPS does
+PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # none starts a program, as EPS does
 MOST_PIXELS = 64_000_000  # of a picture file; MathVista's largest has 18.3 million
 MOST_CHARACTERS = 1_000_000  # of a text in a row, far beyond any prompt: it is not even looked at
 CONTROL = re.compile(r"[\0-\x08\x0e-\x1f\x7f]|\f(?=[a-z])")  # \f: read from "\frac"
@@ -1218,11 +1218,11 @@ ONE_BACKSLASH = re.compile(
     r"|riangle|riangleq)(?![A-Za-z])"
     r"|u(?![0-9A-Fa-f]{4})[A-Za-z]*|[AC-Zac-eg-mo-qsv-z][A-Za-z]*|[(){}[\],;:!%$&#_ ^|])")
 UNDECODED = re.compile("[\udc80-\udcff]")  # a byte that is no text in the file's encoding
-SPLITS = ("train", "validation", "val", "dev", "test", "testmini")  # with one of these a file's name begins, if with any
+SPLITS = ("train", "validation", "val", "dev", "test", "testmini")  # a file's name may begin so
 
 
 def place_pictures(text: str, pictures: Sequence, merged: bool) -> tuple[str, list, list[int]]:
-    """One `<image>` tag per picture, the pictures in the order of their tags, and each tag's number.
+    """One `<image>` tag per picture, the pictures in the order of their tags, and the tags' numbers.
 
     `<image 3>` names the third picture, a bare `<image>` the first that no tag has named; a second
     mention becomes words. So does any beyond the first where one file shows all pictures
@@ -1296,8 +1296,8 @@ def record(text: str, pictures: Sequence, answer, choices: Sequence[str] | None 
 # Choices
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-MARKS = (re.compile(r"^[ \t]*\(?([A-Ja-j])[.:)、．]", re.M),  # `A. text` or `(a) text`, a line each
-         re.compile(r"(?<!\w)\(([A-Ja-j])\)"),              # (A) red (B) blue
+MARKS = (re.compile(r"^[ \t]*\(?([A-Ja-j])[.:)、．]", re.M),  # A. or (a), a line each
+         re.compile(r"(?<!\w)\(([A-Ja-j])\)"),             # (A) red (B) blue
          re.compile(r"(?:^|(?<=\s))([A-J])[.):、．](?=\s)"))   # A. red B. blue C. green
 
 
@@ -1534,12 +1534,13 @@ def hub_tables(name: str, source: Source, split: str) -> list[tuple[str, Dataset
     try:
         if source.config == "*":
             configs = get_dataset_config_names(source.hub)
-        return [(f"{source.hub}/{config or 'default'}", load_dataset(source.hub, config, split=split))
-                for config in configs]
+        tables = [load_dataset(source.hub, config, split=split) for config in configs]
     except Exception as error:  # no network, a changed layout: the hub's errors share no class
         raise UserError(f"source {name} could not be loaded from the hub ({source.hub}, "
                         f"{type(error).__name__}): give a local copy with --local {name}=PATH"
                         ) from error
+    names = [f"{source.hub}/{config or 'default'}" for config in configs]
+    return list(zip(names, tables))
 
 
 def local_tables(name: str, source: Source, split: str, path: Path) -> list[tuple[str, Path]]:
@@ -1559,7 +1560,8 @@ def local_tables(name: str, source: Source, split: str, path: Path) -> list[tupl
         files = [file for file in parquets if file.is_file() and of_split(file)]
     if not files:
         or_lines = " and no questions.jsonl" if source is OWN else ""
-        raise UserError(f"--local {name}={path}: that folder has no parquet of split {split}{or_lines}")
+        raise UserError(f"--local {name}={path}: that folder has no parquet of split "
+                        f"{split}{or_lines}")
     return [(str(file), file) for file in files]
 
 
@@ -1634,8 +1636,8 @@ def encoding_of(file: Path) -> str:
 
 
 def open_picture(raw: Mapping | str, folder: Path | None) -> Image.Image:
-    """Decode a picture of unknown origin, in the row or in a file of the source's own folder; raises
-    Rejected with the reason."""
+    """Decode a picture of unknown origin, in the row or in a file of the source's own folder;
+    raises Rejected with the reason."""
     try:
         with Image.open(picture_file(raw, folder), formats=PICTURE_FORMATS) as picture:
             short, long = sorted(picture.size)  # known before anything is decoded
@@ -1670,7 +1672,7 @@ def picture_file(raw: Mapping | str, folder: Path | None) -> Path | io.BytesIO:
 
 
 def eight_bits(picture: Image.Image) -> Image.Image:
-    """Grey of more than 8 bits, or in floats, as bright as its own scale says: Pillow would clip it."""
+    """Grey of more than 8 bits, or in floats, as bright as its own scale says: Pillow would clip."""
     values = np.asarray(picture, np.float32)
     highest = values.max()
     if not math.isfinite(highest):
@@ -1706,8 +1708,8 @@ def difference_hash(picture: Image.Image) -> int:
 
 
 def alike(hashes: Sequence[int], others: Sequence[int]) -> bool:
-    """Whether pictures look alike, pair by pair: they differ in a quarter, at most, of the bits that
-    are set in the one with fewer.
+    """Whether pictures look alike, pair by pair: they differ in a quarter, at most, of the bits
+    that are set in the one with fewer.
 
     Relative, for a sparse drawing sets few. Saved again as JPEG, or at half its size, a picture is
     like itself; so are drawings that differ in a label alone.
@@ -1723,7 +1725,7 @@ def alike(hashes: Sequence[int], others: Sequence[int]) -> bool:
 
 @contextmanager
 def rejecting(rejected: list[dict], **where):
-    """The work on one row: where that raises Rejected, the row goes to `rejected` with the reason."""
+    """The work on one row: where it raises Rejected, the row goes to `rejected` with the reason."""
     try:
         yield
     except Rejected as error:
@@ -1766,8 +1768,8 @@ def parse_line(line: str, fields: Iterable[str]) -> dict:
         raise Rejected("not UTF-8: save the file as UTF-8")
     if latex := ONE_BACKSLASH.search(line):
         name = latex[1][:20]
-        raise Rejected(f"backslash: JSON reads \\{name} as no LaTeX, double it: \\\\{name}; behind a "
-                       "line break or tab that is meant put a space")
+        raise Rejected(f"backslash: JSON reads \\{name} as no LaTeX, double it: \\\\{name}; behind "
+                       "a line break or tab that is meant put a space")
     row = json.loads(line)
     unknown = [key for key in row if key not in fields]
     if unknown:
@@ -1785,8 +1787,8 @@ def check_question(question: Question):
     whole = " ".join(texts)
     whole.encode()  # half a surrogate pair fits no file
     if CONTROL.search(whole):
-        raise Rejected("control characters: escaped LaTeX, such as \\beta read as \\b and eta, looks "
-                       "like this")
+        raise Rejected("control characters: escaped LaTeX, such as \\beta read as \\b and eta, "
+                       "looks like this")
     if not 0 <= (question.get("precision") or 0) <= 15:
         raise Rejected(f"not a question: precision {question['precision']}")
     if not question["images"]:
@@ -1874,7 +1876,7 @@ def check_new(question: Question, seen: dict, benchmarks: dict):
 
 
 def check_config(config: Config) -> dict[str, Path]:
-    """Fill in the preset; one sentence for what cannot work. Returns the sources to read locally."""
+    """Fill in the preset; a sentence for what cannot work. Returns the sources to read locally."""
     if config.preset not in PRESETS:
         raise UserError(f"--preset {config.preset} is unknown: choose from {', '.join(PRESETS)}")
     for name, value in PRESETS[config.preset].items():
@@ -1889,15 +1891,15 @@ def check_config(config: Config) -> dict[str, Path]:
         local[name] = Path(path)
     for name in names:
         if name not in SOURCES and name not in local and name != "shapes":
-            raise UserError(f"source {name} is unknown: choose from shapes, {', '.join(SOURCES)}, or "
-                            f"give your own with --local {name}=PATH")
+            raise UserError(f"source {name} is unknown: choose from shapes, {', '.join(SOURCES)}, "
+                            f"or give your own with --local {name}=PATH")
     for name in local:
         if name not in names:
             raise UserError(f"--local {name} is neither --train nor among --benchmarks: name it "
                             "there too")
     if config.train in SOURCES and SOURCES[config.train].train is None:
-        raise UserError(f"--train {config.train} is a benchmark: trained on, its scores say nothing, "
-                        "so choose another source")
+        raise UserError(f"--train {config.train} is a benchmark: trained on, its scores say "
+                        "nothing, so choose another source")
     for name in config.benchmarks:
         if name in SOURCES and SOURCES[name].test is None:
             raise UserError(f"--benchmarks {name} has no test split: it is for --train")
@@ -1910,12 +1912,14 @@ def fingerprint(path: Path) -> str:
     if not path.exists():
         raise UserError(f"{path} is missing: check --local")
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-    return hashlib.sha256(json.dumps([(str(file.relative_to(path)), sha256(file)) for file in files]).encode()).hexdigest()
+    digests = [(str(file.relative_to(path)), sha256(file)) for file in files]
+    return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
 
 
 @lru_cache
 def reach_hub():
-    """Without a connection only the cache counts: the hub's own library would try again for half a minute at each file."""
+    """Without a connection only the cache counts: the hub's own library would try again for half a
+    minute at each file."""
     try:
         huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=5)
     except Exception:  # whatever the network, a proxy or a setting says
@@ -1924,14 +1928,14 @@ def reach_hub():
 
 @contextmanager
 def loading(model: str):
-    """The work on a model's files, of a folder or of the hub: whatever they raise becomes a sentence."""
+    """The work on a model's files, of a folder or the hub: whatever they raise becomes a sentence."""
     if not Path(model).is_dir():
         reach_hub()
     try:
         yield
     except Exception as error:  # a damaged file raises anything
-        raise UserError(f"model {model} could not be loaded from the hub or a folder ({type(error).__name__}): give a whole copy with "
-                        "--model FOLDER") from error
+        raise UserError(f"model {model} could not be loaded from the hub or a folder "
+                        f"({type(error).__name__}): give a whole copy with --model FOLDER") from error
 
 
 def load_model_parts(model: str, max_pixels: int) -> tuple:
@@ -1945,14 +1949,17 @@ def load_model_parts(model: str, max_pixels: int) -> tuple:
         raise UserError(f"{model} is a {kind} model: this kit trains {', '.join(FAMILIES)}")
     try:
         ids = tokenize_prompt("<image>", [1], tokenizer)
-        whole = ids.count(tokenizer.convert_tokens_to_ids("<|image_pad|>")) == 1 and INSTRUCTION in tokenizer.decode(ids)
+        pads = ids.count(tokenizer.convert_tokens_to_ids("<|image_pad|>"))
+        whole = pads == 1 and INSTRUCTION in tokenizer.decode(ids)
     except Exception:  # none, or a broken one
         whole = False
     if not whole:
-        raise UserError(f"{model} has no chat template for pictures or no whole tokenizer: copy chat_template.jinja, tokenizer.json and "
-                        "tokenizer_config.json of the published model there")
+        raise UserError(f"{model} has no chat template for pictures or no whole tokenizer: copy "
+                        "chat_template.jinja, tokenizer.json and tokenizer_config.json of the "
+                        "published model there")
     if max_pixels < side**2:
-        raise UserError(f"--max_pixels {max_pixels} is less than one image token: choose at least {side**2}")
+        raise UserError(f"--max_pixels {max_pixels} is less than one image token: choose at least "
+                        f"{side**2}")
     return tokenizer, image_processor
 
 
@@ -1960,30 +1967,37 @@ MADE_FROM = "made_from.json"  # beside the embedded model: its recipe
 
 
 def hash_model(data: Path, model: str) -> dict[str, str]:
-    """What identifies a model and its processors: file, relative to `data` where it lies there -> sha256; of a hub model, name -> commit."""
-    if model != "embedded" and not Path(model).is_dir():
+    """What identifies a model and its processors: file, relative to `data` where it lies there, ->
+    sha256; of a hub model, name -> commit."""
+    embedded = model == "embedded"
+    if not embedded and not Path(model).is_dir():
         with loading(model):
-            return {f"hub:{model}": AutoConfig.from_pretrained(model, trust_remote_code=False)._commit_hash or "unknown"}
-    folder = data / "model" if model == "embedded" else Path(model).resolve()
+            config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+        return {f"hub:{model}": config._commit_hash or "unknown"}
+    folder = data / "model" if embedded else Path(model).resolve()
     kinds = (".safetensors", ".json", ".jinja", ".txt")
-    files = sorted(file for file in folder.iterdir() if file.suffix in kinds and file.name != MADE_FROM and file.is_file())
+    files = [file for file in sorted(folder.iterdir())
+             if file.suffix in kinds and file.name != MADE_FROM and file.is_file()]
     weights = [file for file in files if file.suffix == ".safetensors"]
     if not weights:
-        raise UserError(f"{folder} has no weights as .safetensors, and others can hold code: save them so with save_pretrained")
+        raise UserError(f"{folder} has no weights as .safetensors, and others can hold code: save "
+                        "them so with save_pretrained")
     for file in weights:
         with loading(str(folder)), safe_open(file, "np"):
             pass  # its header fits its length
-    return {f"model/{file.name}" if model == "embedded" else str(file): sha256(file) for file in files}
+    return {f"model/{file.name}" if embedded else str(file): sha256(file) for file in files}
 
 
 def embedded_model(data: Path, seed: int, max_pixels: int):
     """Make data/model/ unless it was made by this very recipe: seed, pixels, packages and code."""
-    recipe = {"seed": seed, "max_pixels": max_pixels, "versions": versions(), "code": sha256(Path(__file__))}
+    recipe = {"seed": seed, "max_pixels": max_pixels, "versions": versions(),
+              "code": sha256(Path(__file__))}
     note = data / "model" / MADE_FROM
     if note.exists() and read_jsonl(note) == [recipe]:
         print(f"{data / 'model'}: up to date")
         return
-    print(f"{data / 'model'}: learning for three minutes, and again after a change of this file, --seed, --max_pixels or packages", flush=True)
+    print(f"{data / 'model'}: learning for three minutes, and again after a change of this file, "
+          "--seed, --max_pixels or packages", flush=True)
     with replacing(data / "model") as part:
         make_embedded_model(part, seed, max_pixels)
         (part / note.name).write_text(json.dumps(recipe))
@@ -2037,26 +2051,29 @@ def main(config: Config) -> dict:
     warnings.filterwarnings("ignore", module="PIL")  # a doubtful picture is rejected, or taken
     local, data = check_config(config), Path(config.data)
     inputs = {name: fingerprint(path) for name, path in local.items()}
-    if config.model == "embedded":
+    model = config.model
+    if model == "embedded":
         embedded_model(data, config.seed, config.max_pixels)
-    processors = load_model_parts(str(data / "model") if config.model == "embedded" else config.model, config.max_pixels)
-    model_files = hash_model(data, config.model)
-    plan = {"preset": config.preset, "model": config.model, "seed": config.seed, "max_pixels": config.max_pixels,
-            "sources": {"train": config.train, "benchmarks": list(dict.fromkeys(config.benchmarks))},
-            "max_prompt_tokens": config.max_prompt_tokens, "limit": config.limit, "versions": versions(), "code": sha256(Path(__file__)),
-            "inputs": inputs, "model_files": model_files}
+        model = str(data / "model")
+    processors = load_model_parts(model, config.max_pixels)
+    benchmarks = list(dict.fromkeys(config.benchmarks))
+    plan = {"preset": config.preset, "model": config.model, "seed": config.seed,
+            "max_pixels": config.max_pixels, "max_prompt_tokens": config.max_prompt_tokens,
+            "limit": config.limit, "sources": {"train": config.train, "benchmarks": benchmarks},
+            "versions": versions(), "code": sha256(Path(__file__)), "inputs": inputs,
+            "model_files": hash_model(data, config.model)}
     path = data / "study.json"
-    old = load_study(data) if path.exists() else {}
-    if all(old.get(key) == value for key, value in plan.items()) and all(
-            (data / name).exists() and sha256(data / name) == digest for name, digest in old["artifacts"].items()):
+    old = load_study(data) if path.exists() else None
+    if old and is_current(data, old, plan):
         print(f"{data / 'questions'}: up to date")
         return old
-    names = [name for name in plan["sources"]["benchmarks"] if name != config.train] + [config.train]  # leaks are looked for in benchmarks
-    benchmarks, rejected, counts, as_text = {}, [], {}, {}
+    names = [name for name in benchmarks if name != config.train]
+    names.append(config.train)  # last: its leaks are looked for in the benchmarks
+    asked, rejected, counts, as_text = {}, [], {}, {}
     try:
         for name in names:
             counts[name], as_text[name] = prepare_source(
-                name, config, local.get(name), processors, benchmarks, rejected)
+                name, config, local.get(name), processors, asked, rejected)
     finally:  # also where a source has no question left: here it says why
         write_jsonl(data / "questions" / "rejected.jsonl", rejected)
     artifacts = [*(input_path(name, "clean") for name in names), "questions/rejected.jsonl"]
@@ -2064,8 +2081,19 @@ def main(config: Config) -> dict:
                     "artifacts": {name: sha256(data / name) for name in artifacts}}
     with replacing(path) as part:
         part.write_text(json.dumps(study, indent=1))
-    print(f"{data / 'questions' / 'rejected.jsonl'}: {len(rejected)} rows that can't be used, and why\n{path}: the record of all this")
+    print(f"{data / 'questions' / 'rejected.jsonl'}: {len(rejected)} rows that can't be used, and "
+          f"why\n{path}: the record of all this")
     return study
+
+
+def is_current(data: Path, study: Mapping, plan: Mapping) -> bool:
+    """Whether a study was made by this plan, and its artifacts are still there as they were made."""
+    if any(study.get(key) != value for key, value in plan.items()):
+        return False
+    for name, digest in study["artifacts"].items():
+        if not (data / name).exists() or sha256(data / name) != digest:
+            return False
+    return True
 
 
 if __name__ == "__main__":
