@@ -1211,7 +1211,7 @@ def make_embedded_model(folder: Path, seed: int, max_pixels: int):
 
 IMAGE_TAG = re.compile(r"<image ?(\d{0,2})>")  # <image>, <image1>, <image 1>
 ANSWER_TYPES = ("choice", "integer", "float", "list", "text", "math", "open")
-PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # none that starts a program, as EPS does
+PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # none starts a program, as EPS does
 MOST_PIXELS = 64_000_000  # of a picture file; MathVista's largest has 18.3 million
 MOST_CHARACTERS = 1_000_000  # of a text in a row, far beyond any prompt: it is not even looked at
 CONTROL = re.compile(r"[\0-\x08\x0e-\x1f\x7f]|\f(?=[a-z])")  # \f: read from "\frac"
@@ -1226,11 +1226,11 @@ ONE_BACKSLASH = re.compile(
     r"|riangle|riangleq)(?![A-Za-z])"
     r"|u(?![0-9A-Fa-f]{4})[A-Za-z]*|[AC-Zac-eg-mo-qsv-z][A-Za-z]*|[(){}[\],;:!%$&#_ ^|])")
 UNDECODED = re.compile("[\udc80-\udcff]")  # a byte that is no text in the file's encoding
-SPLITS = ("train", "validation", "val", "dev", "test", "testmini")  # with one of these a file's name begins, if with any
+SPLITS = ("train", "validation", "val", "dev", "test", "testmini")  # a file's name may begin so
 
 
 def place_pictures(text: str, pictures: Sequence, merged: bool) -> tuple[str, list, list[int]]:
-    """One `<image>` tag per picture, the pictures in the order of their tags, and each tag's number.
+    """One `<image>` tag per picture, the pictures in the order of their tags, and the tags' numbers.
 
     `<image 3>` names the third picture, a bare `<image>` the first that no tag has named; a second
     mention becomes words. So does any beyond the first where one file shows all pictures
@@ -1304,8 +1304,8 @@ def record(text: str, pictures: Sequence, answer, choices: Sequence[str] | None 
 # Choices
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-MARKS = (re.compile(r"^[ \t]*\(?([A-Ja-j])[.:)、．]", re.M),  # `A. text` or `(a) text`, a line each
-         re.compile(r"(?<!\w)\(([A-Ja-j])\)"),              # (A) red (B) blue
+MARKS = (re.compile(r"^[ \t]*\(?([A-Ja-j])[.:)、．]", re.M),  # A. or (a), a line each
+         re.compile(r"(?<!\w)\(([A-Ja-j])\)"),             # (A) red (B) blue
          re.compile(r"(?:^|(?<=\s))([A-J])[.):、．](?=\s)"))   # A. red B. blue C. green
 
 
@@ -1487,18 +1487,19 @@ def own_choices(problem: str, given: list, gold: str) -> tuple[list[str], str, s
     if [choice.upper() for choice in choices] == list(LETTERS[:len(listed)]):
         choices = listed  # the texts of these letters
     gold = gold_letter(gold, choices)
-    told, wanted = (comparable(texts) for texts in (listed, choices))
-    written = "\n".join(comparable([with_choices("", choices)]))
-    if told == wanted or written in comparable([problem])[0]:
+    told = [comparable(choice) for choice in listed]
+    wanted = [comparable(choice) for choice in choices]
+    as_written = comparable(problem).endswith(comparable(with_choices("", choices)))  # by this kit
+    if told == wanted or as_written:
         return choices, gold, problem
-    if listed_choices(problem, MARKS[:1]) or sorted(told) == sorted(wanted):
+    if listed_choices(problem, MARKS[:1]) or set(told) & set(wanted):
         raise Rejected("choices: the text lists others, or in another order: give them once")
     return choices, gold, None
 
 
-def comparable(texts: Sequence[str]) -> list[str]:
-    """Texts without what a picture's place in the row decides: `<image>` is `image 2` elsewhere."""
-    return [plain(re.sub(r"<?\bimage ?\d*\b>?", "image", text)) for text in texts]
+def comparable(text: str) -> str:
+    """Without what a picture's place in the row decides: `<image>` is `image 2` elsewhere."""
+    return plain(re.sub(r"<?\bimage ?\d*\b>?", "image", text))
 
 
 def kind_of(answer) -> str:
@@ -1537,24 +1538,38 @@ OWN = Source("", "train", "test", from_own)
 
 def hub_tables(name: str, source: Source, split: str) -> list[tuple[str, Dataset]]:
     reach_hub()
+    configs = [source.config]
     try:
-        configs = get_dataset_config_names(source.hub) if source.config == "*" else [source.config]
-        return [(f"{source.hub}/{config or 'default'}", load_dataset(source.hub, config, split=split)) for config in configs]
-    except Exception as error:  # no network, no such revision, a changed layout: the hub's errors share no class
-        raise UserError(f"source {name} could not be loaded from the hub ({source.hub}, {type(error).__name__}): "
-                        f"give a local copy with --local {name}=PATH") from error
+        if source.config == "*":
+            configs = get_dataset_config_names(source.hub)
+        tables = [load_dataset(source.hub, config, split=split) for config in configs]
+    except Exception as error:  # no network, a changed layout: the hub's errors share no class
+        raise UserError(f"source {name} could not be loaded from the hub ({source.hub}, "
+                        f"{type(error).__name__}): give a local copy with --local {name}=PATH"
+                        ) from error
+    names = [f"{source.hub}/{config or 'default'}" for config in configs]
+    return list(zip(names, tables))
 
 
 def local_tables(name: str, source: Source, split: str, path: Path) -> list[tuple[str, Path]]:
-    """`path` itself, its questions.jsonl, or its parquets unless they are named after another split."""
+    """`path` itself, its questions.jsonl, or its parquets unless they are named after another
+    split."""
     def of_split(file: Path) -> bool:  # MathVerse has a testmini_text_only beside its testmini
-        word, *_ = re.split("[-.]" if source is not OWN else "[-_.]", file.name)
+        word, *_ = re.split("[-_.]" if source is OWN else "[-.]", file.name)
         return word == split or word.partition("_")[0] not in SPLITS
+
     lines = path / "questions.jsonl"
-    files = [path] if path.is_file() else [lines] if source is OWN and lines.is_file() else [
-        file for file in sorted(path.rglob("*.parquet")) if file.is_file() and of_split(file)]
+    if path.is_file():
+        files = [path]
+    elif source is OWN and lines.is_file():
+        files = [lines]
+    else:
+        parquets = sorted(path.rglob("*.parquet"))
+        files = [file for file in parquets if file.is_file() and of_split(file)]
     if not files:
-        raise UserError(f"--local {name}={path}: that folder has no parquet of split {split}" + " and no questions.jsonl" * (source is OWN))
+        or_lines = " and no questions.jsonl" if source is OWN else ""
+        raise UserError(f"--local {name}={path}: that folder has no parquet of split "
+                        f"{split}{or_lines}")
     return [(str(file), file) for file in files]
 
 
@@ -1604,83 +1619,113 @@ def read_lines(file: Path) -> Iterator[tuple[str, int, str]]:
     """(file, number, line) of JSON lines; bytes that are no text stay marked, for `parse_line`."""
     with open(file, encoding=encoding_of(file), errors="surrogateescape") as lines:
         for number, line in enumerate(lines, 1):
+            line = line.removeprefix(b"\xef\xbb\xbf".decode("ascii", "surrogateescape"))
             if line.strip():
                 yield str(file), number, line
 
 
 def encoding_of(file: Path) -> str:
-    """What a text file's first bytes declare, else UTF-8.
+    """Of a text file: UTF-16 where its first bytes say so, UTF-8 where it is that throughout.
 
-    Where it is not UTF-8 throughout, it is of another encoding, in which some lines look like UTF-8
-    by chance, as a lone \u56fe in GBK does: then ASCII, so that no line with any other letter is taken.
+    Else it is of another encoding, in which a line may look like UTF-8 by chance, as a lone \\u56fe
+    in GBK does: then ASCII, so that no line with any other letter is taken.
     """
     with open(file, "rb") as raw:
-        start = raw.read(3)
-    if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        start = raw.read(2)
+    if start in (b"\xff\xfe", b"\xfe\xff"):
         return "utf-16"
-    if start == b"\xef\xbb\xbf":
-        return "utf-8-sig"
     try:
-        with open(file, encoding="utf-8") as text:
+        with open(file, encoding="utf-8-sig") as text:
             while text.read(1 << 20):
                 pass
     except UnicodeDecodeError:
         return "ascii"
-    return "utf-8"
+    return "utf-8-sig"
 
 
 def open_picture(raw: Mapping | str, folder: Path | None) -> Image.Image:
-    """Decode a picture of unknown origin, in the row or in a file of the source's own folder; raises Rejected with the reason."""
+    """Decode a picture of unknown origin, in the row or in a file of the source's own folder;
+    raises Rejected with the reason."""
     try:
-        file = raw if isinstance(raw, str) else raw["path"] if raw["bytes"] is None else io.BytesIO(raw["bytes"])
-        if isinstance(file, str):
-            file = (folder / file).resolve()
-            if not file.is_relative_to(folder.resolve()):
-                raise Rejected("picture refused: its path leaves the source's folder")
-            if not file.is_file():
-                raise Rejected("picture missing: no such file")
-        with Image.open(file, formats=PICTURE_FORMATS) as picture:
+        with Image.open(picture_file(raw, folder), formats=PICTURE_FORMATS) as picture:
             short, long = sorted(picture.size)  # known before anything is decoded
-            if short * long > MOST_PIXELS or long > 200 * short:  # the image processor takes no ratio above 200
+            if short * long > MOST_PIXELS or long > 200 * short:  # the processor's highest ratio
                 raise Rejected(f"picture refused: {picture.width} x {picture.height} pixels")
             picture.load()
             ImageOps.exif_transpose(picture, in_place=True)
-            if picture.mode[0] in "IF":  # grey of more than 8 bits, which Pillow alone would clip
-                values = np.asarray(picture, np.float32)
-                if not math.isfinite(values.max()):
-                    raise Rejected("picture unreadable: its brightness is no number")
-                most = next((top for top in (1 if picture.mode == "F" else 255, 255, 65535) if values.max() <= top), values.max())
-                picture = Image.fromarray((values.clip(0) * (255 / most)).astype(np.uint8))
+            if picture.mode[0] in "IF":
+                picture = eight_bits(picture)
             if picture.has_transparency_data:  # as on paper: what is transparent shows white
                 picture = picture.convert("RGBA")
                 picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
             return picture.convert("RGB")
+    except Rejected:
+        raise
     except Exception as error:  # damaged files make the decoders raise anything
-        raise error if isinstance(error, Rejected) else Rejected(f"picture unreadable: {type(error).__name__}") from error
+        raise Rejected(f"picture unreadable: {type(error).__name__}") from error
+
+
+def picture_file(raw: Mapping | str, folder: Path | None) -> Path | io.BytesIO:
+    """What holds a picture: the row's own bytes, or a file that lies within the source's folder."""
+    if not isinstance(raw, str):
+        if raw["bytes"] is not None:
+            return io.BytesIO(raw["bytes"])
+        raw = raw["path"]
+    file = (folder / raw).resolve()
+    if not file.is_relative_to(folder.resolve()):
+        raise Rejected("picture refused: its path leaves the source's folder")
+    if not file.is_file():
+        raise Rejected("picture missing: no such file")
+    return file
+
+
+def eight_bits(picture: Image.Image) -> Image.Image:
+    """Grey of more than 8 bits, or in floats, as bright as its own scale says: Pillow would clip."""
+    values = np.asarray(picture, np.float32)
+    highest = values.max()
+    if not math.isfinite(highest):
+        raise Rejected("picture unreadable: its brightness is no number")
+    for white in (1 if picture.mode == "F" else 255, 255, 65535, highest):
+        if highest <= white:
+            return Image.fromarray((values.clip(0) * (255 / white)).astype(np.uint8))
 
 
 def fit(picture: Image.Image, image_processor) -> Image.Image:
-    """Scale a picture above the pixel budget to the size that the image processor chooses, its filter included.
+    """Scale a picture above the pixel budget to the size that the image processor chooses, its
+    filter included.
 
-    Then the processor finds nothing left to resize, and no picture is resampled twice. Smaller pictures stay.
+    Then the processor finds nothing left to resize, and no picture is resampled twice. Smaller
+    pictures stay.
     """
-    size, side, budget = picture.size, image_processor.patch_size * image_processor.merge_size, image_processor.size
-    for _ in range(99):  # more than once only for strips, which it leaves above the budget: no side gets shorter than a patch
-        seen = smart_resize(size[1], size[0], side, budget["shortest_edge"], budget["longest_edge"])[::-1]
-        if max(math.prod(size), math.prod(seen)) <= budget["longest_edge"]:
+    side = image_processor.patch_size * image_processor.merge_size
+    smallest, budget = (image_processor.size[edge] for edge in ("shortest_edge", "longest_edge"))
+    size = picture.size
+    for _ in range(99):  # twice only for strips, left above the budget: no side is below a patch
+        height, width = smart_resize(size[1], size[0], side, smallest, budget)
+        if max(math.prod(size), width * height) <= budget:
             break
-        size = seen
+        size = (width, height)
     return picture if size == picture.size else picture.resize(size, Image.Resampling.BICUBIC)
 
 
 def difference_hash(picture: Image.Image) -> int:
-    """256 bits: whether brightness falls, by more than noise, from each cell of a 17 x 16 grid to the next.
-
-    Pictures count as like where they differ in a quarter, at most, of the bits that are set in the one with fewer: relative, for a
-    sparse drawing sets few. Saved again as JPEG, or at half its size, a picture is; so are drawings that differ in a label alone.
-    """
+    """256 bits: whether brightness falls, by more than noise, from each cell of a 17 x 16 grid to
+    the next."""
     cells = picture.convert("L").resize((17, 16), Image.Resampling.BOX).tobytes()
     return sum((cells[i] > cells[i + 1] + 2) << i for i in range(17 * 16) if i % 17 < 16)
+
+
+def alike(hashes: Sequence[int], others: Sequence[int]) -> bool:
+    """Whether pictures look alike, pair by pair: they differ in a quarter, at most, of the bits
+    that are set in the one with fewer.
+
+    Relative, for a sparse drawing sets few. Saved again as JPEG, or at half its size, a picture is
+    like itself; so are drawings that differ in a label alone.
+    """
+    if len(hashes) != len(others):
+        return False
+    return all(4 * (one ^ two).bit_count() <= min(one.bit_count(), two.bit_count())
+               for one, two in zip(hashes, others))
 
 
 # From rows to questions
@@ -1688,7 +1733,7 @@ def difference_hash(picture: Image.Image) -> int:
 
 @contextmanager
 def rejecting(rejected: list[dict], **where):
-    """The work on one row: where that raises Rejected, the row goes to `rejected` with the reason."""
+    """The work on one row: where it raises Rejected, the row goes to `rejected` with the reason."""
     try:
         yield
     except Rejected as error:
@@ -1731,8 +1776,8 @@ def parse_line(line: str, fields: Iterable[str]) -> dict:
         raise Rejected("not UTF-8: save the file as UTF-8")
     if latex := ONE_BACKSLASH.search(line):
         name = latex[1][:20]
-        raise Rejected(f"backslash: JSON reads \\{name} as no LaTeX, double it: \\\\{name}; behind a "
-                       "line break or tab that is meant put a space")
+        raise Rejected(f"backslash: JSON reads \\{name} as no LaTeX, double it: \\\\{name}; behind "
+                       "a line break or tab that is meant put a space")
     row = json.loads(line)
     unknown = [key for key in row if key not in fields]
     if unknown:
@@ -1750,8 +1795,8 @@ def check_question(question: Question):
     whole = " ".join(texts)
     whole.encode()  # half a surrogate pair fits no file
     if CONTROL.search(whole):
-        raise Rejected("control characters: escaped LaTeX, such as \\beta read as \\b and eta, looks "
-                       "like this")
+        raise Rejected("control characters: escaped LaTeX, such as \\beta read as \\b and eta, "
+                       "looks like this")
     if not 0 <= (question.get("precision") or 0) <= 15:
         raise Rejected(f"not a question: precision {question['precision']}")
     if not question["images"]:
@@ -1759,13 +1804,17 @@ def check_question(question: Question):
     check_gold(question)
 
 
-def chosen(name: str, split: str, path: Path | None, config: Config, rejected: list[dict]) -> Iterator[tuple[str, int, Question]]:
+def chosen(name: str, split: str, path: Path | None, config: Config,
+           rejected: list[dict]) -> Iterator[tuple[str, int, Question]]:
     """(file, number of the row in it, question) of the rows to take, pictures still encoded.
 
-    A first pass, which decodes no picture, finds them: of `limit` each group has its share. An id there already gets -2, -3, ...
+    A first pass, which decodes no picture, finds them: of `limit` each group has its share. An id
+    there already gets -2, -3, ...
     """
     if name == "shapes":
-        yield from (("shapes", n, made) for n, made in enumerate(shapes_world(config.seed, config.limit)) if made["split"] == split)
+        for number, made in enumerate(shapes_world(config.seed, config.limit)):
+            if made["split"] == split:
+                yield "shapes", number, made
         return
     numbers, ids, groups, repeats = [], {}, [], Counter()
     for number, (file, n, row) in enumerate(read_rows(name, path, split)):
@@ -1780,40 +1829,54 @@ def chosen(name: str, split: str, path: Path | None, config: Config, rejected: l
                 groups.append(question.get("group"))
     ids = list(ids)
     take = {numbers[i]: ids[i] for i in stratified(ids, groups, config.limit)}
-    rows = ((file, n, to_question(name, split, row, number) | {"id": take[number]})
-            for number, (file, n, row) in enumerate(read_rows(name, path, split)) if number in take)
-    yield from tqdm(rows, f"{name} {split}", len(take), leave=False, disable=None)
+    with tqdm(desc=f"{name} {split}", total=len(take), leave=False, disable=None) as bar:
+        for number, (file, n, row) in enumerate(read_rows(name, path, split)):
+            if number in take:
+                yield file, n, to_question(name, split, row, number) | {"id": take[number]}
+                bar.update()
 
 
-def finish(question: Question, folder: Path | None, tokenizer, image_processor, most_tokens: int) -> Question:
-    """Decode and scale the pictures, and count tokens; a prompt that is too long is rejected, never cut."""
+def finish(question: Question, folder: Path | None, tokenizer, image_processor,
+           most_tokens: int) -> Question:
+    """Decode and scale the pictures, and count tokens; a prompt that is too long is rejected, never
+    cut."""
     if len(question["problem"]) > 100 * most_tokens:
         raise Rejected(f"too long: {len(question['problem'])} characters")
-    pictures = [fit(raw if isinstance(raw, Image.Image) else open_picture(raw, folder), image_processor) for raw in question["images"]]
-    patches = [image_processor.get_number_of_image_patches(picture.height, picture.width) for picture in pictures]
-    image_tokens = [n // image_processor.merge_size**2 for n in patches]
+    pictures, image_tokens = [], []
+    for raw in question["images"]:
+        picture = raw if isinstance(raw, Image.Image) else open_picture(raw, folder)
+        picture = fit(picture, image_processor)
+        patches = image_processor.get_number_of_image_patches(picture.height, picture.width)
+        pictures.append(picture)
+        image_tokens.append(patches // image_processor.merge_size**2)
     tokens = len(tokenize_prompt(question["problem"], image_tokens, tokenizer))
     if tokens > most_tokens:
         raise Rejected(f"too long: {tokens} tokens")
-    return question | {"images": pictures, "image_tokens": sum(image_tokens), "prompt_tokens": tokens}
+    return question | {"images": pictures, "image_tokens": sum(image_tokens),
+                       "prompt_tokens": tokens}
 
 
 def check_new(question: Question, seen: dict, benchmarks: dict):
-    """Reject a question that is there already and, in training, one that a benchmark asks too: the same text and like pictures.
+    """Reject a training question that is there already, or that a benchmark asks too: the same text
+    and like pictures. A benchmark is scored over all it has.
 
-    `seen`: (split, problem, pictures) -> id. `benchmarks`: bare text -> [(hashes of pictures, id)] of test questions. Both grow.
+    `seen`: (split, problem, pictures) -> id. `benchmarks`: bare text -> [(hashes of pictures, id)]
+    of test questions. Both grow.
     """
-    key = question["split"], question["problem"], *(hashlib.sha256(picture.tobytes()).digest() for picture in question["images"])
-    if seen.setdefault(key, question["id"]) != question["id"] and question["split"] == "train":  # a benchmark is scored over all it has
-        raise Rejected(f"duplicate: of {seen[key]}")
+    digests = [hashlib.sha256(picture.tobytes()).digest() for picture in question["images"]]
+    key = question["split"], question["problem"], *digests
+    first = seen.setdefault(key, question["id"])
+    if first != question["id"] and question["split"] == "train":
+        raise Rejected(f"duplicate: of {first}")
     if question["source"] == "shapes":  # its splits share no question by construction
         return
-    text, hashes = plain(question["text"]), [difference_hash(picture) for picture in question["images"]]
+    text = plain(question["text"])
+    hashes = [difference_hash(picture) for picture in question["images"]]
     if question["split"] == "test":
         benchmarks.setdefault(text, []).append((hashes, question["id"]))
-    for others, other in benchmarks.get(text, []) if question["split"] == "train" else []:
-        if len(others) == len(hashes) and all(
-                4 * (a ^ b).bit_count() <= min(a.bit_count(), b.bit_count()) for a, b in zip(others, hashes)):
+        return
+    for others, other in benchmarks.get(text, []):
+        if alike(hashes, others):
             raise Rejected(f"leak: also {other}")
 
 
@@ -1821,25 +1884,30 @@ def check_new(question: Question, seen: dict, benchmarks: dict):
 
 
 def check_config(config: Config) -> dict[str, Path]:
-    """Fill in the preset; one sentence for what cannot work. Returns the sources to read locally."""
+    """Fill in the preset; a sentence for what cannot work. Returns the sources to read locally."""
     if config.preset not in PRESETS:
         raise UserError(f"--preset {config.preset} is unknown: choose from {', '.join(PRESETS)}")
     for name, value in PRESETS[config.preset].items():
         if getattr(config, name) in (None, []):
             setattr(config, name, value)
-    local = {name: Path(path) for name, _, path in (item.partition("=") for item in config.local)}
-    names = [config.train, *config.benchmarks]
+    names, local = [config.train, *config.benchmarks], {}
     for item in config.local:
         if not re.fullmatch(rf"(?!shapes=){SOURCE_NAME.pattern}=.+", item):
-            raise UserError(f"--local {item} is not NAME=PATH with a name of letters, digits, _ . and -, other than shapes")
+            raise UserError(f"--local {item} is not NAME=PATH with a name of letters, digits, _ . "
+                            "and -, other than shapes")
+        name, _, path = item.partition("=")
+        local[name] = Path(path)
     for name in names:
         if name not in SOURCES and name not in local and name != "shapes":
-            raise UserError(f"source {name} is unknown: choose from shapes, {', '.join(SOURCES)}, or give your own with --local {name}=PATH")
+            raise UserError(f"source {name} is unknown: choose from shapes, {', '.join(SOURCES)}, "
+                            f"or give your own with --local {name}=PATH")
     for name in local:
         if name not in names:
-            raise UserError(f"--local {name} is neither --train nor among --benchmarks: name it there too")
+            raise UserError(f"--local {name} is neither --train nor among --benchmarks: name it "
+                            "there too")
     if config.train in SOURCES and SOURCES[config.train].train is None:
-        raise UserError(f"--train {config.train} is a benchmark: trained on, its scores say nothing, so choose another source")
+        raise UserError(f"--train {config.train} is a benchmark: trained on, its scores say "
+                        "nothing, so choose another source")
     for name in config.benchmarks:
         if name in SOURCES and SOURCES[name].test is None:
             raise UserError(f"--benchmarks {name} has no test split: it is for --train")
@@ -1852,12 +1920,14 @@ def fingerprint(path: Path) -> str:
     if not path.exists():
         raise UserError(f"{path} is missing: check --local")
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-    return hashlib.sha256(json.dumps([(file.relative_to(path).as_posix(), sha256(file)) for file in files]).encode()).hexdigest()
+    digests = [(file.relative_to(path).as_posix(), sha256(file)) for file in files]
+    return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
 
 
 @lru_cache
 def reach_hub():
-    """Without a connection only the cache counts: the hub's own library would try again for half a minute at each file."""
+    """Without a connection only the cache counts: the hub's own library would try again for half a
+    minute at each file."""
     try:
         huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=5)
     except Exception:  # whatever the network, a proxy or a setting says
@@ -1866,14 +1936,14 @@ def reach_hub():
 
 @contextmanager
 def loading(model: str):
-    """The work on a model's files, of a folder or of the hub: whatever they raise becomes a sentence."""
+    """The work on a model's files, of a folder or the hub: whatever they raise becomes a sentence."""
     if not Path(model).is_dir():
         reach_hub()
     try:
         yield
     except Exception as error:  # a damaged file raises anything
-        raise UserError(f"model {model} could not be loaded from the hub or a folder ({type(error).__name__}): give a whole copy with "
-                        "--model FOLDER") from error
+        raise UserError(f"model {model} could not be loaded from the hub or a folder "
+                        f"({type(error).__name__}): give a whole copy with --model FOLDER") from error
 
 
 def load_model_parts(model: str, max_pixels: int) -> tuple:
@@ -1887,14 +1957,17 @@ def load_model_parts(model: str, max_pixels: int) -> tuple:
         raise UserError(f"{model} is a {kind} model: this kit trains {', '.join(FAMILIES)}")
     try:
         ids = tokenize_prompt("<image>", [1], tokenizer)
-        whole = ids.count(tokenizer.convert_tokens_to_ids("<|image_pad|>")) == 1 and INSTRUCTION in tokenizer.decode(ids)
+        pads = ids.count(tokenizer.convert_tokens_to_ids("<|image_pad|>"))
+        whole = pads == 1 and INSTRUCTION in tokenizer.decode(ids)
     except Exception:  # none, or a broken one
         whole = False
     if not whole:
-        raise UserError(f"{model} has no chat template for pictures or no whole tokenizer: copy chat_template.jinja, tokenizer.json and "
-                        "tokenizer_config.json of the published model there")
+        raise UserError(f"{model} has no chat template for pictures or no whole tokenizer: copy "
+                        "chat_template.jinja, tokenizer.json and tokenizer_config.json of the "
+                        "published model there")
     if max_pixels < side**2:
-        raise UserError(f"--max_pixels {max_pixels} is less than one image token: choose at least {side**2}")
+        raise UserError(f"--max_pixels {max_pixels} is less than one image token: choose at least "
+                        f"{side**2}")
     return tokenizer, image_processor
 
 
@@ -1902,30 +1975,37 @@ MADE_FROM = "made_from.json"  # beside the embedded model: its recipe
 
 
 def hash_model(data: Path, model: str) -> dict[str, str]:
-    """What identifies a model and its processors: file, relative to `data` where it lies there -> sha256; of a hub model, name -> commit."""
-    if model != "embedded" and not Path(model).is_dir():
+    """What identifies a model and its processors: file, relative to `data` where it lies there, ->
+    sha256; of a hub model, name -> commit."""
+    embedded = model == "embedded"
+    if not embedded and not Path(model).is_dir():
         with loading(model):
-            return {f"hub:{model}": AutoConfig.from_pretrained(model, trust_remote_code=False)._commit_hash or "unknown"}
-    folder = data / "model" if model == "embedded" else Path(model).resolve()
+            config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+        return {f"hub:{model}": config._commit_hash or "unknown"}
+    folder = data / "model" if embedded else Path(model).resolve()
     kinds = (".safetensors", ".json", ".jinja", ".txt")
-    files = sorted(file for file in folder.iterdir() if file.suffix in kinds and file.name != MADE_FROM and file.is_file())
+    files = [file for file in sorted(folder.iterdir())
+             if file.suffix in kinds and file.name != MADE_FROM and file.is_file()]
     weights = [file for file in files if file.suffix == ".safetensors"]
     if not weights:
-        raise UserError(f"{folder} has no weights as .safetensors, and others can hold code: save them so with save_pretrained")
+        raise UserError(f"{folder} has no weights as .safetensors, and others can hold code: save "
+                        "them so with save_pretrained")
     for file in weights:
         with loading(str(folder)), safe_open(file, "np"):
             pass  # its header fits its length
-    return {f"model/{file.name}" if model == "embedded" else str(file): sha256(file) for file in files}
+    return {f"model/{file.name}" if embedded else str(file): sha256(file) for file in files}
 
 
 def embedded_model(data: Path, seed: int, max_pixels: int):
     """Make data/model/ unless it was made by this very recipe: seed, pixels, packages and code."""
-    recipe = {"seed": seed, "max_pixels": max_pixels, "versions": versions(), "code": sha256(Path(__file__))}
+    recipe = {"seed": seed, "max_pixels": max_pixels, "versions": versions(),
+              "code": sha256(Path(__file__))}
     note = data / "model" / MADE_FROM
     if note.exists() and read_jsonl(note) == [recipe]:
         print(f"{data / 'model'}: up to date")
         return
-    print(f"{data / 'model'}: learning for three minutes, and again after a change of this file, --seed, --max_pixels or packages", flush=True)
+    print(f"{data / 'model'}: learning for three minutes, and again after a change of this file, "
+          "--seed, --max_pixels or packages", flush=True)
     with replacing(data / "model") as part:
         make_embedded_model(part, seed, max_pixels)
         (part / note.name).write_text(json.dumps(recipe), encoding="utf-8")
@@ -1979,26 +2059,29 @@ def main(config: Config) -> dict:
     warnings.filterwarnings("ignore", module="PIL")  # a doubtful picture is rejected, or taken
     local, data = check_config(config), Path(config.data)
     inputs = {name: fingerprint(path) for name, path in local.items()}
-    if config.model == "embedded":
+    model = config.model
+    if model == "embedded":
         embedded_model(data, config.seed, config.max_pixels)
-    processors = load_model_parts(str(data / "model") if config.model == "embedded" else config.model, config.max_pixels)
-    model_files = hash_model(data, config.model)
-    plan = {"preset": config.preset, "model": config.model, "seed": config.seed, "max_pixels": config.max_pixels,
-            "sources": {"train": config.train, "benchmarks": list(dict.fromkeys(config.benchmarks))},
-            "max_prompt_tokens": config.max_prompt_tokens, "limit": config.limit, "versions": versions(), "code": sha256(Path(__file__)),
-            "inputs": inputs, "model_files": model_files}
+        model = str(data / "model")
+    processors = load_model_parts(model, config.max_pixels)
+    benchmarks = list(dict.fromkeys(config.benchmarks))
+    plan = {"preset": config.preset, "model": config.model, "seed": config.seed,
+            "max_pixels": config.max_pixels, "max_prompt_tokens": config.max_prompt_tokens,
+            "limit": config.limit, "sources": {"train": config.train, "benchmarks": benchmarks},
+            "versions": versions(), "code": sha256(Path(__file__)), "inputs": inputs,
+            "model_files": hash_model(data, config.model)}
     path = data / "study.json"
-    old = load_study(data) if path.exists() else {}
-    if all(old.get(key) == value for key, value in plan.items()) and all(
-            (data / name).exists() and sha256(data / name) == digest for name, digest in old["artifacts"].items()):
+    old = load_study(data) if path.exists() else None
+    if old and is_current(data, old, plan):
         print(f"{data / 'questions'}: up to date")
         return old
-    names = [name for name in plan["sources"]["benchmarks"] if name != config.train] + [config.train]  # leaks are looked for in benchmarks
-    benchmarks, rejected, counts, as_text = {}, [], {}, {}
+    names = [name for name in benchmarks if name != config.train]
+    names.append(config.train)  # last: its leaks are looked for in the benchmarks
+    asked, rejected, counts, as_text = {}, [], {}, {}
     try:
         for name in names:
             counts[name], as_text[name] = prepare_source(
-                name, config, local.get(name), processors, benchmarks, rejected)
+                name, config, local.get(name), processors, asked, rejected)
     finally:  # also where a source has no question left: here it says why
         write_jsonl(data / "questions" / "rejected.jsonl", rejected)
     artifacts = [*(input_path(name, "clean") for name in names), "questions/rejected.jsonl"]
@@ -2006,8 +2089,19 @@ def main(config: Config) -> dict:
                     "artifacts": {name: sha256(data / name) for name in artifacts}}
     with replacing(path) as part:
         part.write_text(json.dumps(study, indent=1), encoding="utf-8")
-    print(f"{data / 'questions' / 'rejected.jsonl'}: {len(rejected)} rows that can't be used, and why\n{path}: the record of all this")
+    print(f"{data / 'questions' / 'rejected.jsonl'}: {len(rejected)} rows that can't be used, and "
+          f"why\n{path}: the record of all this")
     return study
+
+
+def is_current(data: Path, study: Mapping, plan: Mapping) -> bool:
+    """Whether a study was made by this plan, and its artifacts are still there as they were made."""
+    if any(study.get(key) != value for key, value in plan.items()):
+        return False
+    for name, digest in study["artifacts"].items():
+        if not (data / name).exists() or sha256(data / name) != digest:
+            return False
+    return True
 
 
 if __name__ == "__main__":
