@@ -888,10 +888,10 @@ def edit_distance(text: str, choice: str) -> int:
 
 # maths: small, bounded arithmetic instead of a computer algebra system
 #
-# A text is rewritten to one notation, cut into tokens and read by recursive descent into claims. An expression is worth
-# its values at POINTS random places of its variables: expressions are equal where these are, whatever their form.
+# A text is rewritten to one notation, cut into tokens and read by recursive descent into claims. An expression with
+# variables is worth its values at some random places of them: expressions are equal where these are, whatever their form.
 
-POINTS = 3
+PLACES = 8  # the first with positive variables, then of either sign, for x is not |x|; the last complex, for ab is not |ab|
 CONSTANTS = {"pi": math.pi, "e": math.e, "i": 1j, "infty": math.inf}
 FUNCTIONS = {
     "sqrt": cmath.sqrt, "exp": cmath.exp, "ln": cmath.log, "log": cmath.log10, "lg": cmath.log10, "abs": abs,
@@ -948,7 +948,8 @@ REWRITES = [(re.compile(pattern), new) for pattern, new in (
     (r"\\text\{(and|or|pi|e|(?:arc)?(?:sin|cos|tan|cot)|ln|log|lg|exp)\}", r" \1 "),
     (r"\\(?:overline|vec|hat|bar)\s?\{([A-Za-z]+)\}", r"\1"),
     (r"\\[dtc]frac(?![a-z])", r"\\frac"), (r"\\(?:cdot|times|ast)(?![a-z])", "*"), (r"\\div(?![a-z])", "/"),
-    (r"\\(?:approx|simeq|doteq)(?![a-z])", "≈"), (r"\\in(?![a-z])", "="), (r"\\neq?(?![a-z])|\\not\s?=|!=", "≠"),
+    (r"\\(?:approx|simeq|doteq)(?![a-z])", "≈"), (r"\\in(?![a-z])", "="), (r"(sin|cos|tan)\s?\^\s?\{?\s?-1\s?\}?", r"arc\1"),
+    (r"log\s?_\s?(?:\{([^{}]*)\}|(\w))", r"log[\1\2]"), (r"\\neq?(?![a-z])|\\not\s?=|!=", "≠"),
     (r"\\leq?(?:slant|q)?(?![a-z])|<=", "≤"), (r"\\geq?(?:slant|q)?(?![a-z])|>=", "≥"), (r"\\lt(?![a-z])", "<"), (r"\\gt(?![a-z])", ">"),
     (r"\^\s?\{?\s?\\circ\s?\}?|\\circ(?![a-z])|\\degree|\s?\bdegrees?\b", "°"), (r"\\%|\b(?:percent|pct)\b", "%"),
     (r"\\[lr]?[vV]ert(?![a-z])|\\\|", "|"),
@@ -987,17 +988,18 @@ class Group:
 class Claim:
     """One thing that an answer says: a value, perhaps named (x = 3), or a relation between two sides.
 
-    An expression is a tuple of its values at the POINTS; a relation is the difference of its sides.
+    An expression is a number, or a tuple of its values at the PLACES; a relation is the difference of its sides.
     """
     name: str | None
-    value: tuple | Group
-    rounded: tuple | Group  # of 1/3 ≈ 0.33 the 0.33, else the value
+    value: object
+    rounded: object  # of 1/3 ≈ 0.33 the 0.33, else the value
     sign: str = ""          # of a relation: =, ≠, < or ≤
 
     @property
     def constant(self) -> bool:
-        parts = self.value.parts if isinstance(self.value, Group) else []
-        return all(part.constant for part in parts) if parts else len({*self.value}) == 1 and not self.sign
+        if isinstance(self.value, Group):
+            return all(part.constant for part in self.value.parts)
+        return not isinstance(self.value, tuple) and not self.sign
 
 
 def same_maths(answer: str, gold: str) -> bool:
@@ -1024,9 +1026,12 @@ def without_unit(text: str, pattern: re.Pattern) -> tuple[str, str]:
 
 def one_number(text: str, pattern: re.Pattern):
     """The one real number that a text says, with or without a unit; else None."""
-    claims = read_maths(text) or read_maths(without_unit(text, pattern)[0])
-    value = claims[0].rounded if len(claims) == 1 and claims[0].constant else None
-    return value[0].real if isinstance(value, tuple) and is_real(value[0]) else None
+    for shorter in (text, without_unit(text, pattern)[0]):
+        claims = read_maths(shorter)
+        value = claims[0].rounded if len(claims) == 1 and claims[0].constant else None
+        if not isinstance(value, Group) and value is not None and is_real(value):
+            return value.real
+    return None
 
 
 def same_number(answer: str, gold: str, decimals) -> bool:
@@ -1072,23 +1077,24 @@ def same_value(value, gold) -> bool:
     if isinstance(value, Group) != isinstance(gold, Group):
         return False
     if not isinstance(gold, Group):
-        pairs = [pair for pair in zip(value, gold) if is_real(pair[1])]
-        return all(equal(*pair) for pair in pairs or zip(value, gold))
+        pairs = [*zip(*at_places(value, gold))]
+        return all(equal(*pair) for pair in pairs if is_real(pair[1]) or pair is pairs[-1])
     if value.brackets != gold.brackets or len(value.parts) != len(gold.parts):
         return False
     return all(map(same_claim, value.parts, gold.parts)) or gold.brackets == "{}" and same_claims(value.parts, gold.parts)
 
 
-def difference(claim: Claim) -> tuple | None:
+def difference(claim: Claim):
     """Of the sides of a relation; of x = 3, x - 3."""
-    if claim.sign:
-        return claim.value
-    return each(sub, variable(claim.name), claim.value) if claim.name and isinstance(claim.value, tuple) else None
+    if claim.sign or not claim.name or isinstance(claim.value, Group):
+        return claim.value if claim.sign else 0
+    return each(sub, variable(claim.name), claim.value)
 
 
-def same_relation(value: tuple | None, gold: tuple | None, sign: str) -> bool:
+def same_relation(value, gold, sign: str) -> bool:
     """Relations hold in the same places where their differences are a constant factor apart, in an inequality a positive one."""
-    if not value or not gold or not all(value) or not all(gold):
+    value, gold = at_places(value, gold)
+    if not all(value) or not all(gold):
         return False
     factor = value[0] / gold[0]
     return all(equal(one, factor * other) for one, other in zip(value, gold)) and (sign not in "<≤" or factor.real > 0)
@@ -1157,15 +1163,21 @@ def tokenize(text: str) -> list:
 
 @lru_cache(256)
 def variable(name: str) -> tuple:
-    """A letter's values: the first positive, of the others one negative, for |x| is not x."""
+    """A letter's values at the PLACES, independent of every other letter's."""
     draw = random.Random(name)
-    sign = draw.choice([-1, 1])
-    return tuple(side * draw.uniform(0.3, 2.7) for side in (1, sign, -sign))
+    values = [draw.uniform(0.3, 2.7) * draw.choice([-1, 1]) for _ in range(PLACES)]
+    return abs(values[0]), *values[1:-1], cmath.rect(abs(values[-1]), draw.uniform(0.05, 0.2))
 
 
-def each(apply: Callable, *operands: tuple) -> tuple:
-    """An operation at each of the points."""
-    return tuple(map(apply, *operands))
+def at_places(*operands) -> list[tuple]:
+    return [operand if isinstance(operand, tuple) else (operand,) * PLACES for operand in operands]
+
+
+def each(apply: Callable, *operands):
+    """An operation on numbers, or at each of the places."""
+    if not any(isinstance(operand, tuple) for operand in operands):
+        return apply(*operands)
+    return tuple(map(apply, *at_places(*operands)))
 
 
 def read_claims(tokens: list) -> list[Claim]:
@@ -1196,21 +1208,20 @@ def read_claim(tokens: list) -> Claim:
     else:
         low, high = sides if signs[0] in "=≠<≤" else reversed(sides)
         claim = Claim(None, each(sub, high, low), (), {">": "<", "≥": "≤"}.get(signs[0], signs[0]))
-    for value in claim.value if isinstance(claim.value, tuple) else ():
-        if not 1e-90 < abs(value) < 1e90 and abs(value) not in (0, math.inf):
-            raise ValueError("no number, or one so large that comparing may overflow")
+    values = [] if isinstance(claim.value, Group) else at_places(claim.value)[0]
+    if not all(1e-90 < abs(value) < 1e90 or abs(value) in (0, math.inf) for value in values):
+        raise ValueError("no number, or one so large that comparing may overflow")
     return claim
 
 
-def same_or_rounded(value: tuple, rounded: tuple, sign: str) -> bool:
+def same_or_rounded(value, rounded, sign: str) -> bool:
     """Whether a value is another, or is that when rounded to its decimals."""
     if same_value(value, rounded):
         return True
-    last = rounded[0]
-    if len({*value}) > 1 or not isinstance(last, Fraction) or not is_real(value[0]):
+    if not isinstance(rounded, Fraction) or not isinstance(value, Fraction | float | complex) or not is_real(value):
         return False
-    decimals = [k for k in range(sign != "≈", 16) if (last * 10**k).denominator == 1]
-    return bool(decimals) and abs(value[0].real - last) <= 0.5000001 / 10 ** decimals[0]
+    decimals = [k for k in range(sign != "≈", 16) if round(rounded, k) == rounded]
+    return bool(decimals) and round(Fraction(value.real), decimals[0]) == rounded
 
 
 def read_terms(tokens: list, rank: int = 1):
@@ -1236,7 +1247,7 @@ def read_atom(tokens: list):
         value = read_terms(tokens, 3)  # -2^2 is -4
         return each(neg, value) if token in ("-", "mp") else value
     if isinstance(token, Fraction):
-        value = (token,) * POINTS
+        value = token
     elif token in BRACKETS:
         value = read_brackets(tokens, token)
     elif token == "frac":
@@ -1244,7 +1255,7 @@ def read_atom(tokens: list):
     elif token in FUNCTIONS:
         value = read_function(tokens, token)
     elif token in CONSTANTS:
-        value = (CONSTANTS[token],) * POINTS
+        value = CONSTANTS[token]
     elif token and (token[0].isalpha()):
         value = variable(re.sub("[{}]", "", token))
     else:
@@ -1268,27 +1279,21 @@ def read_brackets(tokens: list, opening: str):
 
 
 def read_function(tokens: list, name: str):
-    """sin x, sin^2 x, sin^{-1} x, log_2 x, a root with its degree; an angle in degrees is taken as such."""
-    degree = read_atom(tokens) if name == "sqrt" and tokens[-1] == "[" else None
-    base = exponent = None
-    if name == "log" and tokens[-1] == "_":
-        tokens.pop()
-        base = read_atom(tokens)
+    """sin x, sin^2 x, a root's degree or a logarithm's base in square brackets; an angle in degrees is taken as such."""
+    index = read_atom(tokens) if tokens[-1] == "[" and name in ("sqrt", "log") else None
+    exponent, degrees = None, tokens.count("°")
     if tokens[-1] == "^":
         tokens.pop()
         exponent = read_atom(tokens)
-    if exponent and exponent[0] == -1:
-        name, exponent = f"arc{name}", None
-    degrees = tokens.count("°")
     value = read_argument(tokens, name)
-    if degree:
-        return each(root, value, degree)
     if tokens.count("°") < degrees:
-        value = each(mul, value, (math.pi / 180,) * POINTS)
-    value = each(FUNCTIONS[name], each(complex, value))
-    if base:
-        value = each(truediv, value, each(cmath.log10, each(complex, base)))
-    return each(power, value, exponent) if exponent else value
+        value = each(mul, value, math.pi / 180)
+    if name == "sqrt" and index is not None:
+        return each(root, value, index)
+    value = each(FUNCTIONS[name], each(principal, value))
+    if index is not None:
+        value = each(truediv, value, each(cmath.log10, each(principal, index)))
+    return value if exponent is None else each(power, value, exponent)
 
 
 def read_argument(tokens: list, name: str):
@@ -1301,12 +1306,17 @@ def read_argument(tokens: list, name: str):
     return value
 
 
+def principal(value) -> complex:
+    """Without a negative zero as imaginary part, which would take the other branch of a root."""
+    return complex(value.real) if value.imag == 0 else value
+
+
 def power(base, exponent):
     """Exact for small whole exponents, else in floating point, where what is huge overflows at once."""
     if isinstance(base, Fraction) and isinstance(exponent, Fraction) and exponent.denominator == 1 and abs(exponent) <= 64:
         if abs(exponent) * (base.numerator.bit_length() + base.denominator.bit_length()) <= 2000:
             return base ** int(exponent)
-    return complex(base) ** complex(exponent)
+    return principal(base) ** principal(exponent)
 
 
 def root(value, degree):
@@ -1317,7 +1327,7 @@ def root(value, degree):
 
 
 def factorial(value) -> Fraction:
-    if value.denominator > 1 or not 0 <= value <= 50:
+    if not isinstance(value, Fraction) or value.denominator > 1 or not 0 <= value <= 50:
         raise ValueError("no small whole number")
     return Fraction(math.factorial(int(value)))
 
