@@ -583,15 +583,16 @@ NUMBER = re.compile(r"(?:(?<![\w)}\]])-)?(?<![A-Za-z\d.^_/])(?:(?:\d{1,3}(?:,\d{
 CLAIM = re.compile(
     r"(?i)\b(?:answer|(?:correct|right|best) (?:option|choice)(?: letter)?)(?:\s?(?:is|would be|should be))?[\s:=*$({\[\\\"']{0,9}"
     r"(?:text\{)?(?:option\s|choice\s)?[\s({]{0,3}")
+TOGETHER = re.compile(r"[\[(][^\[\]()]{0,60},[^\[\]()]{0,60}[\])]|\b[a-zA-Z]\([^()]{0,30}\)|\d+\s?[/:]\s?\d+(?:\s?:\s?\d+)*")  # (1, 2), f(0), 2/3
 REFUSAL = re.compile(
-    r"(?i)\bcan(?:no|')?t\b|\b(?:unable|impossible|insufficient|unknown|unclear|undetermined|sorry|apologi[sz]e|as an ai|please provide)\b"
+    r"(?i)\bcan(?:no|')?t\b|\b(?:unable|impossible|insufficient|unknown|unclear|undetermined|inconclusive|sorry|apologi[sz]e|as an ai|please provide)\b"
     r"|\bnot (?:possible|enough|provided?|given|available|listed|clear|able|specif|sufficient)|\bmore (?:information|context|details)"
     r"|n[o']t (?:have|provide|see|know|tell|process|enough|determine|contain|match|give|specify|include)"
     r"|\bno (?:information|image|answer|option|picture|way|extracted)|\bwithout (?:any|more|further|the|this|additional|knowing|seeing)\b"
     r"|无法|不能")
 NEGATION = re.compile(
     r"(?i)\b(?:not|no|never|neither|nor|none|cannot|except|without|unlike|instead|rather|wrong|incorrect|false|untrue|\w+n['’]t)\b"
-    r"|\b(?:exclud|eliminat|rul(?:e|es|ed|ing) out|reject)")
+    r"|\b(?:other than|(?:any|every|no)thing but|all but)\b|\b(?:exclud|eliminat|rul(?:e|es|ed|ing) out|reject)")
 
 
 def read_answer(final: str, boxed: Sequence[str], question: Mapping, reward: bool) -> str | None:
@@ -605,10 +606,11 @@ def read_answer(final: str, boxed: Sequence[str], question: Mapping, reward: boo
         return None
     if answers and kind != "choice":
         return ", ".join(answers).strip()
-    letters = {read_choice(text, choices_of(question)) for text in answers} - {None}
-    if answers and (letters or not rule):
-        return letters.pop() if len(letters) == 1 and (rule or len(answers) == 1) else None
-    if rule is None or kind not in rule.types or "\\boxed" in final and not boxed:  # a box that never closes
+    letters = {read_choice(text, choices_of(question)) for text in answers}
+    if len(letters) == 1:  # several boxes that name no one choice are working: the rule decides, where there is one
+        return letters.pop()
+    unclosed = "\\boxed" in final and not boxed  # holds nothing
+    if rule is None or kind not in rule.types or unclosed:
         return None
     return search_answer(final, question, rule)
 
@@ -639,6 +641,7 @@ def search_number(text: str, words: bool) -> str | None:
     """The last number that is no bound: "2 bars are larger than 4" answers 2, and so does "two bars" with `words`."""
     if REFUSAL.search(last_sentence(text)) or re.search(r"\d\s+(?:or|and)\s+[-\d.,]+\W*$", text[-40:]):  # 5 or 7
         return None
+    text = TOGETHER.sub(" ", text)
     found = list(NUMBER.finditer(text))
     free = [number[0] for number in found if not text.endswith((" than ", " least ", " most ", " of "), 0, number.start())]
     if words and not free:
@@ -651,12 +654,13 @@ def search_maths(text: str) -> str | None:
     """The whole text if it is maths, else what is claimed as the answer, what is stated last, the last formula or number."""
     ends = [claim.end() for claim in CLAIM.finditer(text)][-1:]
     claims = [re.split(r"\n|\. ", text[end:end + 100])[0] for end in ends]
-    claims += [re.split(r"\b(?:is|are|be)\b|:", claim)[-1] for claim in [*claims, last_sentence(text)]]
+    last = last_sentence(text)
+    claims += [re.split(r"\b(?:is|are|be)\b|:", claim)[-1] for claim in [*claims, last]]
     formulas = re.findall(r"(?:\$|\\[(\[])(.{1,100}?)(?:\$|\\[)\]])", text, re.DOTALL)
     for candidate in (text, *claims, *formulas[-1:]):
         if read_maths(candidate) or read_maths(without_unit(candidate, UNIT)[0]):
             return candidate.strip()
-    return search_number(text, words=False)
+    return None if NEGATION.search(last) else search_number(text, words=False)
 
 
 # the gold
@@ -780,14 +784,19 @@ def same_text(answer: str, gold: str, phrase: bool) -> bool:
 
 
 @lru_cache(64)
-def choice_texts(choices: tuple[str, ...]) -> tuple[dict[str, str], re.Pattern]:
-    """The letter of each text, exact or plain, of equals the first; and a pattern of these texts as words, the longest first."""
+def choice_letters(choices: tuple[str, ...]) -> dict[str, str]:
+    """The letter of each text, plain or exact, of equals the first."""
     backwards = [*zip(choices, LETTERS)][::-1]
-    exact = {choice.strip(): letter for choice, letter in backwards}
     plains = {plain(choice): letter for choice, letter in backwards}
-    words = "|".join(re.escape(text) for text in sorted(plains, key=len, reverse=True) if text)
-    pattern = rf"(?<![\w.+/^√-])(?<!\d[:,])(?:{words or '(?!)'})(?![\w/^!%']|[.,:]\d|-\w)"  # 5 is not in -5, 3/5 or 4:5
-    return plains | exact, re.compile(pattern)
+    return plains | {choice.strip(): letter for choice, letter in backwards}
+
+
+@lru_cache(64)
+def choice_pattern(choices: tuple[str, ...]) -> re.Pattern:
+    """The plain texts as words, the longest first: 5 is not in -5, 3/5 or 4:5, and no answer is not the answer no."""
+    texts = sorted({plain(choice) for choice in choices} - {""}, key=len, reverse=True)
+    words = "|".join(map(re.escape, texts)) or "(?!)"
+    return re.compile(rf"(?<![\w.+/^√-])(?<!\d[:,])(?:{words})(?![\w/^!%']|[.,:]\d|-\w)(?:(?<!\bno)|(?! \w))")
 
 
 def lone_letter(choices: Sequence[str]) -> str:
@@ -803,7 +812,7 @@ def bare_choice(text: str, choices: tuple[str, ...]) -> str | None:
     """The choice that a text is, and nothing else: a letter, a choice's text, or both as in "C. A to B"."""
     if len(text) > ANSWER_CHARACTERS or not choices:
         return None
-    texts, letters = choice_texts(choices)[0], LETTERS[:len(choices)]
+    texts, letters = choice_letters(choices), LETTERS[:len(choices)]
     letter = re.fullmatch(r"\(?\s?([A-Za-z])\s?[).:]{0,2}", WRAPPING.sub(" ", text).strip())
     if letter and letter[1].upper() in letters:
         return letter[1].upper()
@@ -819,13 +828,13 @@ def read_choice(text: str, choices: tuple[str, ...]) -> str | None:
     known = bare_choice(text, choices)
     if known or len(text) > ANSWER_CHARACTERS or not choices:
         return known
-    texts, pattern = choice_texts(choices)
     said, named = plain(text), set(re.findall(lone_letter(choices), text))
     if not named and read_maths(text):  # 1.8 for \frac{9}{5}; as words, 5 would stand in -5
         named = {letter for letter, choice in zip(LETTERS, choices) if same_maths(text, choice)}
     else:
-        named.update(texts[found] for found in pattern.findall(said))
-        if NEGATION.search(pattern.sub(" ", said)) or re.match(r"no \w", said):  # isn't stable, A is wrong, no answer
+        pattern = choice_pattern(choices)
+        named.update(choice_letters(choices)[found] for found in pattern.findall(said))
+        if NEGATION.search(pattern.sub(" ", said)):  # isn't stable, A is wrong
             return None
     return named.pop() if len(named) == 1 else None
 
@@ -835,7 +844,8 @@ def search_choice(text: str, choices: tuple[str, ...], nearest: bool) -> str | N
 
     Benchmarks take the last of several; here two that are claimed, or joined by "or", are none.
     """
-    known = bare_choice(text, choices) or bare_choice(text.strip().partition("\n")[0], choices)
+    first, *more = text.strip().split("\n", 1)
+    known = bare_choice(first, choices) if not re.search(r"\([A-Z]\)", "".join(more)) else None
     if known or not choices or not text.strip():
         return known
     lone, claimed = lone_letter(choices), set()
@@ -855,18 +865,28 @@ def search_choice(text: str, choices: tuple[str, ...], nearest: bool) -> str | N
 
 def found_choices(text: str, choices: tuple[str, ...]) -> list[str]:
     """The choices that free text names, in order, by the first of these ways that names any."""
-    texts, pattern = choice_texts(choices)
     lone, last, said = lone_letter(choices), last_sentence(text), plain(text)
+    found = re.findall(rf"\({lone}\)", text)
+    if found:
+        return found
     stated = re.split(r"\bis\b|=|:", last)[1:]
     states = read_choice(stated[-1], choices) if stated and not REFUSAL.search(last) else None
+    found = [states] if states else re.findall(lone, text)
+    if found:
+        return found
+    pattern, letters = choice_pattern(choices), choice_letters(choices)
     opening = pattern.match(said)  # "No, because ..."
-    found = re.findall(rf"\({lone}\)", text) or ([states] if states else re.findall(lone, text))
-    return found or [texts[named] for named in ([opening[0]] if opening else pattern.findall(said))]
+    if REFUSAL.search(last) and not opening:
+        return []
+    return [letters[named] for named in ([opening[0]] if opening else pattern.findall(said))]
 
 
 def nearest_choice(text: str, choices: tuple[str, ...]) -> str | None:
     """MathVista's rule: the choice nearest to the answer, which here is what the last sentence states, if it states one."""
     last = last_sentence(text)
+    yes_no = choice_letters(choices).keys() <= {"yes", "no", "Yes", "No"}
+    if yes_no and NEGATION.search(last) and not REFUSAL.search(last):
+        return choice_letters(choices)["no"]  # it is not the largest
     if REFUSAL.search(last) or NEGATION.search(last):
         return None
     stated = re.split(r"\bis\b|=|:", last)
@@ -922,7 +942,7 @@ UNIT = re.compile(rf"(?:{CLEAR_UNIT}|(?<=[\d)}}]\s){ANY_UNIT}){UNIT_END}")
 
 
 NAME = r"(?:(?:\\[a-z]+|[A-Z]{1,6}|[A-Za-z])(?:_(?:\{\w+\}|\w))?'*(?:\(\w(?:,\s?\w)*\))?|\(\s?[a-z](?:,\s?[a-z])+\s?\))"
-SIDE = r"[^<>≤≥=≠≈,]+"
+SIDE = r"(?:[^<>≤≥=≠≈,A-Za-z]|\\[a-z]+|pi|sqrt)+"  # without variables
 INEQUALITY = (rf"(?:^|(?<=,))\s*(?:{SIDE}[<≤]\s?{NAME}\s?[<≤]{SIDE}|{SIDE}[>≥]\s?{NAME}\s?[>≥]{SIDE}|{NAME}?\s?[<>≤≥]{SIDE}|"
               rf"{SIDE}[<>≤≥]\s?{NAME})(?=$|,)")
 
@@ -942,6 +962,8 @@ def as_interval(found: re.Match) -> str:
 
 
 REWRITES = [(re.compile(pattern), new) for pattern, new in (
+    (r"\\begin\{[pb]?matrix\}(.*?)\\end\{[pb]?matrix\}",
+     lambda found: "⟦[" + found[1].replace("&", ",").replace(r"\\", "],[") + "]⟧"),
     (r"\\!\s?|\\displaystyle|\\(?:left|right)(?![a-z])\.?|\\[bB]igg?[lr]?(?![a-z])|\\(?:angle|triangle)(?![a-z])", ""),
     (r"\\(?:q?quad|[;: ()\[\]])|\\,(?!\d{3})", " "),
     (r"\\(?:text(?:bf|it|normal|rm|sf)?|math(?:rm|bf|it)|mbox|operatorname\*?)\s?\{\s*([^{}]*?)\s*\}", r"\\text{\1}"),
@@ -959,10 +981,8 @@ REWRITES = [(re.compile(pattern), new) for pattern, new in (
     (r"\\frac\s?(\d)\s?(\d)", r"\\frac{\1}{\2}"),
     (r"(?<![\d.^])(\d+)\s?\\frac\s?\{\s?(\d+)\s?\}\s?\{\s?(\d+)\s?\}", r"(\1+\2/\3)"),  # mixed numbers
     (r"(?<![\d.^])(\d+)\s(\d+)\s?/\s?(\d+)(?!\d)", r"(\1+\2/\3)"),
-    (r"\\begin\{[pb]?matrix\}(.*?)\\end\{[pb]?matrix\}",
-     lambda found: "⟦[" + found[1].replace("&", ",").replace(r"\\", "],[") + "]⟧"),
     (r"\\([{}])", r"\1"), (r",?\s*\b(?:and|or)\b|;|∪|\\cup(?![a-z])", ","),
-    (r"(?i)^\s*(?:(?:about|approximately|around|roughly|exactly|(?:the )?(?:final )?answer is|there (?:are|is)|it is)\s)+", ""),
+    (r"(?i)^\s*(?:(?:about|approximately|around|roughly|exactly|(?:so|thus|therefore|hence),?|(?:the )?(?:final )?answer is|there (?:are|is)|it is)\s)+", ""),
     (rf"(?:^|(?<=,))\s*(?:\\text\{{[^{{}}]*\}}|{NOUN}(?:\s[a-z]+){{0,3}})?\s*[=≈]", ""),  # Area = 12
     (INEQUALITY, as_interval), (rf"^([-\d./\s]+)=\s*({NAME})$", r"⟨\2⟩\1"), (rf"(?:^|(?<=[,({{]))\s*({NAME})\s?[=≈]", r"⟨\1⟩"))]
 KNOWN = "|".join(["frac", "pi", "pm", "mp", "infty", *sorted(FUNCTIONS, key=len, reverse=True)])
@@ -1044,14 +1064,15 @@ def same_number(answer: str, gold: str, decimals) -> bool:
 
 def same_claims(claims: Sequence[Claim], golds: Sequence[Claim]) -> bool:
     """Order counts between brackets and of values with different names, not of solutions."""
-    if len(claims) > len(golds) == 1 and isinstance(golds[0].value, Group) and golds[0].value.brackets == "()":
+    if len(claims) > len(golds) == 1 and isinstance(golds[0].value, Group) and golds[0].value.brackets == "()" and not golds[0].name:
         golds = golds[0].value.parts  # 1, 2 for (1, 2)
         return len(claims) == len(golds) and all(map(same_claim, claims, golds))
     if not claims or len(claims) != len(golds):
         return False
-    if all(map(same_claim, claims, golds)):
+    names, gold_names = ({claim.name for claim in some} - {None} for some in (claims, golds))
+    named = len(names) > 1 or len(gold_names) > 1
+    if all(map(same_claim, claims, golds)) and len(names) <= max(1, len(gold_names)):
         return True
-    named = len({gold.name for gold in golds}) > 1
     left = list(golds)
     for claim in claims:  # each must be another of the golds
         fits = [gold for gold in left if same_claim(claim, gold) and not (named and claim.name != gold.name)]
@@ -1097,7 +1118,7 @@ def same_relation(value, gold, sign: str) -> bool:
     if not all(value) or not all(gold):
         return False
     factor = value[0] / gold[0]
-    return all(equal(one, factor * other) for one, other in zip(value, gold)) and (sign not in "<≤" or factor.real > 0)
+    return all(equal(one, factor * other) for one, other in zip(value, gold)) and (sign not in ("<", "≤") or factor.real > 0)
 
 
 def equal(value, gold) -> bool:
