@@ -537,17 +537,18 @@ def is_well_formed(response: str, final: str, boxes: Sequence[tuple[str, int]]) 
 
 def find_boxes(text: str) -> list[tuple[str, int]]:
     """Contents of the outermost boxes whose braces balance, each with the position behind it."""
-    opened, boxes = [], []
+    boxes, depth, start, outside = [], 0, None, 0
     for token in BRACES.finditer(text) if "\\boxed" in text else ():
-        if token[0] == "}" and opened:
-            start, is_box = opened.pop()
-            while is_box and boxes and boxes[-1][0] > start:  # boxes inside this one
-                boxes.pop()
-            if is_box:
-                boxes.append((start, token.start()))
+        if token[0] == "}":
+            depth -= 1
+            if start is not None and depth == outside:
+                boxes.append((text[start:token.start()], token.end()))
+                start = None
         elif token[0][-1] == "{" and token[0] != "\\{":
-            opened.append((token.end(), len(token[0]) > 1))
-    return [(text[start:end], end + 1) for start, end in boxes]
+            if start is None and len(token[0]) > 1:
+                start, outside = token.end(), depth
+            depth += 1
+    return boxes
 
 
 # where a benchmark looks for an answer that stands in no box
@@ -583,6 +584,7 @@ NUMBER = re.compile(r"(?:(?<![\w)}\]])-)?(?<![A-Za-z\d.^_/])(?:(?:\d{1,3}(?:,\d{
 CLAIM = re.compile(
     r"(?i)\b(?:answer|(?:correct|right|best) (?:option|choice)(?: letter)?)(?:\s?(?:is|would be|should be))?[\s:=*$({\[\\\"']{0,9}"
     r"(?:text\{)?(?:option\s|choice\s)?[\s({]{0,3}")
+BOUND = re.compile(r"(?<= than )[-\d.,]+|(?<= least )[-\d.,]+|(?<= most )[-\d.,]+|(?<= of )[-\d.,]+")
 TOGETHER = re.compile(r"[\[(][^\[\]()]{0,60},[^\[\]()]{0,60}[\])]|\b[a-zA-Z]\([^()]{0,30}\)|\d+\s?[/:]\s?\d+(?:\s?:\s?\d+)*")  # (1, 2), f(0), 2/3
 REFUSAL = re.compile(
     r"(?i)\bcan(?:no|')?t\b|\b(?:unable|impossible|insufficient|unknown|unclear|undetermined|inconclusive|sorry|apologi[sz]e|as an ai|please provide)\b"
@@ -621,7 +623,7 @@ def search_answer(text: str, question: Mapping, rule: Rule) -> str | None:
     if kind == "choice":
         return search_choice(text, choices_of(question), rule.extracts)
     if kind == "list":
-        return "[" + text.rpartition("[")[2].partition("]")[0] + "]" if "[" in text else None
+        return (re.findall(r"\[[^\[\]]*\]", text) or [None])[-1]
     if kind in ("integer", "float"):
         return search_number(text, rule.extracts)
     return search_maths(text) if kind == "math" else search_text(text)
@@ -642,12 +644,10 @@ def search_number(text: str, words: bool) -> str | None:
     if REFUSAL.search(last_sentence(text)) or re.search(r"\d\s+(?:or|and)\s+[-\d.,]+\W*$", text[-40:]):  # 5 or 7
         return None
     text = TOGETHER.sub(" ", text)
-    found = list(NUMBER.finditer(text))
-    free = [number[0] for number in found if not text.endswith((" than ", " least ", " most ", " of "), 0, number.start())]
-    if words and not free:
-        named = re.findall(rf"\b(?:{'|'.join(NUMBERS[2:])})\b", text.lower())
-        free = [str(NUMBERS.index(word)) for word in named]
-    return (free or [number[0] for number in found] or [None])[-1]
+    free = NUMBER.findall(BOUND.sub(" ", text))
+    named = re.findall(rf"\b(?:{'|'.join(NUMBERS[2:])})\b", text.lower()) if words and not free else []
+    found = free or [str(NUMBERS.index(word)) for word in named] or NUMBER.findall(text)
+    return found[-1] if found else None
 
 
 def search_maths(text: str) -> str | None:
@@ -773,7 +773,7 @@ def same_text(answer: str, gold: str, phrase: bool) -> bool:
         value = one_number(answer, UNIT)
         return value is not None and (equal(value, number) or phrase and round(float(value), 2) == round(float(number), 2))
     answer, gold = plain(answer[:FINAL_CHARACTERS]), plain(gold)
-    if answer == gold or not gold or not phrase:
+    if answer == gold or not gold or not phrase or len(gold) > len(answer):
         return answer == gold != ""
     rest = re.sub(rf"(?<![\w.+^'-]){re.escape(gold)}(?![\w+^'-]|\.\d)", "", answer, count=1)
     several = re.search(r"[,;/|]|\b(?:or|and|yes)\b", rest) or NEGATION.search(rest) or REFUSAL.search(rest)
@@ -794,7 +794,7 @@ def choice_letters(choices: tuple[str, ...]) -> dict[str, str]:
 @lru_cache(64)
 def choice_pattern(choices: tuple[str, ...]) -> re.Pattern:
     """The plain texts as words, the longest first: 5 is not in -5, 3/5 or 4:5, and no answer is not the answer no."""
-    texts = sorted({plain(choice) for choice in choices} - {""}, key=len, reverse=True)
+    texts = sorted({plain(choice) for choice in choices if len(choice) <= ANSWER_CHARACTERS} - {""}, key=len, reverse=True)
     words = "|".join(map(re.escape, texts)) or "(?!)"
     return re.compile(rf"(?<![\w.+/^√-])(?<!\d[:,])(?:{words})(?![\w/^!%']|[.,:]\d|-\w)(?:(?<!\bno)|(?! \w))")
 
@@ -1064,18 +1064,17 @@ def same_number(answer: str, gold: str, decimals) -> bool:
 
 def same_claims(claims: Sequence[Claim], golds: Sequence[Claim]) -> bool:
     """Order counts between brackets and of values with different names, not of solutions."""
-    if len(claims) > len(golds) == 1 and isinstance(golds[0].value, Group) and golds[0].value.brackets == "()" and not golds[0].name:
-        golds = golds[0].value.parts  # 1, 2 for (1, 2)
-        return len(claims) == len(golds) and all(map(same_claim, claims, golds))
+    group = golds[0].value if len(golds) == 1 and len(claims) > 1 and not golds[0].name else None
+    if isinstance(group, Group) and group.brackets == "()":  # 1, 2 for (1, 2)
+        return len(claims) == len(group.parts) and all(map(same_claim, claims, group.parts))
     if not claims or len(claims) != len(golds):
         return False
-    names, gold_names = ({claim.name for claim in some} - {None} for some in (claims, golds))
-    named = len(names) > 1 or len(gold_names) > 1
+    names, gold_names = ({claim.name for claim in some if claim.name} for some in (claims, golds))
     if all(map(same_claim, claims, golds)) and len(names) <= max(1, len(gold_names)):
         return True
     left = list(golds)
     for claim in claims:  # each must be another of the golds
-        fits = [gold for gold in left if same_claim(claim, gold) and not (named and claim.name != gold.name)]
+        fits = [gold for gold in left if same_claim(claim, gold) and (claim.name == gold.name or len(names | gold_names) < 2)]
         if not fits:
             return False
         left.remove(fits[0])
@@ -1197,8 +1196,15 @@ def at_places(*operands) -> list[tuple]:
 def each(apply: Callable, *operands):
     """An operation on numbers, or at each of the places."""
     if not any(isinstance(operand, tuple) for operand in operands):
-        return apply(*operands)
-    return tuple(map(apply, *at_places(*operands)))
+        return bounded(apply(*operands))
+    return tuple(map(bounded, map(apply, *at_places(*operands))))
+
+
+def bounded(value):
+    """A number that is small enough for comparing not to overflow."""
+    if 1e-90 < abs(value) < 1e90 or abs(value) in (0, math.inf):
+        return value
+    raise ValueError("out of bounds")
 
 
 def read_claims(tokens: list) -> list[Claim]:
@@ -1215,24 +1221,19 @@ def read_claims(tokens: list) -> list[Claim]:
 
 def read_claim(tokens: list) -> Claim:
     """A value that may be worked out (x = 1 + 2 = 3, 1/3 ≈ 0.33), else two sides."""
-    name, signs = None, []
-    if str(tokens[-1])[0] == "⟨":
-        name = tokens.pop()[1:-1] or None
-    sides = [read_terms(tokens)]
+    name = tokens.pop()[1:-1] or None if str(tokens[-1])[0] == "⟨" else None
+    sides, signs = [read_terms(tokens)], [""]
     while tokens[-1] in RELATIONS:
         signs.append(tokens.pop())
         sides.append(read_terms(tokens))
-    if set(signs) <= {"=", "≈"} and all(side is sides[-1] or same_or_rounded(side, sides[-1], signs[-1]) for side in sides):
-        claim = Claim(name, sides[0], sides[-1])
-    elif len(sides) > 2 or name or "≈" in signs:
+    first, last, sign = sides[0], sides[-1], signs[-1]
+    if {*signs} <= {"", "=", "≈"} and all(side is last or same_or_rounded(side, last, sign) for side in sides):
+        return Claim(name, first, last)
+    if len(sides) != 2 or name or sign == "≈":
         raise ValueError("sides that differ")
-    else:
-        low, high = sides if signs[0] in "=≠<≤" else reversed(sides)
-        claim = Claim(None, each(sub, high, low), (), {">": "<", "≥": "≤"}.get(signs[0], signs[0]))
-    values = [] if isinstance(claim.value, Group) else at_places(claim.value)[0]
-    if not all(1e-90 < abs(value) < 1e90 or abs(value) in (0, math.inf) for value in values):
-        raise ValueError("no number, or one so large that comparing may overflow")
-    return claim
+    if sign in (">", "≥"):
+        first, last, sign = last, first, {">": "<", "≥": "≤"}[sign]
+    return Claim(None, each(sub, last, first), None, sign)
 
 
 def same_or_rounded(value, rounded, sign: str) -> bool:
@@ -1268,7 +1269,7 @@ def read_atom(tokens: list):
         value = read_terms(tokens, 3)  # -2^2 is -4
         return each(neg, value) if token in ("-", "mp") else value
     if isinstance(token, Fraction):
-        value = token
+        value = bounded(token)
     elif token in BRACKETS:
         value = read_brackets(tokens, token)
     elif token == "frac":
