@@ -39,7 +39,7 @@ from functools import lru_cache, partial
 from importlib.metadata import version
 from inspect import Parameter, signature
 from itertools import product
-from operator import add, mul, sub, truediv
+from operator import add, mul, neg, sub, truediv
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -470,6 +470,14 @@ def tokenize_prompt(problem: str, image_tokens: Sequence[int], tokenizer) -> lis
     return ids
 
 
+@lru_cache(8)
+def opens_think(tokenizer) -> bool:
+    """Whether the chat template ends a prompt in <think>, so that responses begin inside the reasoning."""
+    message = {"role": "user", "content": [{"type": "text", "text": "?"}]}
+    rendered = tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
+    return rendered.rstrip().endswith("<think>")
+
+
 def encode(question: Question, tokenizer, image_processor) -> Prompt:
     """Tokens and pixels of a question. A picture of t x h x w patches takes t * h * w / merge**2 tokens.
 
@@ -487,14 +495,17 @@ def with_choices(text: str, choices: Sequence[str]) -> str:
     return text + "".join(f"\n({chr(65 + i)}) {choice}" for i, choice in enumerate(choices))
 
 
-# The grader: what a response answers, and whether that is right; never raises, linear in the response's length
+# The grader: what a response answers, and whether that is right
+#
+# grade() reads the answer out of the response (the box; in evaluation else the benchmark's own rule), then is_right()
+# compares it with the gold as what both are: choices, numbers, maths or text. Two principles hold throughout: a wrong
+# answer that is paid is worse than a right one that is not, for training finds it; and nothing here raises or takes
+# more than linear time, whatever a response or a question holds. Nothing in a response is ever executed.
 
 FINAL_CHARACTERS = 10_000  # what is searched for the answer: the end of what follows the reasoning
 ANSWER_CHARACTERS = 400    # a longer text is no answer by itself
+MOST_BOXES = 8             # a response with more of them names everything and answers nothing
 BRACES = re.compile(r"\\boxed\s?\{|\\[{}\\]|[{}]")
-CLAIM = re.compile(r"(?i)\banswer(?:\s?(?:is|would be|should be))?[\s:=*$({\[\\\"']{0,9}(?:option\s)?")
-NUMBER = re.compile(r"(?:(?<![\w)}\]])-)?(?<![A-Za-z\d.^_])(?:(?:\d{1,3}(?:,\d{3}){1,6}(?![\d,])|\d{1,300})(?:\.\d{1,300})?|\.\d{1,300})"
-                    r"(?:[eE][-+]?\d{1,2}(?!\d))?")
 
 
 @dataclass
@@ -505,70 +516,202 @@ class Grade:
     answer: str | None  # as read from the response: a letter where there are choices
 
 
-def grade(response: str, question: Mapping) -> Grade:
-    """Right is the last \\boxed{} after the reasoning, else the last <answer>, else what the benchmarks' own rules find there.
+def grade(response: str, question: Mapping, reward: bool = False, think_opened: bool = False) -> Grade:
+    """Whether a response answers a question rightly, and in the form that the prompt asks for.
 
-    Where there are several boxes (or tags) after the reasoning, all must be right; one that never closes holds nothing.
-    Well formed is white space, <think>, reasoning, </think>, text with one box that is not empty, closing punctuation.
+    reward: as training pays. The answer is what stands in the one \\boxed{} after the reasoning, and nothing else.
+    Without it, as a benchmark scores: several boxes are one answer together, and where there is no box the rule of the
+    question's source in BENCHMARKS applies, if it has one.
+    think_opened: the prompt already ended in <think>, so that the response begins inside the reasoning.
     """
+    response = f"<think>{response}" if think_opened else str(response)
     for loose, tight in (("< ", "<"), ("</ ", "</"), ("think >", "think>")):
         response = response.replace(loose, tight)
-    _, closed, final = response.rpartition("</think>")
-    final = (final if closed else response).partition("<think>")[0][-FINAL_CHARACTERS:]
+    final = response.rpartition("</think>")[2]
+    final = final.partition("<think>")[0][-FINAL_CHARACTERS:]  # reasoning that never ends answers nothing
     boxes = find_boxes(final)
-    well_formed = (response.count("<think>") == response.count("</think>") == len(boxes) == 1 and response.lstrip().startswith("<think>")
-                   and bool(closed and boxes[0][0].strip()) and not final[boxes[0][1]:].strip(" \n\t\r$.)]\\*"))
-    tagged = [part.partition("</answer>")[0] for part in final.split("<answer>")[1:] if "</answer>" in part]
-    answers = list(dict.fromkeys([text for text, _ in boxes] or tagged))
-    if answers:  # a box or tag is read whole: a choice's letter, else the text as it is
-        choice = question["answer_type"] == "choice"
-        read = [read_choice(text, question["choices"] or []) if choice else text.strip() for text in answers[-4:]]
-    else:
-        read = [None if "\\boxed" in final else search_answer(final, question)]
-    correct = len(answers) <= 4 and all(text and is_right(text, question) for text in read)
-    return Grade(correct, well_formed, read[-1][:ANSWER_CHARACTERS] if read[-1] else None)
+    answer = read_answer(final, [text for text, _ in boxes], question, reward)
+    correct = answer is not None and is_right(answer, question)
+    return Grade(correct, is_well_formed(response, final, boxes), answer and answer[:ANSWER_CHARACTERS])
+
+
+def is_well_formed(response: str, final: str, boxes: Sequence[tuple[str, int]]) -> bool:
+    """White space, <think>, reasoning, </think>, text with one box that is not empty, closing punctuation."""
+    if not response.count("<think>") == response.count("</think>") == len(boxes) == 1:
+        return False
+    text, end = boxes[0]
+    return response.lstrip().startswith("<think>") and text.strip() != "" and not final[end:].strip(" \n\t\r$.)]\\*")
 
 
 def find_boxes(text: str) -> list[tuple[str, int]]:
     """Contents of the outermost boxes whose braces balance, each with the position behind it."""
-    opened, boxes = [], []
+    boxes, depth, start, outside = [], 0, None, 0
     for token in BRACES.finditer(text) if "\\boxed" in text else ():
-        if token[0] == "}" and opened:
-            start, is_box = opened.pop()
-            while is_box and boxes and boxes[-1][0] > start:  # boxes inside this one
-                boxes.pop()
-            boxes += [(start, token.start())] * is_box
+        if token[0] == "}":
+            depth -= 1
+            if start is not None and depth == outside:
+                boxes.append((text[start:token.start()], token.end()))
+                start = None
         elif token[0][-1] == "{" and token[0] != "\\{":
-            opened.append((token.end(), len(token[0]) > 1))
-    return [(text[start:end], end + 1) for start, end in boxes]
+            if start is None and len(token[0]) > 1:
+                start, outside = token.end(), depth
+            depth += 1
+    return boxes
 
 
-def search_answer(text: str, question: Mapping) -> str | None:
+# where a benchmark looks for an answer that stands in no box
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How a benchmark reads free text, for each answer type that it has."""
+    types: tuple[str, ...]
+    extracts: bool = False  # officially an LLM extracts the answer: here number words and the nearest choice count too
+
+
+# Where nothing is found, MMMU and ScienceQA officially toss a coin. Here nothing is answered.
+BENCHMARKS = {
+    # evaluation/extract_answer.py and calculate_score.py: an LLM extracts, then the choice at the smallest edit distance
+    # counts. Departures: rules extract, and the nearest choice counts only where a statement is made. Officially it
+    # also credits refusals, which a blank picture brings, and is right by luck in 4 of 10 of them: that luck would be
+    # counted as accuracy without the picture.
+    "mathvista": Rule(("choice", "integer", "float", "list", "text"), extracts=True),
+    # mmmu/utils/eval_utils.py: the last letter in brackets, else the last lone letter, else the last choice whose text
+    # occurs; of an open question the tail behind "answer", "is", "so" ... Departures: a claim ("the answer is B") and a
+    # letter before its own choice's text go first, and an article is no letter.
+    "mmmu": Rule(("choice", "open")),
+    # tools/evaluate_acc.py, and LLaVA's: a bare letter, or "The answer is X.". Departure: other claims count too.
+    "scienceqa": Rule(("choice",)),
+    # What follows "the answer is", else the last formula or number. Officially MathVerse and We-Math ask an LLM.
+    "mathvision": Rule(("choice", "math", "integer", "float")),
+    "mathverse": Rule(("choice", "math", "text", "open")),
+    "wemath": Rule(("choice",)),
+}
+NUMBER = re.compile(r"(?:(?<![\w)}\]])-)?(?<![A-Za-z\d.^_/])(?:(?:\d{1,3}(?:,\d{3}){1,6}(?![\d,])|\d{1,300})(?:\.\d{1,300})?|\.\d{1,300})"
+                    r"(?:[eE][-+]?\d{1,2}(?!\d))?")
+CLAIM = re.compile(
+    r"(?i)\b(?:answer|(?:correct|right|best) (?:option|choice)(?: letter)?)(?:\s?(?:is|would be|should be))?[\s:=*$({\[\\\"']{0,9}"
+    r"(?:text\{)?(?:option\s|choice\s)?[\s({]{0,3}")
+BOUND = re.compile(r"(?<= than )[-\d.,]+|(?<= least )[-\d.,]+|(?<= most )[-\d.,]+|(?<= of )[-\d.,]+")
+TOGETHER = re.compile(r"[\[(][^\[\]()]{0,60},[^\[\]()]{0,60}[\])]|\b[a-zA-Z]\([^()]{0,30}\)|\d+\s?[/:]\s?\d+(?:\s?:\s?\d+)*")  # (1, 2), f(0), 2/3
+REFUSAL = re.compile(
+    r"(?i)\bcan(?:no|')?t\b|\b(?:unable|impossible|insufficient|unknown|unclear|undetermined|inconclusive|sorry|apologi[sz]e|as an ai|please provide)\b"
+    r"|\bnot (?:possible|enough|provided?|given|available|listed|clear|able|specif|sufficient)|\bmore (?:information|context|details)"
+    r"|n[o']t (?:have|provide|see|know|tell|process|enough|determine|contain|match|give|specify|include)"
+    r"|\bno (?:information|image|answer|option|picture|way|extracted)|\bwithout (?:any|more|further|the|this|additional|knowing|seeing)\b"
+    r"|无法|不能")
+NEGATION = re.compile(
+    r"(?i)\b(?:not|no|never|neither|nor|none|cannot|except|without|unlike|instead|rather|wrong|incorrect|false|untrue|\w+n['’]t)\b"
+    r"|\b(?:other than|(?:any|every|no)thing but|all but)\b|\b(?:exclud|eliminat|rul(?:e|es|ed|ing) out|reject)")
+
+
+def read_answer(final: str, boxed: Sequence[str], question: Mapping, reward: bool) -> str | None:
+    """What the text after the reasoning answers; of a choice question, the letter."""
+    source, kind = as_text(question.get("source")), question.get("answer_type")
+    rule = None if reward else BENCHMARKS.get(source)
+    if rule and not boxed:
+        boxed = re.findall(r"<answer>((?:(?!</?answer>).)*)</answer>", final, re.DOTALL)
+    answers = list(dict.fromkeys(boxed))
+    if len(answers) > MOST_BOXES or reward and len(boxed) > 1:
+        return None
+    if answers and kind != "choice":
+        return ", ".join(answers).strip()
+    letters = {read_choice(text, choices_of(question)) for text in answers}
+    if len(letters) == 1:  # several boxes that name no one choice are working: the rule decides, where there is one
+        return letters.pop()
+    unclosed = "\\boxed" in final and not boxed  # holds nothing
+    if rule is None or kind not in rule.types or unclosed:
+        return None
+    return search_answer(final, question, rule)
+
+
+def search_answer(text: str, question: Mapping, rule: Rule) -> str | None:
     """The answer in free text, by a rule for each type."""
-    kind, extracted = question["answer_type"], question.get("source") in (None, "mathvista")  # there an LLM extracts the answer
+    kind = question["answer_type"]
     if kind == "choice":
-        return search_choice(text, question["choices"] or [], extracted)
-    if kind in ("integer", "float"):
-        return search_number(text, extracted)
+        return search_choice(text, choices_of(question), rule.extracts)
     if kind == "list":
-        return "[" + text.rpartition("[")[2].partition("]")[0] + "]" if "[" in text else None
+        return (re.findall(r"\[[^\[\]]*\]", text) or [None])[-1]
+    if kind in ("integer", "float"):
+        return search_number(text, rule.extracts)
     return search_maths(text) if kind == "math" else search_text(text)
 
 
+def last_sentence(text: str) -> str:
+    return re.split(r"(?<=[.!?])\s|\n", text.strip())[-1]
+
+
+def search_text(text: str) -> str | None:
+    """MMMU's rule for open questions, the last line alone: what follows its last "answer", "is", "so", "=" ..."""
+    last = text.strip().rpartition("\n")[2]
+    return re.split(r"(?i)\b(?:could be|so|is|are|thus|therefore|final|answer|result)\b|=|:", last)[-1].strip(" .*") or None
+
+
+def search_number(text: str, words: bool) -> str | None:
+    """The last number that is no bound: "2 bars are larger than 4" answers 2, and so does "two bars" with `words`."""
+    if REFUSAL.search(last_sentence(text)) or re.search(r"\d\s+(?:or|and)\s+[-\d.,]+\W*$", text[-40:]):  # 5 or 7
+        return None
+    text = TOGETHER.sub(" ", text)
+    free = NUMBER.findall(BOUND.sub(" ", text))
+    named = re.findall(rf"\b(?:{'|'.join(NUMBERS[2:])})\b", text.lower()) if words and not free else []
+    found = free or [str(NUMBERS.index(word)) for word in named] or NUMBER.findall(text)
+    return found[-1] if found else None
+
+
+def search_maths(text: str) -> str | None:
+    """The whole text if it is maths, else what is claimed as the answer, what is stated last, the last formula or number."""
+    ends = [claim.end() for claim in CLAIM.finditer(text)][-1:]
+    claims = [re.split(r"\n|\. ", text[end:end + 100])[0] for end in ends]
+    last = last_sentence(text)
+    claims += [re.split(r"\b(?:is|are|be)\b|:", claim)[-1] for claim in [*claims, last]]
+    formulas = re.findall(r"(?:\$|\\[(\[])(.{1,100}?)(?:\$|\\[)\]])", text, re.DOTALL)
+    for candidate in (text, *claims, *formulas[-1:]):
+        if read_maths(candidate) or read_maths(without_unit(candidate, UNIT)[0]):
+            return candidate.strip()
+    return None if NEGATION.search(last) else search_number(text, words=False)
+
+
+# the gold
+
+
 def is_right(answer: str, question: Mapping) -> bool:
-    """Whether an answer equals the gold: MathVista's rules for numbers (but 5.7 is not 5), Math-Verify's for maths, MMMU's for text."""
-    kind, golds = question["answer_type"], gold_texts(question)
+    """Whether an answer equals the gold.
+
+    Numbers by MathVista's rules (but 5.7 is not 5, as int() has it there), open questions by MMMU's, maths much as
+    Math-Verify has it. A gold that cannot be read as the maths that it should be is compared as text.
+    """
+    kind, golds = question.get("answer_type"), gold_texts(question)
     if kind == "choice":  # another option with the same text is right too
-        return question["choices"][ord(answer) - 65].split() == question["choices"][ord(golds[0]) - 65].split()
-    if kind in ("list", "math"):
-        return same_maths(f"[{answer}]" if kind == "list" and "[" not in answer else answer, golds[0])
+        texts = dict(zip(LETTERS, choices_of(question)))
+        return any(gold in texts and texts[answer].split() == texts[gold].split() for gold in golds[:1])
     if kind in ("text", "open"):
         return any(same_text(answer, gold, phrase=kind == "open") for gold in golds)
-    value, gold = one_value(answer), one_value(golds[0])
-    if value is None or gold is None or isinstance(value, complex):
-        return False
-    decimals = question.get("precision") if kind == "float" else None
-    return equal(value, gold) if decimals is None else round(float(value), decimals) == round(float(gold), decimals)
+    gold = unboxed(golds[0]) if golds else ""
+    if kind == "list" and "[" not in answer:
+        answer = f"[{answer}]"
+    if kind == "float" and same_number(answer, gold, question.get("precision")):
+        return True
+    return same_maths(answer, gold)
+
+
+def as_text(value) -> str:
+    """The text of whatever a field holds; none of what has none."""
+    try:
+        return "" if value is None else str(value)
+    except (ValueError, RecursionError):  # an integer of over 4,300 digits, lists nested 1,000 deep
+        return ""
+
+
+def choices_of(question: Mapping) -> tuple[str, ...]:
+    choices = question.get("choices")
+    if not isinstance(choices, (list, tuple)):
+        return ()
+    return tuple(as_text(choice)[:FINAL_CHARACTERS] for choice in choices[:len(LETTERS)])
+
+
+def unboxed(text: str) -> str:
+    """A gold without its boxes; where it has several, they are its answer together."""
+    return ", ".join(content.strip() for content, _ in find_boxes(text)) or text
 
 
 def literal_list(text: str) -> list[str]:
@@ -581,13 +724,12 @@ def literal_list(text: str) -> list[str]:
 
 def gold_texts(question: Mapping) -> list[str]:
     """The texts that count as right, the first to be teacher-forced: an open question's gold may be a list of alternatives."""
-    golds = question["answer"]
-    if question["answer_type"] == "open" and isinstance(golds, str) and golds.startswith("["):
-        try:
+    golds = question.get("answer")
+    if question.get("answer_type") == "open" and isinstance(golds, str) and golds.startswith("["):
+        with suppress(ValueError, SyntaxError, MemoryError, RecursionError):  # a text that begins with a bracket
             golds = literal_list(golds)
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
-            pass  # a text that begins with a bracket
-    return [str(gold) for gold in golds] if isinstance(golds, (list, tuple)) else [str(golds)]
+    golds = golds if isinstance(golds, (list, tuple)) else [golds]
+    return [as_text(gold)[:FINAL_CHARACTERS] for gold in golds[:100]]
 
 
 class Rejected(ValueError):
@@ -596,97 +738,170 @@ class Rejected(ValueError):
 
 def check_gold(question: Mapping):
     """Reject a question for which no answer could be graded right."""
-    golds, kind, letters = gold_texts(question), question["answer_type"], [chr(65 + i) for i in range(len(question["choices"] or []))]
-    if not golds or not all(gold.strip() for gold in golds):
+    golds, letters = gold_texts(question), [*LETTERS[:len(choices_of(question))]]
+    if not golds or not all(plain(gold) for gold in golds):
         raise Rejected("gold: the answer is empty")
-    if kind == "choice" and golds[0] not in letters:
+    if question["answer_type"] == "choice" and golds[0] not in letters:
         raise Rejected(f"gold: the answer {golds[0][:40]!r} is not a letter of its {len(letters)} choices")
-    if kind in ("list", "math") and not values_of(golds[0]) or kind in ("integer", "float") and not is_right(golds[0], question):
-        raise Rejected(f"gold: the answer {golds[0][:40]!r} cannot be read as {kind}")
+
+
+def reads_as_maths(question: Mapping) -> bool:
+    """Whether a gold that should be a number, a list or maths can be read as such; else it is compared as text."""
+    gold = unboxed(gold_texts(question)[0])
+    is_maths = question["answer_type"] in ("integer", "float", "list", "math")
+    return not is_maths or bool(read_maths(gold) or read_maths(without_unit(gold, GOLD_UNIT)[0]))
+
+
+# text
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+MARKS = str.maketrans({"²": "^2", "³": "^3", "′": "'", "’": "'", "‘": "'", "“": '"', "”": '"'})
+WRAPPING = re.compile(r"\\(?:text(?:bf|it|normal|rm)?|mathrm|mathbf|mbox)\s?\{|\\[()\[\],;! ]|[$*\\{}\"°]")
+SYMBOL = re.compile(r"[A-Za-z]|(?!NO\b)[A-Z]{2}|\w*[a-z][A-Z]\w*")  # mW, CO, pH: not as words
+
+
+def plain(text: str) -> str:
+    """Text for comparison: words in one case, single spaces, no LaTeX wrapping, no closing punctuation.
+
+    Case, points, signs and powers stay where they carry meaning: 5 MW is not 5 mW, .5 not 5, 10^2 not 102, f' not f.
+    """
+    text = WRAPPING.sub(" ", text.translate(MARKS))
+    text = " ".join(unicodedata.normalize("NFKC", text).split()).strip(" ,;:?").rstrip(".,;:? ")
+    text = re.sub(r"(?<=[^\W\d_]{2})!+$|(?<=\d) (?=[A-Za-z]{1,3}\b)", "", re.sub("^'(.*)'$", r"\1", text))
+    return re.sub(r"[^\W\d_]+", lambda word: word[0] if SYMBOL.fullmatch(word[0]) else word[0].casefold(), text)
+
+
+def same_text(answer: str, gold: str, phrase: bool) -> bool:
+    """Equal words or numbers; of an open question, as MMMU has it, numbers to two decimals or a phrase that holds the gold.
+
+    Unlike MMMU's, the phrase may not list several things or deny one: naming everything is no answer.
+    """
+    number = one_number(gold, re.compile("(?!)")) if re.search(r"\d", gold) else None
+    if number is not None:
+        value = one_number(answer, UNIT)
+        return value is not None and (equal(value, number) or phrase and round(float(value), 2) == round(float(number), 2))
+    answer, gold = plain(answer[:FINAL_CHARACTERS]), plain(gold)
+    if answer == gold or not gold or not phrase or len(gold) > len(answer):
+        return answer == gold != ""
+    rest = re.sub(rf"(?<![\w.+^'-]){re.escape(gold)}(?![\w+^'-]|\.\d)", "", answer, count=1)
+    several = re.search(r"[,;/|]|\b(?:or|and|yes)\b", rest) or NEGATION.search(rest) or REFUSAL.search(rest)
+    return rest != answer and len(rest) < 100 and not several
 
 
 # choices
 
-WRAPPING = re.compile(r"\\(?:text|textbf|mathrm|mathbf|mbox)\s?\{|\\[()\[\]]|[$*\\{}\"°]")
 
-
-def plain(text: str) -> str:
-    """Text for comparison: one case, single spaces, no LaTeX wrapping, no closing punctuation."""
-    return " ".join(unicodedata.normalize("NFKC", WRAPPING.sub(" ", text)).casefold().split()).strip(" .,;:!?'")
+@lru_cache(64)
+def choice_letters(choices: tuple[str, ...]) -> dict[str, str]:
+    """The letter of each text, plain or exact, of equals the first."""
+    backwards = [*zip(choices, LETTERS)][::-1]
+    plains = {plain(choice): letter for choice, letter in backwards}
+    return plains | {choice.strip(): letter for choice, letter in backwards}
 
 
 @lru_cache(64)
-def choice_patterns(choices: tuple[str, ...]) -> tuple[str, dict[str, str], str]:
-    """Of choices: a pattern of a letter that stands alone; plain text -> letter; a pattern of these texts as words, the longest first."""
-    lone = rf"(?<![A-Za-z0-9'/∠△⊙])([A-{chr(64 + len(choices))}])(?![A-Za-z0-9'’/])" if choices else "(?!)()"
-    letters = {plain(choice): chr(65 + i) for i, choice in reversed(list(enumerate(choices))) if plain(choice)}
-    texts = "|".join(re.escape(text) for text in sorted(letters, key=len, reverse=True)) or "(?!)"
-    return lone, letters, rf"(?<![\w.])(?:{texts})(?!\w|\.\d)"
+def choice_pattern(choices: tuple[str, ...]) -> re.Pattern:
+    """The plain texts as words, the longest first: 5 is not in -5, 3/5 or 4:5, and no answer is not the answer no."""
+    texts = sorted({plain(choice) for choice in choices if len(choice) <= ANSWER_CHARACTERS} - {""}, key=len, reverse=True)
+    words = "|".join(map(re.escape, texts)) or "(?!)"
+    return re.compile(rf"(?<![\w.+/^√-])(?<!\d[:,])(?:{words})(?![\w/^!%']|[.,:]\d|-\w)(?:(?<!\bno)|(?! \w))")
 
 
-def bare_choice(text: str, choices: Sequence[str]) -> str | None:
-    """The choice that a text is, and nothing else: a letter, perhaps with brackets or a full stop, or a choice's text."""
-    if len(text) > ANSWER_CHARACTERS:
+def lone_letter(choices: Sequence[str]) -> str:
+    """Pattern of a letter that stands alone: no article (A rhombus), unit (43°C) or name (∠A, A')."""
+    if not choices:
+        return "(?!)()"
+    verbs = "is|was|and|or|because|since|as|but|for"
+    return (rf"(?<![A-Za-z0-9'/∠△⊙°])(?<![\d°]\s)([A-{LETTERS[len(choices) - 1]}])(?![A-Za-z0-9'’/])"
+            rf"(?:(?<!A)|(?!\s(?!(?:{verbs})\b)[a-z]))(?:(?<!I)|(?!\s[a-z]))")
+
+
+def bare_choice(text: str, choices: tuple[str, ...]) -> str | None:
+    """The choice that a text is, and nothing else: a letter, a choice's text, or both as in "C. A to B"."""
+    if len(text) > ANSWER_CHARACTERS or not choices:
         return None
+    texts, letters = choice_letters(choices), LETTERS[:len(choices)]
     letter = re.fullmatch(r"\(?\s?([A-Za-z])\s?[).:]{0,2}", WRAPPING.sub(" ", text).strip())
-    if letter and ord(letter[1].upper()) - 65 < len(choices):
+    if letter and letter[1].upper() in letters:
         return letter[1].upper()
-    same = [chr(65 + i) for i, choice in enumerate(choices) if text.strip() == choice.strip()]
-    return same[0] if same else choice_patterns(tuple(choices))[1].get(plain(text))
+    known = texts.get(text.strip()) or texts.get(plain(text))
+    first = re.match(rf"[\s(]{{0,3}}([{letters}])[).:=\s]{{1,3}}(?=\S)", text)
+    if not known and first and same_maths(text[first.end():], choices[LETTERS.index(first[1])]):
+        return first[1]
+    return known
 
 
-def read_choice(text: str, choices: Sequence[str]) -> str | None:
-    """The one choice that a boxed answer names by letter, text or value; None where it names none or several."""
-    bare, (lone, letters, texts) = bare_choice(text, choices), choice_patterns(tuple(choices))
-    if bare or len(text) > ANSWER_CHARACTERS:
-        return bare
-    lettered = re.match(r"[\s(]{0,3}" + lone + r"\s?[).:=]{0,2}", text)  # "C. A to B": the letters after are the choice's own
-    if lettered:
-        rest, choice = text[lettered.end():], choices[ord(lettered[1]) - 65]
-        if plain(rest) == plain(choice) or same_maths(rest, choice):
-            return lettered[1]
-    named = set(re.findall(lone, text))
-    if not named and values_of(text) is not None:  # 1.8 for \\frac{9}{5}; as words, 5 would stand in -5
-        named = {chr(65 + i) for i, choice in enumerate(choices) if same_maths(text, choice)}
+def read_choice(text: str, choices: tuple[str, ...]) -> str | None:
+    """The one choice that an answer names by letter, text or value; None where it names none or several, or denies one."""
+    known = bare_choice(text, choices)
+    if known or len(text) > ANSWER_CHARACTERS or not choices:
+        return known
+    said, named = plain(text), set(re.findall(lone_letter(choices), text))
+    if not named and read_maths(text):  # 1.8 for \frac{9}{5}; as words, 5 would stand in -5
+        named = {letter for letter, choice in zip(LETTERS, choices) if same_maths(text, choice)}
     else:
-        named |= {letters[said] for said in re.findall(texts, plain(text))}
+        pattern = choice_pattern(choices)
+        named.update(choice_letters(choices)[found] for found in pattern.findall(said))
+        if NEGATION.search(pattern.sub(" ", said)):  # isn't stable, A is wrong
+            return None
     return named.pop() if len(named) == 1 else None
 
 
-def search_choice(text: str, choices: Sequence[str], nearest: bool) -> str | None:
-    """The choice that free text claims as the answer, else by MMMU's rule, else by MathVista's.
+def search_choice(text: str, choices: tuple[str, ...], nearest: bool) -> str | None:
+    """The choice that free text claims as the answer, else the one that it ends on.
 
-    MMMU: the last letter in brackets, else (here: what the last sentence states, else) the last lone letter, else (here: the choice
-    with whose text it begins, else) the last whose text occurs, else a random one (here: none). MathVista (`nearest`): the choice
-    nearest to the answer that an LLM extracts (here: to the last sentence, of "Therefore, x is 5" to the 5). Both take the last of
-    several; here two that are claimed, or joined by "or", are none.
+    Benchmarks take the last of several; here two that are claimed, or joined by "or", are none.
     """
-    bare = bare_choice(text, choices)
-    if bare or not text.strip():
-        return bare
-    lone, letters, texts = choice_patterns(tuple(choices))
-    claimed = [re.match(rf"{lone}(?:\W{{0,4}}(?:or|and|,|&)\W{{0,4}}{lone})?", text[claim.end():claim.end() + 20])
-               for claim in CLAIM.finditer(text)]
-    claimed = {letter for match in claimed if match for letter in match.groups() if letter}
+    first, *more = text.strip().split("\n", 1)
+    known = bare_choice(first, choices) if not re.search(r"\([A-Z]\)", "".join(more)) else None
+    if known or not choices or not text.strip():
+        return known
+    lone, claimed = lone_letter(choices), set()
+    for claim in CLAIM.finditer(text):
+        found = re.match(rf"{lone}(?:\W{{0,4}}(?:or|and|,|&)\W{{0,4}}{lone})?", text[claim.end():claim.end() + 20])
+        claimed.update(found.groups() if found else ())
+    claimed.discard(None)
     if claimed:  # "A or B" claims nothing, nor does A here and B there
         return claimed.pop() if len(claimed) == 1 else None
     if re.search(rf"{lone}\W{{0,4}}(?:or|and|,|&)\W{{0,4}}(?!\1){lone}\W*$", text[-40:]):
         return None
-    last = re.split(r"(?<=[.!?])\s|\n", text.strip())[-1]
-    stated = re.split(r"\bis\b|=|:", last)
-    said = read_choice(stated[-1], choices) if len(stated) > 1 else None
-    found = re.findall(rf"\({lone}\)", text) or [said] * bool(said) or re.findall(lone, text)
-    concluded = len(stated) > 1 and re.match(r"(?i)(?:therefore|thus|so|hence)\b", last) and not re.search(texts, plain(last))
-    if not found and not (nearest and concluded):
-        opening = re.match(texts, plain(text))  # "No, because ..."
-        found = [letters[named] for named in ([opening[0]] if opening else re.findall(texts, plain(text)))]
-    if len(found) == len(set(found)) == len(choices) > 2:  # all of them, listed
+    found = found_choices(text, choices)
+    if found or not nearest:  # all of them, listed, are none
+        return None if not found or len(found) == len(set(found)) == len(choices) > 2 else found[-1]
+    return nearest_choice(text, choices)
+
+
+def found_choices(text: str, choices: tuple[str, ...]) -> list[str]:
+    """The choices that free text names, in order, by the first of these ways that names any."""
+    lone, last, said = lone_letter(choices), last_sentence(text), plain(text)
+    found = re.findall(rf"\({lone}\)", text)
+    if found:
+        return found
+    stated = re.split(r"\bis\b|=|:", last)[1:]
+    states = read_choice(stated[-1], choices) if stated and not REFUSAL.search(last) else None
+    found = [states] if states else re.findall(lone, text)
+    if found:
+        return found
+    pattern, letters = choice_pattern(choices), choice_letters(choices)
+    opening = pattern.match(said)  # "No, because ..."
+    if REFUSAL.search(last) and not opening:
+        return []
+    return [letters[named] for named in ([opening[0]] if opening else pattern.findall(said))]
+
+
+def nearest_choice(text: str, choices: tuple[str, ...]) -> str | None:
+    """MathVista's rule: the choice nearest to the answer, which here is what the last sentence states, if it states one."""
+    last = last_sentence(text)
+    yes_no = choice_letters(choices).keys() <= {"yes", "no", "Yes", "No"}
+    if yes_no and NEGATION.search(last) and not REFUSAL.search(last):
+        return choice_letters(choices)["no"]  # it is not the largest
+    if REFUSAL.search(last) or NEGATION.search(last):
         return None
-    if found or not nearest or not choices:
-        return found[-1] if found else None
-    said = stated[-1].strip(" .*$") if concluded else last
-    distances = [edit_distance(said[:200], choice[:200]) for choice in choices]
-    return chr(65 + distances.index(min(distances)))  # the first of equals
+    stated = re.split(r"\bis\b|=|:", last)
+    if len(stated) > 1 and re.match(r"(?i)(?:therefore|thus|so|hence)\b", last):
+        last = stated[-1].strip(" .*$")
+    distances = [edit_distance(last[:200], choice[:200]) for choice in choices]
+    return LETTERS[distances.index(min(distances))]  # the first of equals
 
 
 def edit_distance(text: str, choice: str) -> int:
@@ -699,145 +914,431 @@ def edit_distance(text: str, choice: str) -> int:
     return row[-1]
 
 
-# text and numbers
+# maths: small, bounded arithmetic instead of a computer algebra system
+#
+# A text is rewritten to one notation, cut into tokens and read by recursive descent into claims. An expression with
+# variables is worth its values at some random places of them: expressions are equal where these are, whatever their form.
+
+PLACES = 8  # the first with positive variables, then of either sign, for x is not |x|; the last complex, for ab is not |ab|
+CONSTANTS = {"pi": math.pi, "e": math.e, "i": 1j, "infty": math.inf}
+FUNCTIONS = {
+    "sqrt": cmath.sqrt, "exp": cmath.exp, "ln": cmath.log, "log": cmath.log10, "lg": cmath.log10, "abs": abs,
+    "sin": cmath.sin, "cos": cmath.cos, "tan": cmath.tan, "sinh": cmath.sinh, "cosh": cmath.cosh, "tanh": cmath.tanh,
+    "sec": lambda x: 1 / cmath.cos(x), "csc": lambda x: 1 / cmath.sin(x), "cot": lambda x: 1 / cmath.tan(x),
+    "arcsin": cmath.asin, "arccos": cmath.acos, "arctan": cmath.atan}
+GREEK = ("alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho varsigma sigma tau "
+         "upsilon phi chi psi omega").split()
+SYMBOLS = str.maketrans({
+    "√": r"\sqrt ", "×": "*", "·": "*", "⋅": "*", "÷": "/", "−": "-", "–": "-", "±": r"\pm ", "∞": r"\infty ", "∈": r"\in ", "²": "^2 ",
+    "³": "^3 ", "$": " ", "（": "(", "）": ")", "，": ",", "~": " ", "∠": " ", "△": " ", "′": "'", "’": "'", "⟨": "?", "⟩": "?"}
+    | {chr(0x3b1 + i): rf"\{name} " for i, name in enumerate(GREEK)})  # 0x3b1: α
+
+# A noun may stand behind a number, or before an equals sign, without changing the value.
+NO_NOUN = ("and|or|not|than|more|less|fewer|over|times|plus|minus|squared|cubed|half|dozens?|hundreds?|thousands?|millions?|billions?|"
+           "trillions?|[abcxyz]{3}|factorial|sqrt|exp|sin|cos|tan|sec|arc[a-z]+")
+NOUN = rf"(?!(?:{NO_NOUN})\b)(?=[A-Za-z]*[aeiou])[A-Za-z][a-z]{{2,}}\b"
+POWER = r"(?:\s?\^\s?\{?\s?-?[1-4]\s?\}?)?"
+SYMBOL_UNIT = (r"(?:[kMGcdmnµ]?(?:m|g|s|[lL]|W|V|A|J|N|F|C|K|T|Pa|Hz|eV|mol|bar|Ω)|lbs?|oz|ft|in|yd|mi|hrs?|h|min|sec|mph|kph|rad)"
+               rf"(?![A-Za-z]){POWER}")
+ANY_UNIT = (rf"(?:(?:sq(?:uare)?\.?|cu(?:bic)?\.?)\s)?(?:{SYMBOL_UNIT}(?:\s?[/*]\s?{SYMBOL_UNIT}){{0,2}}|{NOUN}(?:\s{NOUN}){{0,3}})")
+# A gold's unit must be clear by itself, or marked as text: 2mg may be a product. In an answer 2 h is two hours, 2h is not.
+CLEAR_UNIT = (rf"(?<=[\d.)}}\]\s])(?:(?:[cdkm]m|kg)(?![A-Za-z])|{NOUN}(?:\s{NOUN}){{0,3}}|°\s?[CF]\b|[^\W\da-zA-Z_]+|"
+              rf"(?:\\text\{{\s*{ANY_UNIT}\s*\}}{POWER}\s?/?\s?){{1,2}})")
+UNIT_END = rf"{POWER}(?=[\s.]*(?:$|[,)\]∪]))"
+GOLD_UNIT = re.compile(CLEAR_UNIT + UNIT_END)
+UNIT = re.compile(rf"(?:{CLEAR_UNIT}|(?<=[\d)}}]\s){ANY_UNIT}){UNIT_END}")
 
 
-def search_text(text: str) -> str | None:
-    """MMMU's rule for open questions, the last line alone: what follows its last "answer", "is", "so", "=" ..."""
-    last = (text.strip().splitlines() or [""])[-1]
-    return re.split(r"(?i)\b(?:could be|so|is|are|thus|therefore|final|answer|result)\b|=|:", last)[-1].strip(" .*") or None
+NAME = r"(?:(?:\\[a-z]+|[A-Z]{1,6}|[A-Za-z])(?:_(?:\{\w+\}|\w))?'*(?:\(\w(?:,\s?\w)*\))?|\(\s?[a-z](?:,\s?[a-z])+\s?\))"
+SIDE = r"(?:[^<>≤≥=≠≈,A-Za-z]|\\[a-z]+|pi|sqrt)+"  # without variables
+INEQUALITY = (rf"(?:^|(?<=,))\s*(?:{SIDE}[<≤]\s?{NAME}\s?[<≤]{SIDE}|{SIDE}[>≥]\s?{NAME}\s?[>≥]{SIDE}|{NAME}?\s?[<>≤≥]{SIDE}|"
+              rf"{SIDE}[<>≤≥]\s?{NAME})(?=$|,)")
 
 
-def same_text(answer: str, gold: str, phrase: bool) -> bool:
-    """Equal words or numbers; of an open question, as MMMU has it, numbers to two decimals or a phrase that holds the gold.
-
-    Unlike MMMU's, the phrase may not list several things: naming everything is no answer.
-    """
-    value, number, answer, gold = one_value(answer), one_value(gold), plain(answer), plain(gold)
-    if answer == gold or value is not None and number is not None and equal(value, number):
-        return bool(answer)
-    if number is not None or not phrase:
-        return phrase and value is not None and round(complex(value).real, 2) == round(complex(number).real, 2)
-    rest = re.sub(rf"(?<!\w){re.escape(gold)}(?!\w)", "", answer, count=1)
-    return bool(gold) and rest != answer and len(rest) < 100 and not re.search(r"[,;/|]|\b(?:or|and|not?|yes)\b", rest)
-
-
-def search_number(text: str, words: bool = False) -> str | None:
-    """The last number that is not the bound of a comparison: "2 bars are larger than 4" answers 2, and so does "two bars" with `words`."""
-    found = list(NUMBER.finditer(text))
-    free = [number[0] for number in found if not text.endswith((" than ", " least ", " most ", " of "), 0, number.start())]
-    if len(free) > 1 and re.search(r"\d\s+(?:or|and)\s+[-\d.,]+\W*$", text[-40:]):  # "5 or 7" answers nothing
-        return None
-    if words and not free:
-        free = [str(NUMBERS.index(word)) for word in re.findall(rf"\b(?:{'|'.join(NUMBERS[2:])})\b", text.lower())]
-    return (free or [number[0] for number in found] or [None])[-1]
+def as_interval(found: re.Match) -> str:
+    """x < 2 as ⟨x⟩(-infty, 2): a name and the values that it may have."""
+    sides = [side.strip() for side in re.split("([<>≤≥])", found[0])]
+    if sides[1] in ">≥":
+        sides.reverse()
+    if len(sides) == 3 and re.fullmatch(f"{NAME}?", sides[0]):
+        sides = ["-infty", "<", *sides]
+    low = "[" if sides[1] in "≤≥" else "("
+    if len(sides) == 3:
+        return f"⟨{sides[2]}⟩{low}{sides[0]},infty)"
+    high = "]" if sides[3] in "≤≥" else ")"
+    return f"⟨{sides[2]}⟩{low}{sides[0]},{sides[4]}{high}"
 
 
-def search_maths(text: str) -> str | None:
-    """The whole text if it is an expression, else what is claimed as the answer, the last formula, the last number."""
-    claims = [text[claim.end():claim.end() + 100].partition("\n")[0].partition(". ")[0] for claim in CLAIM.finditer(text)]
-    formulas = re.findall(r"(?:\$|\\[(\[])(.{1,100}?)(?:\$|\\[)\]])", text, re.DOTALL)
-    for candidates in ([text], claims, formulas):
-        if candidates and values_of(candidates[-1]):
-            return candidates[-1].strip()
-    return search_number(text)
-
-
-# maths: small, bounded arithmetic instead of a computer algebra system; nothing in a response is ever executed
-
-BRACKETS = {"(": ")", "{": "}", "[": "]"}
-CONSTANTS = {"pi": math.pi, "e": math.e}
-FUNCTIONS = {"sqrt": cmath.sqrt, "sin": cmath.sin, "cos": cmath.cos, "tan": cmath.tan, "ln": cmath.log, "log": cmath.log10}
-TOKEN = re.compile(r"(\d+(?:\.\d*)?(?:[eE][-+]?\d{1,2}(?![\d.]))?|\.\d+)|\\?(frac|sqrt|sin|cos|tan|log|ln|pi)|\\?([A-Za-z]+)|(\*\*|\S)")
-SYMBOLS = str.maketrans({"√": r"\sqrt ", "π": r"\pi ", "×": "*", "·": "*", "⋅": "*", "÷": "/", "−": "-", "–": "-", "≈": "=",
-                         "²": "^2 ", "³": "^3 ", "°": " ", "$": " ", "（": "(", "）": ")", "，": ",", "~": " "})
 REWRITES = [(re.compile(pattern), new) for pattern, new in (
-    (r"\\!\s?", ""), (r"\\[dt]frac(?![a-z])", r"\\frac"), (r"\\(?:cdot|times)(?![a-z])", "*"), (r"\\div(?![a-z])", "/"),
-    (r"\\(?:text|textbf|mathrm|mathbf|mbox|operatorname)\s?\{([^{}]*)\}|\\(?:left|right|displaystyle|q?quad|[,;: ()\[\]])", r" \1 "),
-    (r"\\approx(?![a-z])", "="), (r"\^\s?\{?\s?\\circ\s?\}?|\\circ|\\degree|\bdegrees?\b|\\?%|\bpercent\b|\bpct\b", " "),
-    (r"(?<![\d.,])(\d{1,3}(?:,\d{3}){1,6})(?![\d,])", lambda found: found[1].replace(",", "")),
+    (r"\\begin\{[pb]?matrix\}(.*?)\\end\{[pb]?matrix\}",
+     lambda found: "⟦[" + found[1].replace("&", ",").replace(r"\\", "],[") + "]⟧"),
+    (r"\\!\s?|\\displaystyle|\\(?:left|right)(?![a-z])\.?|\\[bB]igg?[lr]?(?![a-z])|\\(?:angle|triangle)(?![a-z])", ""),
+    (r"\\(?:q?quad|[;: ()\[\]])|\\,(?!\d{3})", " "),
+    (r"\\(?:text(?:bf|it|normal|rm|sf)?|math(?:rm|bf|it)|mbox|operatorname\*?)\s?\{\s*([^{}]*?)\s*\}", r"\\text{\1}"),
+    (r"\\text\{(and|or|pi|e|(?:arc)?(?:sin|cos|tan|cot)|ln|log|lg|exp)\}", r" \1 "),
+    (r"\\(?:overline|vec|hat|bar)\s?\{([A-Za-z]+)\}", r"\1"),
+    (r"\\[dtc]frac(?![a-z])", r"\\frac"), (r"\\(?:cdot|times|ast)(?![a-z])", "*"), (r"\\div(?![a-z])", "/"),
+    (r"\\(?:approx|simeq|doteq)(?![a-z])", "≈"), (r"\\in(?![a-z])", "="), (r"(sin|cos|tan)\s?\^\s?\{?\s?-1\s?\}?", r"arc\1"),
+    (r"log\s?_\s?(?:\{([^{}]*)\}|(\w))", r"log[\1\2]"), (r"\\neq?(?![a-z])|\\not\s?=|!=", "≠"),
+    (r"\\leq?(?:slant|q)?(?![a-z])|<=", "≤"), (r"\\geq?(?:slant|q)?(?![a-z])|>=", "≥"), (r"\\lt(?![a-z])", "<"), (r"\\gt(?![a-z])", ">"),
+    (r"\^\s?\{?\s?\\circ\s?\}?|\\circ(?![a-z])|\\degree|\s?\bdegrees?\b", "°"), (r"\\%|\b(?:percent|pct)\b", "%"),
+    (r"\\[lr]?[vV]ert(?![a-z])|\\\|", "|"),
+    # thousands: a comma between round or square brackets separates
+    (r"(?<![\d.,])(\d{1,3}(?:,\d{3}){1,6})(?![\d,])(?![^()\[\]]*?(?:[)\]]|\\\}))", lambda found: found[1].replace(",", "")),
+    (r"(?<![\d.,])(\d{1,3}(?:(?:\{,\}|\\,|\s)\d{3}){1,6})(?!\d)", lambda found: re.sub(r"\D", "", found[1])),
     (r"\\frac\s?(\d)\s?(\d)", r"\\frac{\1}{\2}"),
     (r"(?<![\d.^])(\d+)\s?\\frac\s?\{\s?(\d+)\s?\}\s?\{\s?(\d+)\s?\}", r"(\1+\2/\3)"),  # mixed numbers
-    (r"(?<![\d.^])(\d+)\s(\d+)\s?/\s?(\d+)(?!\d)", r"(\1+\2/\3)"))]
-UNIT = re.compile(r"(?<=[\d})\s])(?:km/h|m/s|[kMG]?(?:Hz|Pa|N|J|W|V)|[kcdm]?m|[km]?g|lbs?|ft|in|yd|mi|s|hr?|mL|L|[^\W\da-zA-Z_]+|"
-                  r"(?!sqrt|sin|cos|tan|log|frac|[abcxyz]{3}\b)[A-Za-z]{3,})\s*(?:\^\s*\{?\s*[23]\s*\}?\s*\^?)?[\s.]*$")
+    (r"(?<![\d.^])(\d+)\s(\d+)\s?/\s?(\d+)(?!\d)", r"(\1+\2/\3)"),
+    (r"\\([{}])", r"\1"), (r",?\s*\b(?:and|or)\b|;|∪|\\cup(?![a-z])", ","),
+    (r"(?i)^\s*(?:(?:about|approximately|around|roughly|exactly|(?:so|thus|therefore|hence),?|(?:the )?(?:final )?answer is|there (?:are|is)|it is)\s)+", ""),
+    (rf"(?:^|(?<=,))\s*(?:\\text\{{[^{{}}]*\}}|{NOUN}(?:\s[a-z]+){{0,3}})?\s*[=≈]", ""),  # Area = 12
+    (INEQUALITY, as_interval), (rf"^([-\d./\s]+)=\s*({NAME})$", r"⟨\2⟩\1"), (rf"(?:^|(?<=[,({{]))\s*({NAME})\s?[=≈]", r"⟨\1⟩"))]
+KNOWN = "|".join(["frac", "pi", "pm", "mp", "infty", *sorted(FUNCTIONS, key=len, reverse=True)])
+TOKEN = re.compile(
+    r"(\d+(?:\.\d*)?(?:[eE][-+]?\d{1,2}(?![\d.]))?|\.\d+)"  # a number
+    rf"|\\?((?:{KNOWN})(?![a-z]))"
+    r"|([A-Za-z]{3,})"                                      # a word, or a product of letters
+    rf"|(\\(?:var)?(?i:{'|'.join(GREEK)})(?![a-z])(?:_(?:\{{\w{{1,9}}\}}|\w))?"
+    r"|[A-Za-z](?:_(?:\{\w{1,9}\}|\w))?'*|\*\*|⟨[^⟩]*⟩|\S)")
+BRACKETS = {"(": ")]", "[": "])", "{": "}", "⟦": "⟧", "⌈": "⌉"}  # and what may close them; ⌈ and ⌉ are the bars of |x|
+RELATIONS = {*"=≈<>≤≥≠"}
+ENDS = {None, *",:)]}⟧⌉", *RELATIONS}
 
 
-def values_of(text: str) -> list[tuple] | None:
-    """The values of an expression, or of several with commas between, each at two points; None where it is no maths.
+@dataclass
+class Group:
+    """Several claims between brackets: a pair, an interval, a set, the rows of a matrix, the terms of a ratio."""
+    brackets: str
+    parts: list
 
-    Units, degree and percent signs do not count; of an equation its right-hand side does. Order counts within brackets and in ratios.
+
+@dataclass
+class Claim:
+    """One thing that an answer says: a value, perhaps named (x = 3), or a relation between two sides.
+
+    An expression is a number, or a tuple of its values at the PLACES; a relation is the difference of its sides.
     """
-    if len(text) > ANSWER_CHARACTERS:
-        return None
-    text = text.translate(SYMBOLS)
+    name: str | None
+    value: object
+    rounded: object  # of 1/3 ≈ 0.33 the 0.33, else the value
+    sign: str = ""          # of a relation: =, ≠, < or ≤
+
+    @property
+    def constant(self) -> bool:
+        if isinstance(self.value, Group):
+            return all(part.constant for part in self.value.parts)
+        return not isinstance(self.value, tuple) and not self.sign
+
+
+def same_maths(answer: str, gold: str) -> bool:
+    """Whether two texts say the same; as text where the gold is no maths. A unit may be left out, but not be another."""
+    if plain(answer[:FINAL_CHARACTERS]) == plain(gold) != "":
+        return True
+    if same_claims(read_maths(answer), read_maths(gold)):
+        return True
+    answer, unit = without_unit(answer, UNIT)
+    gold, gold_unit = without_unit(gold, GOLD_UNIT)
+    if unit and gold_unit and (unit[0].lower() != gold_unit[0].lower() or unit != gold_unit and len(unit + gold_unit) < 7):
+        return False  # mW is not MW
+    golds = read_maths(gold)
+    # a letter that is a factor is no unit: of 2mg the answer 2 is no part
+    return bool(unit or gold_unit) and all(part.constant for part in golds) and same_claims(read_maths(answer), golds)
+
+
+def without_unit(text: str, pattern: re.Pattern) -> tuple[str, str]:
+    """A text without the units of its values, and the first of them."""
+    text = rewrite(text)
+    found = pattern.search(text)
+    return pattern.sub("", text), re.sub(r"\\text|[{}\s.]", "", found[0]) if found else ""
+
+
+def one_number(text: str, pattern: re.Pattern):
+    """The one real number that a text says, with or without a unit; else None."""
+    for shorter in (text, without_unit(text, pattern)[0]):
+        claims = read_maths(shorter)
+        value = claims[0].rounded if len(claims) == 1 and claims[0].constant else None
+        if not isinstance(value, Group) and value is not None and is_real(value):
+            return value.real
+    return None
+
+
+def same_number(answer: str, gold: str, decimals) -> bool:
+    """Equal when rounded to the gold's decimals, as MathVista has it."""
+    value, number = one_number(answer, UNIT), one_number(gold, GOLD_UNIT)
+    if value is None or number is None or not isinstance(decimals, int) or not 0 <= decimals <= 15:
+        return False
+    return round(float(value), decimals) == round(float(number), decimals)
+
+
+def same_claims(claims: Sequence[Claim], golds: Sequence[Claim]) -> bool:
+    """Order counts between brackets and of values with different names, not of solutions."""
+    group = golds[0].value if len(golds) == 1 and len(claims) > 1 and not golds[0].name else None
+    if isinstance(group, Group) and group.brackets == "()":  # 1, 2 for (1, 2)
+        return len(claims) == len(group.parts) and all(map(same_claim, claims, group.parts))
+    if not claims or len(claims) != len(golds):
+        return False
+    names, gold_names = ({claim.name for claim in some if claim.name} for some in (claims, golds))
+    if all(map(same_claim, claims, golds)) and len(names) <= max(1, len(gold_names)):
+        return True
+    left = list(golds)
+    for claim in claims:  # each must be another of the golds
+        fits = [gold for gold in left if same_claim(claim, gold) and (claim.name == gold.name or len(names | gold_names) < 2)]
+        if not fits:
+            return False
+        left.remove(fits[0])
+    return True
+
+
+def same_claim(claim: Claim, gold: Claim) -> bool:
+    """A name on the left of a plain value may be left out; another name is another claim."""
+    other_names = claim.name and gold.name and claim.name != gold.name
+    if claim.sign or gold.sign or other_names:
+        return (claim.sign or "=") == (gold.sign or "=") and same_relation(difference(claim), difference(gold), gold.sign)
+    if gold.name and not claim.name and not gold.constant:
+        return False
+    pairs = product((claim.value, claim.rounded), (gold.value, gold.rounded))
+    return any(same_value(*pair) for pair in pairs)
+
+
+def same_value(value, gold) -> bool:
+    """Expressions equal wherever the gold is real, for a root is asked only where it is defined; groups part by part."""
+    if isinstance(value, Group) != isinstance(gold, Group):
+        return False
+    if not isinstance(gold, Group):
+        pairs = [*zip(*at_places(value, gold))]
+        return all(equal(*pair) for pair in pairs if is_real(pair[1]) or pair is pairs[-1])
+    if value.brackets != gold.brackets or len(value.parts) != len(gold.parts):
+        return False
+    return all(map(same_claim, value.parts, gold.parts)) or gold.brackets == "{}" and same_claims(value.parts, gold.parts)
+
+
+def difference(claim: Claim):
+    """Of the sides of a relation; of x = 3, x - 3."""
+    if claim.sign or not claim.name or isinstance(claim.value, Group):
+        return claim.value if claim.sign else 0
+    return each(sub, variable(claim.name), claim.value)
+
+
+def same_relation(value, gold, sign: str) -> bool:
+    """Relations hold in the same places where their differences are a constant factor apart, in an inequality a positive one."""
+    value, gold = at_places(value, gold)
+    if not all(value) or not all(gold):
+        return False
+    factor = value[0] / gold[0]
+    return all(equal(one, factor * other) for one, other in zip(value, gold)) and (sign not in ("<", "≤") or factor.real > 0)
+
+
+def equal(value, gold) -> bool:
+    """Whole numbers must be the same; others may differ by half a unit of the sixth decimal, where Math-Verify rounds."""
+    exact = isinstance(value, Fraction) and isinstance(gold, Fraction)
+    if value == gold or exact and value.denominator == gold.denominator == 1:
+        return value == gold
+    value, gold = complex(value), complex(gold)
+    noise = 0 if exact else 1e-12 * (abs(gold) or 1)  # of floating point: sin(pi) is 1e-16
+    return abs(value - gold) <= 5e-7 * min(1, abs(gold)) + noise
+
+
+def is_real(value) -> bool:
+    return abs(complex(value).imag) <= 1e-12 * abs(complex(value))
+
+
+def rewrite(text: str) -> str:
+    """LaTeX and Unicode in one notation; a text too long to be an answer as none."""
+    text = " ".join(text.translate(SYMBOLS).split()) if len(text) <= ANSWER_CHARACTERS else ""
     for pattern, new in REWRITES:
         text = pattern.sub(new, text)
-    for _ in range(3):  # "square metres per hour"
-        text = UNIT.sub("", text.strip().rstrip(" ."))
-    bracketed = re.fullmatch(r"\s*\\?[\[({](.*[,;].*)[\])}]\s*", text)
-    parts = re.split(r"[,;:]|\band\b|\bor\b", bracketed[1] if bracketed else text)
+    return text.strip().rstrip(" .")
+
+
+@lru_cache(1024)
+def read_maths(text: str) -> list[Claim]:
+    """What a text claims, with commas, "and" or "or" between; none where it is no maths."""
     try:
-        values = [tuple(evaluate(part.rpartition("=")[2], point) for point in (0, 1)) for part in parts[:20]]
-    except (ValueError, ArithmeticError, RecursionError):
-        return None
-    ordered = bracketed or ":" in text or len(values) == 1
-    return values if ordered else sorted(values, key=lambda pair: (complex(pair[0]).real, complex(pair[0]).imag))
+        tokens = tokenize(re.sub(r"\\text\{([^{}]*)\}", r" \1 ", rewrite(text)))
+        claims = read_all(tokens)
+        if "pm" in tokens:  # was read as plus; now as minus
+            turned = {"pm": "mp", "mp": "pm"}
+            claims += read_all([turned.get(token, token) for token in tokens])
+    except (ValueError, TypeError, ArithmeticError, RecursionError):  # TypeError: arithmetic with a pair or a set
+        return []
+    group = claims[0].value
+    if len(claims) > 1 or not isinstance(group, Group) or group.brackets != "{}":
+        return claims
+    return [Claim(part.name or claims[0].name, part.value, part.rounded, part.sign) for part in group.parts]  # {1, 2} is 1, 2
 
 
-def evaluate(text: str, point: int):
-    """The value of an expression: a Fraction while that is exact, its variables fixed numbers. Raises ValueError where it is none."""
-    tokens = []
-    for number, name, letters, sign in TOKEN.findall(text):
-        if len(letters) > 2 and not re.fullmatch("[abcxyz]{3}", letters):
-            raise ValueError(f"{letters} is prose, not a product")
-        tokens += [Fraction(number)] if number else [name] if name else list(letters or sign.replace("**", "^"))
-    tokens = [None, *reversed(tokens)]  # a stack, the next token last
-    value = read_terms(tokens, point)
-    if tokens[-1] is not None or not cmath.isfinite(complex(value)):
-        raise ValueError("no expression")
-    return value.real if isinstance(value, complex) and value.imag == 0 else value
+def read_all(tokens: Sequence) -> list[Claim]:
+    stack = [None, *reversed(tokens)]
+    claims = read_claims(stack)
+    if len(stack) > 1:
+        raise ValueError("more brackets close than open")
+    return claims
 
 
-def read_terms(tokens: list, point: int, rank: int = 1):
+def tokenize(text: str) -> list:
+    """Fractions for numbers, else strings; bars as brackets that open and close."""
+    tokens, bars = [], 0
+    for number, known, word, other in TOKEN.findall(text):
+        if word and re.search("[aeiou]", word) and not re.fullmatch("[abcxyz]{3}", word):
+            raise ValueError(f"{word} is prose, not a product")
+        if other == "|":
+            closes = bars and (isinstance(tokens[-1], Fraction) or tokens[-1][-1].isalnum() or tokens[-1] in ")]}⌉!°%'")
+            bars += -1 if closes else 1
+            other = "⌉" if closes else "⌈"
+        tokens += word or [Fraction(number) if number else known or other.lstrip("\\") or other]
+    return tokens
+
+
+@lru_cache(256)
+def variable(name: str) -> tuple:
+    """A letter's values at the PLACES, independent of every other letter's."""
+    draw = random.Random(name)
+    values = [draw.uniform(0.3, 2.7) * draw.choice([-1, 1]) for _ in range(PLACES)]
+    return abs(values[0]), *values[1:-1], cmath.rect(abs(values[-1]), draw.uniform(0.05, 0.2))
+
+
+def at_places(*operands) -> list[tuple]:
+    return [operand if isinstance(operand, tuple) else (operand,) * PLACES for operand in operands]
+
+
+def each(apply: Callable, *operands):
+    """An operation on numbers, or at each of the places."""
+    if not any(isinstance(operand, tuple) for operand in operands):
+        return bounded(apply(*operands))
+    return tuple(map(bounded, map(apply, *at_places(*operands))))
+
+
+def bounded(value):
+    """A number that is small enough for comparing not to overflow."""
+    if 1e-90 < abs(value) < 1e90 or abs(value) in (0, math.inf):
+        return value
+    raise ValueError("out of bounds")
+
+
+def read_claims(tokens: list) -> list[Claim]:
+    """Claims with commas between, or the terms of a ratio. `tokens`: a stack, the next one last."""
+    claims, separators = [read_claim(tokens)], set()
+    while tokens[-1] in (",", ":"):
+        separators.add(tokens.pop())
+        claims.append(read_claim(tokens))
+    if len(separators) > 1:
+        raise ValueError("a list and a ratio")
+    ratio = Group(":", claims)
+    return [Claim(None, ratio, ratio)] if ":" in separators else claims
+
+
+def read_claim(tokens: list) -> Claim:
+    """A value that may be worked out (x = 1 + 2 = 3, 1/3 ≈ 0.33), else two sides."""
+    name = tokens.pop()[1:-1] or None if str(tokens[-1])[0] == "⟨" else None
+    sides, signs = [read_terms(tokens)], [""]
+    while tokens[-1] in RELATIONS:
+        signs.append(tokens.pop())
+        sides.append(read_terms(tokens))
+    first, last, sign = sides[0], sides[-1], signs[-1]
+    if {*signs} <= {"", "=", "≈"} and all(side is last or same_or_rounded(side, last, sign) for side in sides):
+        return Claim(name, first, last)
+    if len(sides) != 2 or name or sign == "≈":
+        raise ValueError("sides that differ")
+    if sign in (">", "≥"):
+        first, last, sign = last, first, {">": "<", "≥": "≤"}[sign]
+    return Claim(None, each(sub, last, first), None, sign)
+
+
+def same_or_rounded(value, rounded, sign: str) -> bool:
+    """Whether a value is another, or is that when rounded to its decimals."""
+    if same_value(value, rounded):
+        return True
+    if not isinstance(rounded, Fraction) or not isinstance(value, Fraction | float | complex) or not is_real(value):
+        return False
+    decimals = [k for k in range(sign != "≈", 16) if round(rounded, k) == rounded]
+    return bool(decimals) and round(Fraction(value.real), decimals[0]) == rounded
+
+
+def read_terms(tokens: list, rank: int = 1):
     """What operators of at least `rank` join (precedence climbing). Side by side is a product, but not before a number."""
-    value = read_atom(tokens, point)
-    while tokens[-1] not in (None, *BRACKETS.values()):
-        if isinstance(tokens[-1], Fraction):
+    value = read_atom(tokens)
+    while tokens[-1] not in ENDS:
+        token = tokens[-1]
+        if isinstance(token, Fraction):
             raise ValueError("two numbers side by side")
-        own_rank, apply = OPERATORS.get(tokens[-1], OPERATORS["*"])
+        own_rank, apply = OPERATORS.get(token, OPERATORS["*"])
         if own_rank < rank:
             break
-        if tokens[-1] in OPERATORS:
+        if token in OPERATORS:
             tokens.pop()
-        value = apply(value, read_terms(tokens, point, own_rank + 1))
+        value = each(apply, value, read_terms(tokens, own_rank + (apply is not power)))
     return value
 
 
-def read_atom(tokens: list, point: int):
+def read_atom(tokens: list):
+    """A number, a letter, a bracket or a function, and the signs behind it. Degrees and percents do not count."""
     token = tokens.pop()
-    if token in ("+", "-"):
-        value = read_terms(tokens, point, 3)  # -2^2 is -4
-        return -value if token == "-" else value
+    if token in ("+", "-", "pm", "mp"):
+        value = read_terms(tokens, 3)  # -2^2 is -4
+        return each(neg, value) if token in ("-", "mp") else value
     if isinstance(token, Fraction):
-        return token
-    if token in BRACKETS:
-        value = read_terms(tokens, point)
-        if tokens.pop() != BRACKETS[token]:
-            raise ValueError("unbalanced brackets")
-        return value
-    if token == "frac":
-        return read_atom(tokens, point) / read_atom(tokens, point)
-    if token == "sqrt" and tokens[-1] == "[":
-        degree = read_atom(tokens, point)
-        return power(read_atom(tokens, point), 1 / degree)
-    if token in FUNCTIONS:
-        return FUNCTIONS[token](complex(read_atom(tokens, point)))
-    if token in CONSTANTS:
-        return CONSTANTS[token]
-    if token and token.isalpha():
-        return 0.5 + (ord(token) * (0.618, 0.414)[point]) % 1
-    raise ValueError(f"{token} is no number")
+        value = bounded(token)
+    elif token in BRACKETS:
+        value = read_brackets(tokens, token)
+    elif token == "frac":
+        value = each(truediv, read_atom(tokens), read_atom(tokens))
+    elif token in FUNCTIONS:
+        value = read_function(tokens, token)
+    elif token in CONSTANTS:
+        value = CONSTANTS[token]
+    elif token and (token[0].isalpha()):
+        value = variable(re.sub("[{}]", "", token))
+    else:
+        raise ValueError(f"{token} is no number")
+    while tokens[-1] in ("°", "%", "!"):
+        if tokens.pop() == "!":
+            value = each(factorial, value)
+    return value
+
+
+def read_brackets(tokens: list, opening: str):
+    """The value between brackets or bars; several values as a group."""
+    parts, closing = read_claims(tokens), tokens.pop()
+    if closing is None or closing not in BRACKETS[opening]:
+        raise ValueError("unbalanced brackets")
+    part = parts[0]
+    single = len(parts) == 1 and not part.sign and not part.name and opening + closing not in ("[)", "(]")
+    if opening == "⌈":
+        return each(abs, part.value if single else None)
+    return part.value if single else Group(opening + closing, parts)
+
+
+def read_function(tokens: list, name: str):
+    """sin x, sin^2 x, a root's degree or a logarithm's base in square brackets; an angle in degrees is taken as such."""
+    index = read_atom(tokens) if tokens[-1] == "[" and name in ("sqrt", "log") else None
+    exponent, degrees = None, tokens.count("°")
+    if tokens[-1] == "^":
+        tokens.pop()
+        exponent = read_atom(tokens)
+    value = read_argument(tokens, name)
+    if tokens.count("°") < degrees:
+        value = each(mul, value, math.pi / 180)
+    if name == "sqrt" and index is not None:
+        return each(root, value, index)
+    value = each(FUNCTIONS[name], each(principal, value))
+    if index is not None:
+        value = each(truediv, value, each(cmath.log10, each(principal, index)))
+    return value if exponent is None else each(power, value, exponent)
+
+
+def read_argument(tokens: list, name: str):
+    """What brackets hold, else factors side by side: the 2x of sin 2x cos x."""
+    if tokens[-1] in BRACKETS or name == "sqrt":
+        return read_atom(tokens)
+    value = read_terms(tokens, 3)
+    while isinstance(tokens[-1], str) and tokens[-1][0].isalpha() and tokens[-1] not in FUNCTIONS:
+        value = each(mul, value, read_terms(tokens, 3))
+    return value
+
+
+def principal(value) -> complex:
+    """Without a negative zero as imaginary part, which would take the other branch of a root."""
+    return complex(value.real) if value.imag == 0 else value
 
 
 def power(base, exponent):
@@ -845,48 +1346,24 @@ def power(base, exponent):
     if isinstance(base, Fraction) and isinstance(exponent, Fraction) and exponent.denominator == 1 and abs(exponent) <= 64:
         if abs(exponent) * (base.numerator.bit_length() + base.denominator.bit_length()) <= 2000:
             return base ** int(exponent)
-    return complex(base) ** complex(exponent)
+    return principal(base) ** principal(exponent)
 
 
-OPERATORS = {"+": (1, add), "-": (1, sub), "*": (2, mul), "/": (2, truediv), "^": (3, power)}
+def root(value, degree):
+    """The cube root of -8 is -2."""
+    if is_real(value) and value.real < 0 and degree % 2 == 1:
+        return -power(-value, 1 / degree)
+    return power(value, 1 / degree)
 
 
-def equal(value, gold) -> bool:
-    """Whole numbers must be the same; others may differ by half a unit of the sixth decimal, where Math-Verify rounds."""
-    if isinstance(value, Fraction) and isinstance(gold, Fraction) and value.denominator == gold.denominator == 1:
-        return value == gold
-    return abs(complex(value) - complex(gold)) <= 5e-7 * min(1, abs(complex(gold))) + 1e-12 * abs(complex(gold))
+def factorial(value) -> Fraction:
+    if not isinstance(value, Fraction) or value.denominator > 1 or not 0 <= value <= 50:
+        raise ValueError("no small whole number")
+    return Fraction(math.factorial(int(value)))
 
 
-def one_value(text: str):
-    """The one number that a text names, by itself or among words; None for an expression with variables."""
-    values = values_of(text)
-    if values is None and len(text) <= ANSWER_CHARACTERS:
-        found = NUMBER.findall(text)
-        if len(found) == 1 and not re.search(r"[\d*^/+√π=\\{}()]", text.replace(found[0], "", 1)):
-            values = values_of(found[0])
-    return values[0][0] if values and len(values) == 1 and values[0][0] == values[0][1] else None
-
-
-def same_maths(answer: str, gold: str) -> bool:
-    """Equal values, term by term; where the gold is no maths, equal text."""
-    gold = find_boxes(gold)[-1][0] if find_boxes(gold) else gold
-    values, golds = values_of(answer), values_of(gold)
-    if golds is None:
-        return bool(plain(answer)) and plain(answer).replace(" ", "") == plain(gold).replace(" ", "")
-    return values is not None and len(values) == len(golds) and all(equal(*pair) for both in zip(values, golds) for pair in zip(*both))
-
-
-# --- golds that are compared as text, for stage 1 to count ---
-
-
-def reads_as_maths(question: Mapping) -> bool:
-    """Whether a gold that should be a number or an expression can be read as one."""
-    kinds = ("list", "math", "integer", "float")
-    return question["answer_type"] not in kinds or bool(values_of(gold_texts(question)[0]))
-
-
-# --- end of these ---
+OPERATORS = {"+": (1, add), "-": (1, sub), "*": (2, mul), "/": (2, truediv), "^": (3, power), "**": (3, power)}
+OPERATORS |= {"pm": (1, add), "mp": (1, sub)}
 
 
 # The embedded world: pictures of shapes, and questions whose need for the picture is known
@@ -1261,12 +1738,6 @@ def place_pictures(text: str, pictures: Sequence, merged: bool) -> tuple[str, li
     return "<image>" * len(first) + text, first + list(placed.values()), numbers
 
 
-def unboxed(answer: str) -> str:
-    """The content of a gold's last \\boxed{}, as virl39k has them; a gold without one stays."""
-    boxes = find_boxes(answer)
-    return boxes[-1][0].strip() if boxes else answer.strip()
-
-
 def record(text: str, pictures: Sequence, answer, choices: Sequence[str] | None = None,
            kind: str = "math", shown: str | None = None, merged: bool = False, **more) -> Question:
     """A question whose pictures are still files.
@@ -1292,7 +1763,7 @@ def record(text: str, pictures: Sequence, answer, choices: Sequence[str] | None 
         raise Rejected("choices: all are the same, so that every letter would be right")
     if isinstance(answer, list):
         answer = json.dumps(answer)
-    answer = unboxed("" if answer is None else str(answer))
+    answer = unboxed("" if answer is None else str(answer)).strip()
     if choices:
         kind = "choice"
     elif kind == "math" and re.fullmatch(r"[A-Za-z][A-Za-z' -]+", plain(answer)):
@@ -1303,10 +1774,9 @@ def record(text: str, pictures: Sequence, answer, choices: Sequence[str] | None 
 
 # Choices
 
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-MARKS = (re.compile(r"^[ \t]*\(?([A-Ja-j])[.:)、．]", re.M),  # A. or (a), a line each
-         re.compile(r"(?<!\w)\(([A-Ja-j])\)"),             # (A) red (B) blue
-         re.compile(r"(?:^|(?<=\s))([A-J])[.):、．](?=\s)"))   # A. red B. blue C. green
+CHOICE_MARKS = (re.compile(r"^[ \t]*\(?([A-Ja-j])[.:)、．]", re.M),  # A. or (a), a line each
+                re.compile(r"(?<!\w)\(([A-Ja-j])\)"),  # (A) red (B) blue
+                re.compile(r"(?:^|(?<=\s))([A-J])[.):、．](?=\s)"))  # A. red B. blue C. green
 
 
 def letter(text: str, choices: Sequence[str]) -> str:
@@ -1338,7 +1808,7 @@ def some(choices: Sequence[str]) -> Sequence[str]:
     return choices
 
 
-def listed_choices(text: str, forms: Sequence[re.Pattern] = MARKS) -> list[str]:
+def listed_choices(text: str, forms: Sequence[re.Pattern] = CHOICE_MARKS) -> list[str]:
     """The choices that a question's text lists, or none: a line each, or on one line.
 
     They run from the last A on, without a gap. Bare marks mean that the picture shows the choices.
@@ -1347,7 +1817,7 @@ def listed_choices(text: str, forms: Sequence[re.Pattern] = MARKS) -> list[str]:
         marks = list(form.finditer(text))
         letters = "".join(mark[1] for mark in marks).upper()
         marks = marks[letters.rfind("A"):]
-        least = 3 if form is MARKS[2] else 2  # "the line from A. to B. is" lists nothing
+        least = 3 if form is CHOICE_MARKS[2] else 2  # "the line from A. to B. is" lists nothing
         if len(marks) < least or not letters.endswith(LETTERS[:len(marks)]):
             continue
         ends = [mark.start() for mark in marks[1:]] + [len(text)]
@@ -1355,7 +1825,7 @@ def listed_choices(text: str, forms: Sequence[re.Pattern] = MARKS) -> list[str]:
         choices[-1] = choices[-1].partition("\n")[0].strip()  # then text that is no choice
         if not any(choices):
             return list(LETTERS[:len(marks)])
-        prose = form is not MARKS[0] and any("?" in choice for choice in choices)
+        prose = form is not CHOICE_MARKS[0] and any("?" in choice for choice in choices)
         if all(choices) and not prose:
             return choices
     return []
@@ -1365,7 +1835,7 @@ def listed_gold(text: str, gold: str) -> tuple[list[str], str]:
     """The choices that a text lists and the gold's letter, where the gold names one; else none and
     the gold. A letter beyond the last choice stays one, for `check_gold` to reject."""
     choices = listed_choices(text)
-    named = gold_letter(unboxed(gold), choices)
+    named = gold_letter(unboxed(gold).strip(), choices)
     if choices and re.fullmatch("[A-Z]", named):
         return choices, named
     return [], gold
@@ -1425,7 +1895,7 @@ def from_mathverse(sample_index, problem_version, question, image, answer, quest
     """Choices stand in the text or, where the version is "Vision Only", in the picture."""
     choices = []
     if question_type == "multi-choice":
-        choices = listed_choices(query_wo, MARKS[:1]) or list("ABCD")
+        choices = listed_choices(query_wo, CHOICE_MARKS[:1]) or list("ABCD")
     text = re.split(r"\n *choices", question or "", flags=re.I)[0]
     return record(text, [image], answer, choices, shown=query_wo, id=sample_index,
                   group=problem_version)
@@ -1433,7 +1903,7 @@ def from_mathverse(sample_index, problem_version, question, image, answer, quest
 
 def from_wemath(ID, question, option, answer, image_path, key):
     """Choices are one text: "A. 3;B. 4;C. No correct answer"."""
-    choices = some(listed_choices(re.sub(r"; *(?=[A-J]\.)", "\n", option), MARKS[:1]))
+    choices = some(listed_choices(re.sub(r"; *(?=[A-J]\.)", "\n", option), CHOICE_MARKS[:1]))
     return record(question, [image_path], answer, choices, id=f"{ID}-{key}", group=key)
 
 
@@ -1480,7 +1950,7 @@ def own_choices(problem: str, given: list, gold: str) -> tuple[list[str], str, s
     if not all(choices):
         raise Rejected("choices: one is empty")
     gold = gold_letter(gold, choices)
-    unmarked = listed_choices("\n".join(choices), MARKS[:1])
+    unmarked = listed_choices("\n".join(choices), CHOICE_MARKS[:1])
     if len(unmarked) == len(choices):  # "A. red", "B. blue"
         choices = unmarked
     listed = listed_choices(problem)
@@ -1492,7 +1962,7 @@ def own_choices(problem: str, given: list, gold: str) -> tuple[list[str], str, s
     as_written = comparable(problem).endswith(comparable(with_choices("", choices)))  # by this kit
     if told == wanted or as_written:
         return choices, gold, problem
-    if listed_choices(problem, MARKS[:1]) or set(told) & set(wanted):
+    if listed_choices(problem, CHOICE_MARKS[:1]) or set(told) & set(wanted):
         raise Rejected("choices: the text lists others, or in another order: give them once")
     return choices, gold, None
 

@@ -883,12 +883,17 @@ def accumulate_gradients(policy: Policy, batch: Batch, config: Config) -> dict[s
     return sums
 
 
-def grade_completions(policy: Policy, questions: Sequence[Question], done: Completions) -> tuple[list[str], list, torch.Tensor]:
-    """Decoded completions, their grades, and the rewards (P, G): 0.9 for a correct answer, 0.1 for the asked-for form."""
+def grade_completions(policy: Policy, questions: Sequence[Question], done: Completions,
+                      reward: bool = True) -> tuple[list[str], list, torch.Tensor]:
+    """Decoded completions, their grades, and the rewards (P, G): 0.9 for a correct answer, 0.1 for the asked-for form.
+
+    Training reads the box alone; without `reward` the benchmark's own rule applies.
+    """
+    think_opened = prepare.opens_think(policy.tokenizer)
     group = len(done.tokens) // len(questions)
     texts = [policy.tokenizer.decode(tokens[:length], skip_special_tokens=True)
              for tokens, length in zip(done.tokens.tolist(), done.lengths.tolist())]
-    grades = [prepare.grade(text, questions[i // group]) for i, text in enumerate(texts)]
+    grades = [prepare.grade(text, questions[i // group], reward, think_opened) for i, text in enumerate(texts)]
     rewards = torch.tensor([0.9 * g.correct + 0.1 * g.well_formed for g in grades], device=policy.device)
     return texts, grades, rewards.view(len(questions), group)
 

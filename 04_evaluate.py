@@ -130,10 +130,11 @@ def answer(policy: Policy, questions: Sequence[Question], prompts: Sequence[prep
     with torch.no_grad(), train.unpacked(policy):
         prefix = train.encode_prompts(policy, prompts, features)
         done = train.generate(policy, prefix, max_new_tokens)
-        responses, grades, _ = train.grade_completions(policy, questions, done)
+        responses, grades, _ = train.grade_completions(policy, questions, done, reward=False)
         golds = gold_logprobs(policy, prefix, questions, responses, tokens_per_pass)
         if draws is not None:
-            _, drawn, _ = train.grade_completions(policy, questions, train.generate(policy, prefix, max_new_tokens, draws))
+            others = train.generate(policy, prefix, max_new_tokens, draws)
+            _, drawn, _ = train.grade_completions(policy, questions, others, reward=False)
         if without:
             nats = token_information(policy, train.encode_prompts(policy, *without), done, tokens_per_pass)
     rows = [{"id": question["id"], "group": question["group"], "needs_image": question["needs_image"], "response": response,
@@ -142,6 +143,8 @@ def answer(policy: Policy, questions: Sequence[Question], prompts: Sequence[prep
             for question, response, grade, finished, length, gold in zip(
                 questions, responses, grades, done.finished.tolist(), done.lengths.tolist(), golds)]
     for i, row in enumerate(rows):
+        if prepare.opens_think(policy.tokenizer):  # for a later grader, which sees no tokenizer
+            row["think_opened"] = True
         if without:
             row |= {"pieces": pieces_of(done.tokens[i, :row["tokens"]].tolist(), policy.tokenizer), "nats": nats[i]}
         if draws is not None:
@@ -155,7 +158,7 @@ def kept(files: Iterable[Path], questions: Mapping[str, Question], origin: dict)
     rows = {}
     for row in (row for file in files if file.exists() for row in prepare.read_jsonl(file)):
         if row.get("id") in questions and row | origin == row and isinstance(row.get("response"), str):
-            grade = prepare.grade(row["response"], questions[row["id"]])
+            grade = prepare.grade(row["response"], questions[row["id"]], think_opened=row.get("think_opened", False))
             rows[row["id"]] = row | {"answer": grade.answer, "correct": grade.correct, "well_formed": grade.well_formed}
     return rows
 

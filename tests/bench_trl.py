@@ -148,7 +148,7 @@ def main():
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     turn = itertools.count()
-    prepare.grade = lambda text, question: prepare.Grade(next(turn) % 2 == 1, True, None)  # every group has both rewards
+    prepare.grade = lambda text, question, *_: prepare.Grade(next(turn) % 2 == 1, True, None)  # every group has both rewards
     new = SHAPES[options.shape][2]
     config = train.Config(**train.PRESETS["tiny"] | {"prompts_per_step": options.prompts, "group_size": options.group,
                                                      "tokens_per_pass": options.micro_batch * (SHAPES[options.shape][1] + 1 + new),

@@ -87,7 +87,7 @@ def study_folder(prepare, corrupt, base_folder, tmp_path_factory):
     return data
 
 
-def hashed_grade(text, question):
+def hashed_grade(text, question, *_, **__):
     """Random weights never answer right: these verdicts differ within a group, and depend on the text alone."""
     digest = hashlib.sha256(text.encode()).digest()
     return importlib.import_module("01_prepare").Grade(correct=digest[0] % 3 == 0, well_formed=digest[1] % 2 == 0, answer=text[:5])

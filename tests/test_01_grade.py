@@ -1,15 +1,20 @@
 # SPDX-License-Identifier: MIT
 """The grader against the benchmarks' own rules and verdicts, arithmetic that can be checked by hand, and hostile text."""
 
+import cmath
 import json
+import math
+import operator
+import os
+import random
 import string
 import time
-from fractions import Fraction
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import assume, given, settings, strategies as st
 
+EXAMPLES = int(os.environ.get("EXAMPLES", 300))  # of each property of expressions
 PARITY = Path(__file__).parents[2] / "shared/parity"
 COLOURS = ["red", "blue", "green", "blue"]
 
@@ -37,17 +42,37 @@ def boxed(prepare, answer, *about, **more):
         "<think>I count them.</think>\\boxed{7}",
         "<think>I count them: 9.</think>\n\nThe answer is $\\boxed{7}$.",
         "<think>\\boxed{9}?</think> \\boxed{7}",
-        "<think>9</think>\\boxed{7} or, again, \\boxed{7.0}",
         "\\boxed{ 7 }",
-        "<think>9</think><answer> 7 </answer>",
-        "<answer>7</answer>",
-        "<think>9</think>The answer is 7.",
-        "There are 7 of them.",
-        "7",
     ],
 )
-def test_the_answer_is_found(prepare, response):
+def test_the_box_is_read_by_reward_and_score(prepare, response):
     assert prepare.grade(response, question("integer", "7")).correct
+    assert prepare.grade(response, question("integer", "7", source="mathvista")).correct
+    assert prepare.grade(response, question("integer", "7", source="mathvista"), reward=True).correct
+
+
+@pytest.mark.parametrize("response", [
+    "<think>9</think><answer> 7 </answer>", "<answer>7</answer>", "<think>9</think>The answer is 7.", "There are 7 of them.", "7"])
+def test_free_text_counts_where_the_benchmark_has_a_rule_and_never_in_training(prepare, response):
+    assert prepare.grade(response, question("integer", "7", source="mathvista")).correct
+    for about in (question("integer", "7"), question("integer", "7", source="mine"), question("integer", "7", source="shapes")):
+        assert not prepare.grade(response, about).correct
+    assert not prepare.grade(response, question("integer", "7", source="mathvista"), reward=True).correct
+
+
+def test_training_reads_one_box_and_a_score_reads_all_as_one_answer(prepare):
+    two = "<think>9</think>\\boxed{2} and \\boxed{7}"
+    about = question("math", "2, 7")
+    assert prepare.grade(two, about).correct and not prepare.grade(two, about, reward=True).correct
+    assert not prepare.grade("<think>9</think>\\boxed{7} \\boxed{7}", question("math", "7"), reward=True).correct
+    assert prepare.grade("<think>9</think>\\boxed{2, 7}", about, reward=True).correct
+
+
+def test_each_benchmark_has_one_rule_for_its_own_types(prepare):
+    assert set(prepare.BENCHMARKS) == {"mathvista", "mmmu", "scienceqa", "mathvision", "mathverse", "wemath"}
+    for source, rule in prepare.BENCHMARKS.items():
+        assert prepare.grade("The answer is (B).", question("choice", "B", ["12", "14"], source=source)).correct
+        assert prepare.grade("So the answer is 4.", question("math", "4", source=source)).correct is ("math" in rule.types)
 
 
 @pytest.mark.parametrize("answer_type", ["integer", "float", "math", "text", "open", "choice", "list"])
@@ -92,7 +117,7 @@ def test_no_credit_for_nothing_for_reasoning_alone_or_for_two_answers(prepare, a
 
 
 def test_a_boxed_answer_goes_before_a_tagged_one_and_both_before_prose(prepare):
-    about = question("integer", "7")
+    about = question("integer", "7", source="mathvista")
     assert prepare.grade("</think><answer>9</answer> \\boxed{7} and not 9", about).correct
     assert prepare.grade("</think><answer>7</answer> and not 9", about).correct
 
@@ -122,6 +147,35 @@ def test_a_boxed_answer_goes_before_a_tagged_one_and_both_before_prose(prepare):
 def test_well_formed(prepare, response, well_formed):
     assert prepare.grade(response, question("integer", "7")).well_formed is well_formed
     assert prepare.grade(response, question("text", "blue")).well_formed is well_formed  # form does not look at the answer
+
+
+@pytest.mark.parametrize(
+    "response, well_formed",
+    [
+        ("I count.</think>\\boxed{7}", True),
+        ("\n</think>\\boxed{7}.", True),
+        ("<think>I count.</think>\\boxed{7}", False),
+        ("I count. \\boxed{7}", False),
+        ("\\boxed{7}", False),
+        ("a</think>b</think>\\boxed{7}", False),
+    ],
+)
+def test_where_the_prompt_opened_the_reasoning_the_response_need_not(prepare, response, well_formed):
+    verdict = prepare.grade(response, question("integer", "7"), think_opened=True)
+    assert (verdict.well_formed, verdict.correct) == (well_formed, "</think>" in response)  # reasoning that never ends answers nothing
+    assert not prepare.grade("I count.</think>\\boxed{7}", question("integer", "7")).well_formed
+
+
+def test_whether_a_template_opens_the_reasoning(prepare):
+    class Tokenizer:
+        def __init__(self, end):
+            self.end = end
+
+        def apply_chat_template(self, messages, tokenize, add_generation_prompt):
+            return "<|im_start|>user\n?<|im_end|>\n<|im_start|>assistant\n" + self.end
+
+    assert prepare.opens_think(Tokenizer("<think>\n")) and not prepare.opens_think(Tokenizer(""))
+    assert not prepare.opens_think(Tokenizer("<think>\n\n</think>\n\n"))
 
 
 # maths: both graders of the reference kits, or plain arithmetic, give these verdicts
@@ -248,7 +302,7 @@ def test_choices_that_talk_of_letters_or_numbers(prepare):
         assert boxed(prepare, letter, "choice", letter, letters) and boxed(prepare, f"{letter}. {letters[i]}", "choice", letter, letters)
     values = ["\\frac{6}{5}", "\\frac{7}{6}", "\\frac{9}{5}", "10m"]
     assert boxed(prepare, "9/5", "choice", "C", values) and boxed(prepare, "1.8", "choice", "C", values)
-    assert not boxed(prepare, "9/6", "choice", "C", values) and boxed(prepare, "10", "choice", "D", values)
+    assert not boxed(prepare, "9/6", "choice", "C", values) and boxed(prepare, "10 m", "choice", "D", values)
 
 
 @pytest.mark.parametrize(
@@ -286,7 +340,7 @@ def test_two_choices_in_free_text_are_none(prepare, response):
 
 def test_the_nearest_choice_counts_for_mathvista_alone(prepare):
     choices = ["12.75", "18.75", "25.5"]
-    for source, right in {"mathvista": True, None: True, "mmmu": False, "shapes": False}.items():
+    for source, right in {"mathvista": True, None: False, "mmmu": False, "shapes": False}.items():
         assert prepare.grade("2.75", question("choice", "A", choices, source=source)).correct is right
     assert not boxed(prepare, "2.75", "choice", "A", choices, source="mathvista")  # never in the box
 
@@ -311,9 +365,8 @@ def test_number_words_count_where_an_llm_extracts(prepare, response, answer):
 @pytest.mark.parametrize(
     "about",
     [
-        ("choice", "E", COLOURS), ("choice", "", COLOURS), ("choice", "blue", COLOURS), ("choice", "A", []), ("integer", "several"),
-        ("integer", ""), ("float", "1.2.3"), ("float", "x"), ("list", "[1, two]"), ("math", "the longer one"), ("math", "\\frac{1}{"),
-        ("math", " "), ("text", ""), ("open", "[]"), ("open", ["", "a"]),
+        ("choice", "E", COLOURS), ("choice", "", COLOURS), ("choice", "blue", COLOURS), ("choice", "A", []), ("choice", "AB", COLOURS),
+        ("integer", ""), ("math", " "), ("text", ""), ("open", "[]"), ("open", ["", "a"]),
     ],
 )  # fmt: skip
 def test_a_gold_that_cannot_be_graded_is_refused(prepare, about):
@@ -321,11 +374,30 @@ def test_a_gold_that_cannot_be_graded_is_refused(prepare, about):
         prepare.check_gold(question(*about))
 
 
+@pytest.mark.parametrize("about", [
+    ("integer", "several"), ("float", "1.2.3"), ("list", "[1, two]"), ("math", "the longer one")])
+def test_a_gold_that_is_no_maths_is_compared_as_text(prepare, about):
+    prepare.check_gold(question(*about))
+    assert not prepare.reads_as_maths(question(*about))
+    assert boxed(prepare, about[1].upper() if about[0] == "integer" else about[1], *about) and not boxed(prepare, "2", *about)
+
+
+def test_which_golds_read_as_maths(prepare):
+    for about in (("math", "12 cm"), ("math", "x<2"), ("float", "2.5"), ("list", "[1, 2]"), ("text", "red"), ("math", "\\boxed{3} \\boxed{5}")):
+        assert prepare.reads_as_maths(question(*about)), about
+
+
 def test_a_product_of_letters_is_a_gold(prepare):
     for gold in ("xyz", "2abc", "\\frac{xyz}{2}"):
         prepare.check_gold(question("math", gold))
         assert boxed(prepare, gold, "math", gold) and not boxed(prepare, "2", "math", gold)
     assert boxed(prepare, "z x y", "math", "xyz") and boxed(prepare, "2 hours", "math", "2")
+
+
+def test_all_boxes_of_a_gold_are_its_answer(prepare):
+    gold = "\\boxed{2} or \\boxed{-7}"
+    for answer, right in {"2, -7": True, "-7 and 2": True, "2": False, "-7": False}.items():
+        assert boxed(prepare, answer, "math", gold) is right, answer
 
 
 # properties
@@ -365,7 +437,7 @@ def test_a_boxed_gold_is_right_however_it_is_wrapped(prepare, gold, wrapping, be
 
 @given(
     NUMBERS, NUMBERS,
-    st.sampled_from(["\\boxed{{{}}}", "<answer>{}</answer>", "The answer is {}.", "\\boxed{{x = {}}}", "\\boxed{{{} cm}}"]))  # fmt: skip
+    st.sampled_from(["\\boxed{{{}}}", "\\boxed{{The answer is {}.}}", "\\boxed{{x = {}}}", "\\boxed{{{} cm}}"]))  # fmt: skip
 @settings(max_examples=400, deadline=None)
 def test_a_whole_number_is_right_if_and_only_if_it_is_the_gold(prepare, gold, other, form):
     for kind in ("integer", "math"):
@@ -373,24 +445,119 @@ def test_a_whole_number_is_right_if_and_only_if_it_is_the_gold(prepare, gold, ot
             assert prepare.grade(form.format(number), question(kind, str(gold))).correct is (number == gold)
 
 
-EXPRESSIONS = st.recursive(
-    st.integers(0, 30).map(lambda n: (str(n), Fraction(n))),
+# expressions as trees, whose value plain complex arithmetic knows: (operator, operands ...)
+
+LETTERS = "abcdfghkmnpqrstuvwxyzABCDEFGHRSTVXYZ"
+PLACES = [{letter: random.Random(f"{letter} at {i}").uniform(-3, 3) for letter in LETTERS} for i in range(4)]
+LEAVES = st.one_of(
+    st.integers(0, 30).map(lambda n: ("number", n)), st.sampled_from(LETTERS).map(lambda c: ("letter", c)), st.just(("pi",)))
+TREES = st.recursive(
+    LEAVES,
     lambda inner: st.one_of(
-        st.tuples(inner, inner).map(lambda p: (f"({p[0][0]}) + {p[1][0]}", p[0][1] + p[1][1])),
-        st.tuples(inner, inner).map(lambda p: (f"({p[0][0]}) - ({p[1][0]})", p[0][1] - p[1][1])),
-        st.tuples(inner, inner).map(lambda p: (f"({p[0][0]}) \\cdot ({p[1][0]})", p[0][1] * p[1][1])),
-        st.tuples(inner, inner).filter(lambda p: p[1][1]).map(lambda p: (f"\\frac{{{p[0][0]}}}{{{p[1][0]}}}", p[0][1] / p[1][1])),
+        st.tuples(st.sampled_from("+-*/"), inner, inner),
+        st.tuples(st.just("^"), inner, st.integers(2, 3)),
+        st.tuples(st.sampled_from(["negative", "sin", "cos", "sqrt", "abs"]), inner),
     ),
-    max_leaves=6,
+    max_leaves=7,
 )
+VALUE = {
+    "+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv, "negative": operator.neg,
+    "sin": cmath.sin, "cos": cmath.cos, "sqrt": cmath.sqrt, "abs": lambda x: complex(abs(x))}
+WRITTEN = {
+    "+": ["({0})+({1})"], "-": ["({0})-({1})"], "*": [r"({0})\cdot({1})", "({0})({1})", r"({0}) \times ({1})"],
+    "/": [r"\frac{{{0}}}{{{1}}}", r"\dfrac {{{0}}} {{{1}}}", "({0})/({1})"], "negative": ["-({0})", r"-\left({0}\right)"],
+    "sin": [r"\sin({0})", r"\sin\left({0}\right)"], "cos": [r"\cos({0})", r"\cos{{({0})}}"], "sqrt": [r"\sqrt{{{0}}}"],
+    "abs": ["|{0}|", r"\left|{0}\right|", r"\lvert {0}\rvert "], "^": ["({0})^{1}", "({0})^{{{1}}}"]}
 
 
-@given(EXPRESSIONS)
-@settings(max_examples=300, deadline=None)
-def test_arithmetic_agrees_with_fractions(prepare, expression):
-    text, value = expression
-    if len(text) < 200:
-        assert prepare.same_maths(text, str(value)) and not prepare.same_maths(text, str(value + 1))
+def value(tree, place):
+    """By Python's own complex numbers."""
+    kind, *parts = tree
+    if kind in ("number", "letter", "pi"):
+        return complex(math.pi if kind == "pi" else parts[0] if kind == "number" else place[parts[0]])
+    if kind == "^":
+        return value(parts[0], place) ** parts[1]
+    return VALUE[kind](*(value(part, place) for part in parts))
+
+
+def values(tree):
+    """At every place; None where one is no number, or so large or small that digits are lost."""
+    try:
+        found = [value(tree, place) for place in PLACES]
+    except ArithmeticError:
+        return None
+    return found if all(cmath.isfinite(one) and 1e-6 < abs(one) < 1e8 for one in found) else None
+
+
+def written(tree, draw):
+    kind, *parts = tree
+    if kind in ("number", "letter", "pi"):
+        return str(parts[0]) if parts else draw.choice(["π", r"\pi "])
+    return draw.choice(WRITTEN[kind]).format(*(written(part, draw) if isinstance(part, tuple) else part for part in parts))
+
+
+def rewritten(tree, draw):
+    """Another tree with the same value."""
+    kind, *parts = tree
+    if kind in ("number", "letter", "pi"):
+        return draw.choice([tree, ("negative", ("negative", tree)), ("+", tree, ("number", 0)), ("*", ("number", 1), tree)])
+    a, *rest = (rewritten(part, draw) if isinstance(part, tuple) else part for part in parts)
+    b = rest[0] if rest else None
+    others = {
+        "+": lambda: [("+", b, a), ("-", a, ("negative", b))],
+        "-": lambda: [("+", a, ("negative", b)), ("negative", ("-", b, a))],
+        "*": lambda: [("*", b, a)] + ([(b[0], ("*", a, b[1]), ("*", a, b[2]))] if b[0] in "+-" else []),
+        "/": lambda: [("*", a, ("/", ("number", 1), b))],
+        "^": lambda: [("*", a, a if b == 2 else ("^", a, 2))],
+        "negative": lambda: [("*", ("negative", ("number", 1)), a), ("-", ("number", 0), a)],
+    }
+    return draw.choice([(kind, a, *rest), *others.get(kind, list)()])
+
+
+@given(TREES, st.randoms(use_true_random=False))
+@settings(max_examples=EXAMPLES, deadline=None)
+def test_an_expression_equals_whatever_keeps_its_value(prepare, tree, draw):
+    other = rewritten(tree, draw)
+    gold, answer, known, again = written(tree, draw), written(other, draw), values(tree), values(other)
+    assume(known and again and max(len(gold), len(answer)) < 380)
+    assume(all(cmath.isclose(*pair, rel_tol=1e-9) for pair in zip(known, again)))  # else floating point took another branch of a root
+    assert prepare.same_maths(answer, gold), (answer, gold)
+
+
+@given(TREES, TREES, st.randoms(use_true_random=False))
+@settings(max_examples=EXAMPLES, deadline=None)
+def test_expressions_that_differ_somewhere_are_not_equal(prepare, tree, other, draw):
+    gold, answer, known, again = written(tree, draw), written(other, draw), values(tree), values(other)
+    assume(known and again and max(len(gold), len(answer)) < 380)
+    assume(not all(cmath.isclose(*pair, rel_tol=1e-5) for pair in zip(known, again)))
+    assert not prepare.same_maths(answer, gold), (answer, gold)
+
+
+FIELD = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=20), st.just("9" * 5000), st.none().map(lambda _: 10**5000),
+              st.sampled_from(["choice", "integer", "float", "list", "math", "text", "open", "mathvista", "mmmu", "B", "7", "[1, 2]"])),
+    lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(st.text(max_size=3), inner, max_size=2), st.tuples(inner)),
+    max_leaves=6,
+)  # fmt: skip
+
+
+@given(st.dictionaries(st.sampled_from(["answer", "answer_type", "choices", "precision", "source", "unit"]), FIELD),
+       st.sampled_from(["<think>a</think>\\boxed{B}", "The answer is 7.", "\\boxed{[1, 2]}", "\\boxed{x=7}", "", "No."]), st.booleans())
+@settings(max_examples=1500, deadline=None)
+def test_no_field_of_a_question_raises(prepare, about, response, reward):
+    verdict = prepare.grade(response, about, reward)
+    assert isinstance(verdict.correct, bool)
+
+
+@pytest.mark.parametrize("kind", ["choice", "integer", "float", "list", "math", "text", "open"])
+@pytest.mark.parametrize("piece", ["9", "[", "(", "{", "\\boxed{", "x^", "1,", "'", " ", "a ", "\\frac", "|", "\u00e9"])
+def test_a_million_hostile_characters_in_a_question_take_no_time(prepare, kind, piece):
+    text = piece * (1_000_000 // len(piece))
+    for about in (question(kind, text, [text, "B"], source="mathvista"), question(kind, "B", [text, "B"], source="mathvista")):
+        start = time.process_time()
+        prepare.grade("\\boxed{B}", about)
+        prepare.grade("The answer is B.", about)
+        assert time.process_time() - start < 0.1  # of two
 
 
 PIECES = st.lists(
@@ -408,7 +575,7 @@ KINDS = [("choice", "B", COLOURS), ("choice", "A", ["(", "[a-z]*", "\\", ""]), (
 @settings(max_examples=1500, deadline=None)
 def test_no_text_raises(prepare, text, about):
     for response in (text, f"\\boxed{{{text}}}", f"<answer>{text}</answer>"):
-        verdict = prepare.grade(response, question(*about))
+        verdict = prepare.grade(response, question(*about, source="mathvista"))
         assert isinstance(verdict.correct, bool) and isinstance(verdict.well_formed, bool)
         assert verdict.answer is None or isinstance(verdict.answer, str)
 
@@ -443,8 +610,8 @@ def test_a_right_answer_after_long_reasoning_counts(prepare):
 
 @pytest.mark.skipif(not PARITY.is_dir(), reason="the parity material does not belong to the repository")
 @pytest.mark.parametrize(
-    "name, whole, extracted",
-    [("mathvista", 0.94, 0.995), ("mmmu", 0.99, 0.995), ("scienceqa", 0.99, 0.995), ("mathverify", 0.96, 0)],
+    "name, whole, extracted",  # a refusal answers nothing here, while MathVista credits the nearest choice
+    [("mathvista", 0.94, 0.985), ("mmmu", 0.985, 0.997), ("scienceqa", 0.999, 0.999), ("mathverify", 0.975, 0.976)],
 )
 def test_verdicts_agree_with_the_benchmarks(prepare, name, whole, extracted):
     rows = [json.loads(line) for line in (PARITY / f"{name}.jsonl").open()]
@@ -453,9 +620,9 @@ def test_verdicts_agree_with_the_benchmarks(prepare, name, whole, extracted):
         for row in rows:
             if row["answer_type"] in ("relation_or_set", "tuple_or_set", "matrix") or row[field] is None:
                 continue
-            about = question(row["answer_type"], row["answer"], row["choices"], row["precision"])
+            about = question(row["answer_type"], row["answer"], row["choices"], row["precision"], source=name)
             if name == "mathverify":
-                about |= {"answer_type": "math", "precision": None}
+                about |= {"answer_type": "math", "precision": None, "source": "mathvision"}
             elif name == "mathvista" and row["choices"]:
                 about["answer"] = "ABCDEFGHI"[row["choices"].index(row["answer"])]
             same.append(prepare.grade(str(row[field]), about).correct == row["correct"])

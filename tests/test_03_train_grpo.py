@@ -1031,7 +1031,7 @@ def test_steps_show_what_they_do(train, prepare, data, monkeypatch):
         assert words in out
     assert set(rows[0]) >= {
         "reward", "correct", "well_formed", "equal_groups", "length", "truncated", "entropy", "kl", "clipped", "gradient_norm"}
-    monkeypatch.setattr(prepare, "grade", lambda text, question: prepare.Grade(correct=False, well_formed=True, answer=None))
+    monkeypatch.setattr(prepare, "grade", lambda text, question, *_: prepare.Grade(correct=False, well_formed=True, answer=None))
     adapter, rows, samples, out = run(train, data, steps=2, conditions=["standard"], seeds=[1], group_size=8)
     assert [row["equal_groups"] for row in rows] == [1.0, 1.0] and [row["gradient_norm"] for row in rows] == [0.0, 0.0]
     assert all(row["reward"] == pytest.approx(0.1) and row["correct"] == 0 and row["well_formed"] == 1 for row in rows)
@@ -1042,7 +1042,7 @@ def test_steps_show_what_they_do(train, prepare, data, monkeypatch):
 def test_share_of_equal_groups(train, prepare, policies, monkeypatch):
     """Two of four groups have nothing to compare: half."""
     seen = iter(range(1000))
-    monkeypatch.setattr(prepare, "grade", lambda text, q: prepare.Grade(
+    monkeypatch.setattr(prepare, "grade", lambda text, q, *_: prepare.Grade(
         correct=q["id"] in ("one", "two") and next(seen) % 2 == 0, well_formed=True, answer=None))
     batch, row, _ = train.roll_out(policies("qwen2_5_vl"), QUESTIONS, 1, 0, train.Config(group_size=3, max_new_tokens=3, cache_gb=1.0))
     assert row["equal_groups"] == 0.5
@@ -1059,7 +1059,8 @@ def test_rewards_are_of_the_text_up_to_its_end(train, prepare, policies, monkeyp
     done = train.Completions(tokens, torch.zeros(tokens.shape), torch.ones(tokens.shape), lengths, torch.ones(4, dtype=torch.bool))
     verdicts = iter([(False, False), (False, True), (True, False), (True, True)])
 
-    def grade(text, question):
+    def grade(text, question, reward, think_opened):
+        assert reward and not think_opened  # the box alone; this template opens no reasoning
         seen.append((text, question["id"]))
         correct, well_formed = next(verdicts)
         return prepare.Grade(correct=correct, well_formed=well_formed, answer=None)

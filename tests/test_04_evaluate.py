@@ -218,7 +218,7 @@ def test_fewer_questions_leave_the_file_and_another_grader_gives_other_verdicts(
     monkeypatch.setattr(evaluate, "answer", None)  # nothing is answered anew
     fewer = evaluate.main(config(evaluate, data, limit=10))["base", "shapes", "clean"]
     assert len(fewer) == 10 and path.read_bytes() == before and all(row in whole for row in fewer)
-    monkeypatch.setattr(prepare, "grade", lambda response, question: prepare.Grade(True, True, "all right"))
+    monkeypatch.setattr(prepare, "grade", lambda response, question, **_: prepare.Grade(True, True, "all right"))
     again = evaluate.main(config(evaluate, data))["base", "shapes", "clean"]
     assert all(row["correct"] for row in again) and prepare.read_jsonl(path) == again
 
