@@ -21,18 +21,23 @@ import hashlib
 import io
 import json
 import math
+import multiprocessing
 import os
+import platform
 import random
 import re
 import shutil
 import signal
 import sys
+import threading
 import unicodedata
 import warnings
 from argparse import SUPPRESS, RawDescriptionHelpFormatter
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import lru_cache, partial
@@ -44,9 +49,17 @@ from pathlib import Path
 from types import SimpleNamespace
 
 os.environ.setdefault("GOMP_SPINCOUNT", "2500")  # before torch: threads that wait by spinning make a shared core 100 times slower
+if platform.machine() in ("x86_64", "AMD64"):
+    # One instruction set and one order of sums for torch and numpy, so that every x86-64 machine gets the same numbers.
+    # Set before they load. What a card computes is none of their business.
+    os.environ.update({
+        "ATEN_CPU_CAPABILITY": "avx2", "MKL_CBWR": "COMPATIBLE", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_DYNAMIC": "FALSE",
+        "OPENBLAS_CORETYPE": "Haswell", "OPENBLAS_NUM_THREADS": "1",
+        "NPY_DISABLE_CPU_FEATURES": "X86_V4 AVX512_ICL AVX512_SPR"})
 
 import huggingface_hub
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -125,24 +138,16 @@ class Help(RawDescriptionHelpFormatter):
         return f"{action.help} (default: %(default)s)" if action.default not in (None, [], SUPPRESS) else action.help
 
 
-def run(main: Callable, config_class: type, description: str, several: bool = False):
+def run(main: Callable, config_class: type, description: str):
     """Parse the command line and run a stage; bad input ends with one sentence and exit code 2, Ctrl-C and SIGTERM with 130."""
     parser = HfArgumentParser(config_class, description=description, allow_abbrev=False, formatter_class=Help)
     config, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True, look_for_args_file=False)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # about calls that other libraries make
-    if not sys.stderr.isatty():  # bars are for a terminal
-        disable_progress_bars()
-        logging.disable_progress_bar()
+    keep_quiet()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as schedulers stop a job: like Ctrl-C
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # a console that is not UTF-8 lacks some characters of questions
     try:
         if unknown:
             raise UserError(f"{unknown[0]} is no option: see --help")
-        rank, size = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
-        if size > 1 and not several:
-            raise UserError(f"{Path(sys.argv[0]).name} is the work of one process: run it with python, not with torchrun")
-        with writing(Path(config.data)), locked(Path(config.data), config_class is Config) if size == 1 or rank == 0 else nullcontext():
+        with writing(Path(config.data)):
             return main(config)
     except UserError as error:
         elsewhere = f" (with --data {config.data})" if config.data != "data" and ".py" in str(error) and "--data" not in str(error) else ""
@@ -153,6 +158,17 @@ def run(main: Callable, config_class: type, description: str, several: bool = Fa
         signal.signal(number, signal.SIG_IGN)
     print(says, file=sys.stderr)
     sys.exit(code)
+
+
+def keep_quiet():
+    """What a process prints: no warnings about calls that other libraries make, bars on a terminal alone, any console."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    tqdm.set_lock(threading.RLock())  # its own is one between processes, of which a killed one leaves a trace
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+        logging.disable_progress_bar()
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # one that is not UTF-8 lacks some characters of questions
 
 
 def check_least(config, least: float, *names: str):
@@ -188,40 +204,140 @@ def writing(path: Path):
 
 
 @contextmanager
-def locked(data: Path, begin: bool):
-    """Keep other runs off the data folder, and clear away what killed ones left half written.
-
-    The kernel lets go of the lock when its holder ends, however it ends. Of torchrun's processes the first takes it.
-    """
-    if not begin and not data.is_dir():
-        raise UserError(f"{data} is missing: run 01_prepare.py --data {data} first")
-    data.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(data / ".lock", timeout=0)
+def locked(path: Path):
+    """Keep other processes off an artifact while it is made; the kernel lets go when its holder ends, however it ends."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # the workers of a command that was killed need a moment to notice
+    lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=2)
     try:
         lock.acquire()
     except Timeout:
-        raise UserError(f"{data} is in use by another run: wait for its end, or choose another folder with --data") from None
+        raise UserError(f"{path} is in use by another run: wait for its end, or choose another folder "
+                        "with --data") from None
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
             raise
-        print(f"note: {data} lies on a file system without locks: keep other runs off it yourself")
+        raise UserError(f"{path} lies on a file system without locks: choose another folder with --data") from None
     try:
-        if lock.is_locked:
-            clear_parts(data)
         yield
     finally:
         lock.release()
 
 
-def clear_parts(data: Path):
-    """Take away what killed runs left half written."""
-    for folder in (data, *filter(Path.is_dir, map(data.joinpath, FOLDERS))):
-        os.listdir(folder)  # glob passes over a folder that may not be read, without a word
-        for part in folder.glob(".*.part" if folder == data else "**/.*.part"):
-            remove(part)
+# Workers: runs, files and batches of questions are independent of each other, so they are dealt out to processes.
+# Without cards a worker computes with one thread, for sums depend on their number; it shares nothing with the others.
+# So one worker and eight give the same bytes, on any number of cores.
 
 
-FOLDERS = ("questions", "corrupted", "policies", "answers", "report")  # of the data folder, beside model
+def cores() -> int:
+    """Those that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def count_workers(asked: int | None, tasks: int, worker_bytes: float) -> int:
+    """How many processes share that many tasks: one a card, or without cards one a core, as memory allows."""
+    if asked is not None and asked > max(tasks, 1):
+        raise UserError(f"--workers {asked} is more than there is to do: choose at most {max(tasks, 1)}")
+    fitting = int(psutil.virtual_memory().available // worker_bytes)
+    most = torch.cuda.device_count() or min(cores(), fitting)
+    return max(1, min(asked or most, tasks))
+
+
+def worker_bytes(study: Mapping) -> float:
+    """Memory of a process that holds the study's model and works with it, at the least."""
+    weights = [Path(name) for name in study["model_files"] if name.endswith(".safetensors")]
+    return 1e9 + 2 * sum(path.stat().st_size for path in weights if path.exists())
+
+
+def deal_out(work: Callable, tasks: Mapping[str, tuple], workers: int,
+             receive: Callable[[str, object], None], watch: Callable[[], None] = lambda: None):
+    """Call `work(*task)` for each named task; `receive(name, result)` as they end, `watch()` now and then.
+
+    One worker is this process itself, so that a profiler or an emulator sees all. More are processes of their own, each
+    the only one of its pool: where one is killed, its task is lost and is known by name, and the others are not touched.
+    After a failure nothing new begins, and what is under way may save what it has: a worker is told so by SIGTERM.
+    """
+    if workers <= 1:
+        begin_worker(0)
+        for name, task in tasks.items():
+            receive(name, work(*task))
+            watch()
+        return
+    idle = [start_worker(number) for number in range(workers)]
+    pools, waiting, busy = list(idle), list(tasks.items()), {}
+    try:
+        while waiting or busy:
+            while waiting and idle:
+                pool, (name, task) = idle.pop(), waiting.pop(0)
+                busy[pool.submit(work, *task)] = name, pool
+            done, _ = wait(busy, timeout=0.2, return_when=FIRST_COMPLETED)
+            watch()
+            for future in done:
+                name, pool = busy.pop(future)
+                receive(name, result_of(future, name))
+                idle.append(pool)
+    except BaseException:
+        stop_workers(busy)
+        watch()
+        raise
+    finally:
+        for pool in pools:
+            pool.shutdown(cancel_futures=True)
+
+
+def start_worker(number: int) -> ProcessPoolExecutor:
+    """A process that works on one task at a time."""
+    pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+    # Ctrl-C in a terminal goes to all its processes, but here the first decides: the others are born deaf to it
+    usual = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    pool.submit(begin_worker, number)
+    signal.signal(signal.SIGINT, usual)
+    return pool
+
+
+def begin_worker(number: int):
+    """Once in each process that works: its card or its thread, what it prints, and its end."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(number)
+    else:
+        torch.set_num_threads(1)
+    if multiprocessing.parent_process() is None:
+        return
+    keep_quiet()
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def end_with_parent():
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def result_of(future: Future, name: str):
+    """What a task returned; a process that is gone becomes a sentence."""
+    try:
+        return future.result()
+    except BrokenProcessPool:
+        fault = "was killed, by a person or for lack of memory"
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        fault = "ran out of memory"
+    raise UserError(f"the worker process of {name} {fault}: the same command continues; if memory is short, with fewer "
+                    "--workers")
+
+
+def stop_workers(busy: Mapping[Future, tuple]):
+    """Let every worker end the step under way and save it; a second Ctrl-C ends them at once."""
+    children = multiprocessing.active_children()
+    for child in children:
+        child.terminate()
+    try:
+        wait(busy)
+    except KeyboardInterrupt:
+        for child in children:
+            child.kill()
 
 
 def remove(path: Path):
@@ -236,6 +352,7 @@ def replacing(path: Path) -> Iterator[Path]:
     with writing(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            remove(part)  # of a process that was killed
             yield part
             if part.is_file():
                 with open(part, "rb+") as file:  # Windows syncs only what may be written
@@ -1586,7 +1703,8 @@ def warm_pictures(seed: int) -> tuple[list, list[Image.Image]]:
 
 def optimise(parameters: list[torch.Tensor], steps: int, loss_of_step: Callable[[int], torch.Tensor], name: str) -> float:
     """AdamW with a short warm-up and a linear decay to a fifth; returns the last loss."""
-    optimizer = torch.optim.AdamW(parameters, lr=WARM_START["learning_rate"], weight_decay=0.01, betas=(0.9, 0.99))
+    optimizer = torch.optim.AdamW(parameters, lr=WARM_START["learning_rate"], weight_decay=0.01, betas=(0.9, 0.99),
+                                  fused=True)  # the other forms take a square root that differs between processors
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / 40) * (1 - 0.8 * step / steps))
     for step in tqdm(range(steps), desc=name, disable=None):
         loss = loss_of_step(step)
@@ -1674,6 +1792,7 @@ def warm_start(model, tokenizer, image_processor, seed: int) -> float:
 
 def make_embedded_model(folder: Path, seed: int, max_pixels: int):
     """data/model/: the model as save_pretrained writes it, loaded by every later stage like any other."""
+    torch.set_num_threads(2)  # on every machine, however many cores it has: sums depend on their number
     torch.manual_seed(seed)
     tokenizer = make_tokenizer(seed)
     model = make_model(tokenizer)
@@ -2526,6 +2645,11 @@ def reasons(rejected: list[dict]) -> str:
 
 def main(config: Config) -> dict:
     """Make the questions and, for preset tiny, the model; returns study.json."""
+    with locked(Path(config.data) / "study.json"):
+        return make_study(config)
+
+
+def make_study(config: Config) -> dict:
     warnings.filterwarnings("ignore", module="PIL")  # a doubtful picture is rejected, or taken
     local, data = check_config(config), Path(config.data)
     inputs = {name: fingerprint(path) for name, path in local.items()}

@@ -34,6 +34,7 @@ prepare = importlib.import_module("01_prepare")
 Question = prepare.Question
 
 TAG = "<image>"
+WORKER_BYTES = 1e9  # a process: what it imports, and 64 pictures of a file
 
 
 @dataclass
@@ -43,6 +44,7 @@ class Config:
         ["blank", "noise", "blur-0.02", "blur-0.05", "blur", "occlude-0.25", "occlude", "occlude-0.75", "irrelevant",
          "removed", "misleading", "unsaid", "mismatch", "edited", "kept"],  # a short ladder: stage 4 asks every question once for each
         "what to do to the questions; blur-S blurs by S x the short side, occlude-S hides the share S (0 < S <= 1)")
+    workers: int = prepare.option(None, "processes, a file at a time each [one a core, as memory allows]")
     preview_rows: int = prepare.option(3, "questions of each source on preview.png, of different groups; 0 draws none")
 
 
@@ -366,20 +368,20 @@ def damage(questions: Dataset, indices: Iterable[int], study: Mapping, name: str
         yield damaged
 
 
-def write_damaged(data: Path, source: str, digest: str, study: Mapping, name: str) -> int:
-    """One file of damaged questions, unless it is there already; returns its number of rows."""
+def write_damaged(data: Path, source: str, digest: str, study: Mapping, name: str) -> tuple[int, str]:
+    """One file of damaged questions, unless it is there already; returns its number of rows and a line about it."""
     clean, path = prepare.input_path(source, "clean"), data / prepare.input_path(source, name)
     questions, notes = prepare.read_questions(data / clean, "run 01_prepare.py again"), Counter()
     origin = {clean: digest, "seed": study["seed"], "code": prepare.sha256(Path(__file__))}
     if name in EDITS:  # of scenes that are drawn there
         origin["world"] = prepare.sha256(Path(prepare.__file__))
-    if path.exists() and prepare.made_from(path) == origin:
-        print(f"{path}: up to date")
-        return len(questions)
-    indices = tqdm(range(len(questions)), f"{source}/{name}", disable=None, leave=False)
-    rows = prepare.write_questions(path, damage(questions, indices, study, name, notes), origin)
-    print(f"{path}: {rows} questions" + "".join(f", {n} {note}" for note, n in notes.items() if n))
-    return rows
+    with prepare.locked(path):
+        if path.exists() and prepare.made_from(path) == origin:
+            return len(questions), f"{path}: up to date"
+        damaged = damage(questions, range(len(questions)), study, name, notes)
+        rows = prepare.write_questions(path, damaged, origin)
+    told = [f"{path}: {rows} questions", *(f"{n} {note}" for note, n in notes.items() if n)]
+    return rows, ", ".join(told)
 
 
 def draw_preview(data: Path, sources: list[str], names: list[str], per_source: int):
@@ -452,18 +454,27 @@ def main(config: Config) -> dict[str, int]:
     """Damage every source; returns the number of rows of each file."""
     data, names = Path(config.data), list(dict.fromkeys(config.corruptions))
     prepare.check_least(config, 0, "preview_rows")
+    prepare.check_least(config, 1, "workers")
     for name in names:
         parse_corruption(name)  # before any work is done
     study = prepare.load_study(data)
     sources = list(dict.fromkeys([study["sources"]["train"], *study["sources"]["benchmarks"]]))
-    written = {}
+    tasks, written = {}, {}
     for source in sources:
         (digest,) = prepare.check_input(data, study, source, "clean").values()
         for name in names:
             if name in EDITS and source != "shapes":
                 print(f"{source}: {name} needs the scene behind a picture, which is known of shapes alone; blank and mismatch stand in for it")
                 continue
-            written[prepare.input_path(source, name)] = write_damaged(data, source, digest, study, name)
+            tasks[prepare.input_path(source, name)] = data, source, digest, study, name
+
+    with tqdm(total=len(tasks), desc="files", disable=None) as bar:
+        def receive(path: str, result: tuple[int, str]):
+            written[path], line = result
+            tqdm.write(line)
+            bar.update()
+        workers = prepare.count_workers(config.workers, len(tasks), WORKER_BYTES)
+        prepare.deal_out(write_damaged, tasks, workers, receive)
     if config.preview_rows:
         draw_preview(data, sources, names, config.preview_rows)
     return written

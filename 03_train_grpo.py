@@ -11,8 +11,8 @@ Where this departs from textbook GRPO, and why:
   state, so these become leaves, collect the gradients of all completions, and carry them through the prompt in one
   last backward pass. By the chain rule this is the exact gradient, at a fraction of the time and memory.
 - Randomness is a function: token t of completion i of question q at step s comes from a number seeded by
-  (seed, s, q, i). Whatever ran before, a resumed run continues bit for bit; under torchrun the questions of a step are
-  dealt out to the processes, and their gradients add up to the same update.
+  (seed, s, q, i). Whatever ran before, a resumed run continues bit for bit. Nothing is distributed inside a run: runs
+  (conditions x seeds) are dealt out to worker processes, and one worker and eight give the same bytes.
 - The default loss is DAPO's (arXiv 2503.14476): one mean over all completion tokens of the step, so that a long wrong
   answer is not cheaper per token; and a wider upper clip. `grpo` and `dr_grpo` are there to compare.
 - Completions are drawn at temperature 1 from the whole distribution, as the gradient supposes (the paper: 0.7).
@@ -22,15 +22,16 @@ Where this departs from textbook GRPO, and why:
 
 reads   data/study.json, data/questions/TRAIN.parquet, data/corrupted/TRAIN/NAME.parquet, data/model/ (preset tiny)
 writes  data/policies/RUN/: adapter_model.safetensors, adapter_config.json, config.json, train.jsonl, rollouts.jsonl
-run     python 03_train_grpo.py                       # all four conditions, seed 0: 3 minutes on 2 CPU cores
+run     python 03_train_grpo.py                       # three conditions, seeds 0 to 4: TIME on 2 CPU cores
+        python 03_train_grpo.py --conditions grounded
         python 03_train_grpo.py --conditions hallucination --corruption blank misleading --seeds 0 1 2
-        torchrun --nproc_per_node=2 03_train_grpo.py  # one process a card, or without cards a core
 """
 import hashlib
 import importlib
 import json
 import logging
 import math
+import multiprocessing
 import os
 import random
 import re
@@ -39,11 +40,9 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
-from datetime import timedelta
 from functools import cached_property, partial
-from itertools import zip_longest
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -55,7 +54,6 @@ import bitsandbytes as bnb
 import numpy as np
 import psutil
 import torch
-import torch.distributed as dist
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
@@ -71,8 +69,9 @@ ENTROPY_GUARD = 2.0  # nats of a token: as if seven words were equally likely
 CHUNK_BYTES = 2**26  # of logits in fp32: 110 positions of a vocabulary of 151,936
 STRETCH = 128        # tokens that a captured step is replayed for: a capture takes about as long as a step without one
 LOSSES = ("dapo", "grpo", "dr_grpo")
+STOPPING = b"stopping after this step; once more stops at once\n"
 # options that choose runs, or change rounding alone
-NOT_SETTINGS = ("data", "conditions", "seeds", "steps", "sample_every", "memory_gb", "tokens_per_pass", "cache_gb", "checkpoint",
+NOT_SETTINGS = ("data", "conditions", "seeds", "steps", "workers", "sample_every", "memory_gb", "tokens_per_pass", "cache_gb", "checkpoint",
                 "save_every")
 CONDITIONS = ("standard", "hallucination", "mixed", "grounded")
 LANGUAGE_LINEARS = r".*language_model\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj"
@@ -89,7 +88,7 @@ REAL = {  # beside each: what the paper's trainer, EasyR1, takes as its default 
     "save_every": 10,        # 3B: 0.7 GB each
 }
 PRESETS = {
-    "tiny": {"steps": 100, "prompts_per_step": 8, "group_size": 8, "max_new_tokens": 40, "learning_rate": 1e-3,
+    "tiny": {"steps": 60, "prompts_per_step": 8, "group_size": 8, "max_new_tokens": 40, "learning_rate": 1e-3,
              "lora_rank": 16, "tokens_per_pass": 8192, "cache_gb": 0.25, "checkpoint": False, "save_every": 1},
     "3b": REAL,
     "7b": REAL | {"tokens_per_pass": 4096},
@@ -99,12 +98,13 @@ PRESETS = {
 @dataclass
 class Config:
     data: str = option("data", "the study's folder")
-    conditions: list[str] = option(list(CONDITIONS), "which of: standard hallucination mixed grounded")
+    conditions: list[str] = option(list(CONDITIONS[:3]), "which of: standard hallucination mixed grounded")
     corruption: list[str] = option([], "what damages a question; of several, each question gets one by its seed [blank; for grounded mismatch]")
     mixed_fraction: float = option(0.5, "share of damaged questions in condition mixed")
     looking_weight: float = option(0.2, "of what condition grounded pays for using the picture; 0 is standard")
     looking_bound: float = option(5.0, "nats a token beyond which more use of the picture earns nothing")
-    seeds: list[int] = option([0], "one run per condition and seed")
+    seeds: list[int] = option([0, 1, 2, 3, 4], "one run per condition and seed; the report compares conditions seed by seed")
+    workers: int = option(None, "processes, each a run at a time [one a card; without cards one a core, as memory allows]")
     steps: int = option(None, "updates of the policy [preset]")
     prompts_per_step: int = option(None, "questions a step [preset]")
     group_size: int = option(None, "completions a question, at least 2 [preset]")
@@ -123,73 +123,6 @@ class Config:
     checkpoint: bool = option(None, "keep only each layer's input for the backward pass, and run the layer again there [preset]")
     save_every: int = option(None, "steps between checkpoints of three adapters' size: a kill costs the steps since, Ctrl-C none [preset]")
     sample_every: int = option(20, "steps between two completions shown on the terminal; all samples go to rollouts.jsonl")
-
-
-# Processes: under torchrun several work on one run, each with a device of its own
-
-
-@contextmanager
-def joined() -> Iterator[None]:
-    """One of torchrun's processes, of which the first prints and writes; without torchrun nothing changes."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        yield
-        return
-    if torch.cuda.is_available():
-        card, cards = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        if card >= cards:
-            raise UserError(f"process {card + 1} on this machine has no card: run torchrun --nproc_per_node={cards}")
-        torch.cuda.set_device(card)
-    try:  # gloo between processors, NCCL between cards; one process may wait long for another, as stage 4 deals out whole files
-        dist.init_process_group(timeout=timedelta(days=7))
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"the processes cannot meet ({str(error).splitlines()[0]}): start them with torchrun") from error
-    try:
-        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere) if world()[0] else nullcontext():
-            yield
-    finally:
-        dist.destroy_process_group()
-
-
-def world() -> tuple[int, int]:
-    """This process's number, from 0, and how many there are."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def together(collective: Callable, *arguments):
-    try:
-        collective(*arguments)
-    except RuntimeError as error:  # the connection is lost
-        raise UserError("another process of this run has ended: the same command continues, with any number of processes") from error
-
-
-def gather(own) -> list:
-    """What each process has, in order of their numbers; nobody gets it before all have come."""
-    parts = [own] * world()[1]
-    if len(parts) > 1:
-        together(dist.all_gather_object, parts, own)
-    return parts
-
-
-def add_up(tensors: Sequence[torch.Tensor]):
-    """Replace each tensor by its sum over all processes."""
-    if world()[1] > 1:
-        flat = torch.cat([tensor.flatten() for tensor in tensors])
-        together(dist.all_reduce, flat)
-        for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
-            tensor.copy_(total.view_as(tensor))
-
-
-def by_first(write: Callable, *arguments):
-    """The first process writes, and the others wait until it has."""
-    if world()[0] == 0:
-        write(*arguments)
-    gather(None)
-
-
-def check_same(folder: Path, *found):
-    """Stop unless all processes found the same."""
-    if any(other != found for other in gather(found)):
-        raise UserError(f"the processes do not find the same in {folder}: start all with the same options and a --data folder they share")
 
 
 # The policy: 4-bit base, trainable adapter, and what its sampler must know
@@ -843,8 +776,7 @@ def completions_of(some: list[int], group: int, lengths: Sequence[int], prompt: 
 def accumulate_gradients(policy: Policy, batch: Batch, config: Config) -> dict[str, float]:
     """Add the gradient of the whole step's loss to the adapter's `.grad`; returns sums over tokens for the log."""
     done, group = batch.completions, len(batch.advantages) // len(batch.prompts)
-    shares = gather(done.lengths.cpu())  # the weights are those of the whole step
-    weights = token_weights(torch.cat(shares), config.loss, config.max_new_tokens).split([*map(len, shares)])[world()[0]].to(policy.device)
+    weights = token_weights(done.lengths, config.loss, config.max_new_tokens)
     sums = dict.fromkeys(("loss", "kl", "clipped", "looking", "tokens"), 0.0)
     spread = batch.advantages.view(-1, group).ne(0).any(1)  # also where one is no number, so that it is seen
     paid = batch.correct.view(-1, group).any(1) & (batch.damaged is not None)
@@ -872,14 +804,6 @@ def accumulate_gradients(policy: Policy, batch: Batch, config: Config) -> dict[s
                                     "tokens": mask}.items():
                     sums[name] += (value.detach() * mask).sum().item()
             carry_back(graph.tensors(), leaves.tensors())
-    totals = torch.tensor([*sums.values()], dtype=torch.float64)
-    add_up([totals])
-    sums = dict(zip(sums, totals.tolist()))
-    if world()[1] > 1 and sums["tokens"]:  # else no process has a gradient
-        trainable = [p for p in policy.model.parameters() if p.requires_grad]
-        for parameter in trainable:
-            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        add_up([parameter.grad for parameter in trainable])
     return sums
 
 
@@ -917,14 +841,10 @@ def occurrences(items: Sequence) -> list[int]:
 
 def roll_out(policy: Policy, questions: Sequence[Question], step: int, seed: int, config: Config,
              damaged: Sequence[Question] = ()) -> tuple[Batch, dict, list[dict]]:
-    """Sample a step's completions and grade them: a batch to learn from, the log row, and readable samples.
-
-    The questions are dealt out to the processes: the batch is this one's, row and samples are the whole step's.
-    """
-    start, group, (rank, size) = time.perf_counter(), config.group_size, world()
-    before = occurrences([question["id"] for question in questions])[rank::size]  # asked twice in a step, it is completed otherwise
-    questions = questions[rank::size]
-    prompts, others = ([policy.encode(question) for question in some] for some in (questions, damaged[rank::size]))
+    """Sample a step's completions and grade them: a batch to learn from, the log row, and readable samples."""
+    start, group = time.perf_counter(), config.group_size
+    before = occurrences([question["id"] for question in questions])  # asked twice in a step, it is completed otherwise
+    prompts, others = ([policy.encode(question) for question in some] for some in (questions, damaged))
     features, unseen = look(policy, prompts), look(policy, others)
     draws = torch.from_numpy(np.stack([uniforms(seed, step, question["id"], k * group + i, config.max_new_tokens)
                                        for question, k in zip(questions, before) for i in range(group)]))
@@ -942,16 +862,13 @@ def roll_out(policy: Policy, questions: Sequence[Question], step: int, seed: int
     samples = [{"step": step, "id": question["id"], "completion": before[p] * group, "response": texts[p * group],
                 "answer": grades[p * group].answer, "gold": question["answer"], "reward": round(earned[p, 0].item(), 3)}
                for p, question in enumerate(questions)]
-    own = {"reward": earned.tolist(), "correct": [g.correct for g in grades], "well_formed": [g.well_formed for g in grades],
-           "entropy": done.entropy.sum(1).tolist(), "length": done.lengths.tolist(), "finished": done.finished.tolist()}
-    parts = gather((samples, own))
-    whole = {name: np.concatenate([part[name] for _, part in parts]) for name in own}
-    row = {name: float(whole[name].mean()) for name in ("reward", "correct", "well_formed", "length")}
-    row |= {"equal_groups": float((np.ptp(whole["reward"], 1) < 1e-6).mean()), "truncated": 1 - float(whole["finished"].mean()),
-            "entropy": float(whole["entropy"].sum() / whole["length"].sum()), "completion_tokens": int(whole["length"].sum()),
-            "rollout_s": time.perf_counter() - start}
-    samples = [sample for turn in zip_longest(*(some for some, _ in parts)) for sample in turn if sample]  # in the order of one process
-    correct = torch.tensor([1.0 * g.correct for g in grades], device=policy.device)
+    tokens = int(done.lengths.sum())
+    correct = torch.tensor([float(grade.correct) for grade in grades], device=policy.device)
+    row = {"reward": earned.mean().item(), "correct": correct.mean().item(),
+           "well_formed": float(np.mean([grade.well_formed for grade in grades])), "length": tokens / len(texts),
+           "equal_groups": (earned.amax(1) - earned.amin(1) < 1e-6).float().mean().item(),
+           "truncated": 1 - done.finished.float().mean().item(), "entropy": done.entropy.sum().item() / tokens,
+           "completion_tokens": tokens, "rollout_s": time.perf_counter() - start}
     return Batch(prompts, features, done, advantages, reference, correct, (others, unseen) if others else None), row, samples
 
 
@@ -961,7 +878,7 @@ def learn(policy: Policy, optimizer: torch.optim.Optimizer, batch: Batch, config
     for _ in range(config.updates_per_batch):
         sums = accumulate_gradients(policy, batch, config)
         norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm).item()
-        skipped = not math.isfinite(norm + sums["loss"])  # the same for all processes: both are sums over them
+        skipped = not math.isfinite(norm + sums["loss"])
         if not skipped:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -1071,9 +988,8 @@ def load_checkpoint(folder: Path, policy: Policy, optimizer: torch.optim.Optimiz
         for name, parameter in policy.model.named_parameters():
             if parameter.requires_grad:
                 parameter.data.copy_(tensors[f"adapter.{name}"])
-                devices = {"step": "cpu", "exp_avg": policy.device, "exp_avg_sq": policy.device}
-                optimizer.state[parameter] = {key: tensors[f"{key}.{name}"].to(device, copy=True) for key, device in devices.items()
-                                              if f"{key}.{name}" in tensors}
+                optimizer.state[parameter] = {key: tensors[f"{key}.{name}"].to(policy.device, copy=True)
+                                              for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in tensors}
         return step
     return 0
 
@@ -1097,17 +1013,23 @@ def rows_until(path: Path, step: float = math.inf) -> list[dict]:
 
 @contextmanager
 def stopping() -> Iterator[list[int]]:
-    """Collects Ctrl-C, and SIGTERM as schedulers send it, so that the step under way can end; a second one ends at once."""
+    """Collects Ctrl-C, and SIGTERM as schedulers and stage 3 itself send it, so that the step under way can end; a second one ends at once.
+
+    A worker is deaf to Ctrl-C (`prepare.start_worker`) and stays so.
+    """
     asked = []
 
     def ask(number, _):
         asked.append(number)
         for each in usual:
             signal.signal(each, signal.default_int_handler)
-        if world()[0] == 0:
-            os.write(2, b"stopping after this step; once more stops at once\n")  # print may have been interrupted itself
+        if multiprocessing.parent_process() is None:
+            os.write(2, STOPPING)  # print may have been interrupted itself
 
-    usual = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    usual = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    usual = {number: handler for number, handler in usual.items() if handler != signal.SIG_IGN}
+    for number in usual:
+        signal.signal(number, ask)
     try:
         yield asked
     finally:
@@ -1126,7 +1048,7 @@ def preflight(policy: Policy, questions: Questions, config: Config) -> Config:
     trainable = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
     if not trainable:
         raise UserError("no parameter is trainable: the adapter found no linear layer in the language model")
-    question, count = questions.longest(), -(-config.prompts_per_step // world()[1])
+    question, count = questions.longest(), config.prompts_per_step
     prompt = policy.encode(question)
     tokens = sum(len(picture.tokens) for picture in look(policy, [prompt])[0])
     placeholders = prompt.input_ids.count(policy.full.config.image_token_id)
@@ -1149,11 +1071,11 @@ def preflight(policy: Policy, questions: Questions, config: Config) -> Config:
             parameter.grad = None
         if failed is None:
             break
-        if wave * rows == 1 or world()[1] > 1:  # others would wait for this one
+        if wave * rows == 1:
             raise UserError(f"a step of the largest size does not fit into memory ({failed}): lower --group_size, --max_new_tokens or "
-                            "--prompts_per_step, with several processes --memory_gb, or 01_prepare.py --max_pixels")
+                            "--prompts_per_step, or 01_prepare.py --max_pixels")
         batch, config = None, replace(config, cache_gb=config.cache_gb / 2, tokens_per_pass=max(1, config.tokens_per_pass // 2))
-    print(f"preflight: {sum(p.numel() for p in trainable) / 1e6:.2f} M trainable parameters, longest prompt {length} tokens "
+    tqdm.write(f"preflight: {sum(p.numel() for p in trainable) / 1e6:.2f} M trainable parameters, longest prompt {length} tokens "
           f"({tokens} of the picture); the largest step samples {wave * config.group_size} completions at a time, "
           f"learns from {rows} at a time, and takes {time.perf_counter() - start:.1f} s and {peak_gb(policy):.2f} GB"
           + (f" of {config.memory_gb:.2f}" if config.memory_gb else "") + ("" if policy.unpack else "; 4-bit weights are not unpacked"))
@@ -1182,7 +1104,7 @@ def one_line(run: str, row: dict, steps: int) -> str:
             + f"{row['rollout_s']:.2f}+{row['update_s']:.2f} s  {tokens_per_s:,.0f} tok/s  {row['peak_gb']:.2f} GB")
 
 
-def train_run(study: dict, condition: str, seed: int, config: Config) -> dict:
+def train_run(study: dict, condition: str, seed: int, config: Config, after_step: Callable[[], None] = lambda: None) -> dict:
     """Train one condition with one seed, or continue it; returns its config.json."""
     data = Path(config.data)
     run = run_name(condition, seed, config)
@@ -1197,46 +1119,52 @@ def train_run(study: dict, condition: str, seed: int, config: Config) -> dict:
         del settings["corruption"]
     if condition != "grounded":
         del settings["looking_weight"], settings["looking_bound"]
-    check_same(folder, settings, config.steps, config.save_every, sorted(path.name for path in folder.rglob("*")))
-    if (folder / "config.json").exists():
-        done = read_run(folder)
-        check_settings(folder, done["settings"], settings | {"steps": config.steps})
-        by_first(partial(shutil.rmtree, folder / "checkpoint", ignore_errors=True))
-        print(f"{run} is finished: kept")
-        return done
+    with prepare.locked(folder):
+        if (folder / "config.json").exists():
+            done = read_run(folder)
+            check_settings(folder, done["settings"], settings | {"steps": config.steps})
+            shutil.rmtree(folder / "checkpoint", ignore_errors=True)
+            tqdm.write(f"{run} is finished: kept")
+            return done
+        return make_run(study, run, settings, questions, config, after_step)
+
+
+def make_run(study: dict, run: str, settings: dict, questions: Questions, config: Config, after_step: Callable[[], None]) -> dict:
+    """Steps from the last checkpoint to the end; returns config.json."""
+    data, seed = Path(config.data), settings["seed"]
+    folder = data / "policies" / run
     policy = load_policy(prepare.model_path(data, study), study["max_pixels"], lora_rank=config.lora_rank, seed=seed)
-    if study["model"] != "embedded":  # what the hub calls it, not where this machine keeps it
-        policy.model.peft_config["default"].base_model_name_or_path = study["model"]
-    optimizer = torch.optim.AdamW([p for p in policy.model.parameters() if p.requires_grad], lr=config.learning_rate, weight_decay=0.0)
+    policy.model.peft_config["default"].base_model_name_or_path = study["model"]  # not where this machine keeps it
+    # fused: the other forms take a square root that differs between processors
+    optimizer = torch.optim.AdamW([p for p in policy.model.parameters() if p.requires_grad], lr=config.learning_rate, weight_decay=0.0,
+                                  fused=True)
     log, samples = folder / "train.jsonl", folder / "rollouts.jsonl"
     finished = load_checkpoint(folder / "checkpoint", policy, optimizer, settings, len(rows_until(log)))
     if finished > config.steps:
         raise UserError(f"{folder} has already made {finished} steps, not {config.steps}: delete that folder, or ask for more --steps")
     rows = rows_until(log, finished)  # later ones are about to be made again
-    by_first(lambda: [prepare.write_jsonl(path, rows_until(path, finished)) for path in (log, samples)])
+    for path in (log, samples):
+        prepare.write_jsonl(path, rows_until(path, finished))
     config = plan(policy, config, PRESETS[study["preset"]], questions.longest()["prompt_tokens"])
-    check_same(folder, finished, policy.unpack)
     config = preflight(policy, questions, config)
     if finished:
-        print(f"{run} continues after step {finished}")
+        tqdm.write(f"{run} continues after step {finished}")
     with stopping() as asked:
-        steps, quiet = range(finished + 1, config.steps + 1), world()[0] > 0 or None  # None: unless stderr is a terminal
-        for step in tqdm(steps, initial=finished, total=config.steps, desc=run, disable=quiet):
+        for step in range(finished + 1, config.steps + 1):
             rows.append(train_step(policy, optimizer, questions, step, seed, config, folder))
-            tqdm.write(one_line(run, rows[-1], config.steps))
+            after_step()
             if len(rows) > 2 and all(row["skipped"] for row in rows[-3:]):
                 raise UserError(f"{run} skipped steps {step - 2} to {step}, because a reward or a gradient is not finite: look into "
                                 f"{samples}, delete {folder}, and lower --learning_rate")
-            stop = any(gather(bool(asked)))
-            if stop or step % config.save_every == 0:
-                by_first(save_checkpoint, folder / "checkpoint", policy, optimizer, step, settings)
-            if stop:
+            if asked or step % config.save_every == 0:
+                save_checkpoint(folder / "checkpoint", policy, optimizer, step, settings)
+            if asked:
                 raise KeyboardInterrupt
         result = {"policy": run, "settings": settings | {"steps": config.steps},
                   "device": torch.cuda.get_device_name() if policy.device.type == "cuda" else "cpu", "unpacked": policy.unpack,
                   "skipped": sum(row["skipped"] for row in rows), "peak_gb": max(row["peak_gb"] for row in rows),
                   "seconds": round(sum(row["rollout_s"] + row["update_s"] for row in rows), 1)}
-        by_first(finish, folder, policy, result)
+        finish(folder, policy, result)
     return result
 
 
@@ -1246,14 +1174,11 @@ def train_step(policy, optimizer, questions: Questions, step: int, seed: int, co
     damaged = questions.at(step - 1, config.prompts_per_step, damaged=True) if questions.paid else ()
     batch, row, samples = roll_out(policy, asked, step, seed, config, damaged)
     before = [p.detach().clone() for p in policy.model.parameters() if p.requires_grad] if step == 1 else []
-    row = {"step": step, **row, **learn(policy, optimizer, batch, config), "peak_gb": round(max(gather(peak_gb(policy))), 3)}
+    row = {"step": step, **row, **learn(policy, optimizer, batch, config), "peak_gb": round(peak_gb(policy), 3)}
     if before and row["gradient_norm"] and all(map(torch.equal, before, (p for p in policy.model.parameters() if p.requires_grad))):
         raise UserError("step 1 had a gradient but changed no weight: the adapter is not what the optimizer holds")
-    if world()[0] == 0:
-        prepare.append_jsonl(folder / "train.jsonl", [row])
-        prepare.append_jsonl(folder / "rollouts.jsonl", samples)
-    if config.sample_every and step % config.sample_every == 0:
-        tqdm.write(f"  {samples[0]['id']}: {samples[0]['response']!r}, gold {samples[0]['gold']!r}, reward {samples[0]['reward']}")
+    prepare.append_jsonl(folder / "rollouts.jsonl", samples)
+    prepare.append_jsonl(folder / "train.jsonl", [row])
     return row
 
 
@@ -1268,6 +1193,7 @@ def finish(folder: Path, policy: Policy, result: dict):
 def save_adapter(folder: Path, policy: Policy):
     """adapter_model.safetensors and adapter_config.json as PEFT writes them."""
     whole = folder / ".adapter.part"
+    prepare.remove(whole)  # of a process that was killed
     try:
         policy.model.save_pretrained(whole)
         for name in ("adapter_config.json", "adapter_model.safetensors"):
@@ -1293,7 +1219,26 @@ def damage_of(condition: str, config: Config) -> list[str]:
     return [] if condition == "standard" else config.corruption or (["mismatch"] if condition == "grounded" else ["blank"])
 
 
-@joined()
+class Progress:
+    """One bar over all runs, a line for each step of each, and now and then a completion: read from what the runs log."""
+
+    def __init__(self, folders: Mapping[str, Path], config: Config):
+        self.folders, self.config, self.shown = folders, config, {run: len(rows_until(folder / "train.jsonl")) for run, folder in folders.items()}
+        self.bar = tqdm(total=config.steps * len(folders), initial=sum(self.shown.values()), desc="steps", disable=None)
+
+    def show(self):
+        """What is new since the last call."""
+        for run, folder in self.folders.items():
+            rows = rows_until(folder / "train.jsonl")
+            for row in rows[self.shown[run]:]:
+                tqdm.write(one_line(run, row, self.config.steps))
+                if self.config.sample_every and row["step"] % self.config.sample_every == 0:
+                    sample = next(sample for sample in prepare.read_jsonl(folder / "rollouts.jsonl") if sample["step"] == row["step"])
+                    tqdm.write(f"  {sample['id']}: {sample['response']!r}, gold {sample['gold']!r}, reward {sample['reward']}")
+            self.bar.update(len(rows) - self.shown[run])
+            self.shown[run] = len(rows)  # fewer where a run goes back to its checkpoint
+
+
 def main(config: Config) -> list[dict]:
     """Train every condition with every seed; returns their config.json."""
     study = prepare.load_study(Path(config.data))
@@ -1301,7 +1246,15 @@ def main(config: Config) -> list[dict]:
         if getattr(config, name) is None and name not in ("tokens_per_pass", "cache_gb"):  # these two follow from memory: `plan`
             setattr(config, name, value)
     check_config(config)
-    return [train_run(study, condition, seed, config) for seed in config.seeds for condition in config.conditions]
+    tasks = {run_name(condition, seed, config): (study, condition, seed, config) for seed in config.seeds for condition in config.conditions}
+    workers = prepare.count_workers(config.workers, len(tasks), prepare.worker_bytes(study))
+    progress = Progress({run: Path(config.data) / "policies" / run for run in tasks}, config)
+    if workers == 1:  # the run itself tells, for nobody else watches
+        tasks = {run: (*task, progress.show) for run, task in tasks.items()}
+    done = {}
+    with progress.bar:
+        prepare.deal_out(train_run, tasks, workers, done.__setitem__, progress.show)
+    return [done[run] for run in tasks]
 
 
 def check_config(config: Config):
@@ -1313,10 +1266,8 @@ def check_config(config: Config):
         raise UserError(f"--loss {config.loss} is unknown: choose from {' '.join(LOSSES)}")
     if config.group_size < 2:
         raise UserError(f"--group_size {config.group_size} leaves nothing to compare a completion with: choose at least 2")
-    prepare.check_least(config, 1, "steps", "prompts_per_step", "max_new_tokens", "lora_rank", "tokens_per_pass", "updates_per_batch",
+    prepare.check_least(config, 1, "steps", "workers", "prompts_per_step", "max_new_tokens", "lora_rank", "tokens_per_pass", "updates_per_batch",
                         "save_every")
-    if config.prompts_per_step < world()[1]:
-        raise UserError(f"--prompts_per_step {config.prompts_per_step} is too small for {world()[1]} processes: each needs a question")
     prepare.check_least(config, 1e-9, "learning_rate", "max_grad_norm", "memory_gb", "cache_gb")
     prepare.check_least(config, 0, "kl", "clip_low", "clip_high", "sample_every", "looking_weight", "looking_bound")
     if "clean" in config.corruption:
@@ -1327,4 +1278,4 @@ def check_config(config: Config):
 
 
 if __name__ == "__main__":
-    prepare.run(main, Config, __doc__, several=True)
+    prepare.run(main, Config, __doc__)

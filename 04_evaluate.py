@@ -10,7 +10,6 @@ reads   data/study.json, data/questions/, data/corrupted/, data/policies/
 writes  data/answers/POLICY/SOURCE/NAME.jsonl, a line per graded answer; NAME is clean or a corruption
 run     python 04_evaluate.py                     # all policies and inputs: two minutes on 2 CPU cores
         python 04_evaluate.py --policies base standard-s0 --corruptions clean blank --limit 100
-        torchrun --nproc_per_node=2 04_evaluate.py       # the questions are dealt out to two processes
         python 04_evaluate.py --policies base path/to/my_adapter     # a LoRA of your own: does it depend on the picture?
 """
 import functools
@@ -18,8 +17,9 @@ import importlib
 import json
 import re
 import sys
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +39,7 @@ Policy, Question, UserError, option = train.Policy, prepare.Question, prepare.Us
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 LORA_WEIGHT = re.compile(r"base_model\.model\.(.*language_model\.layers\..+)\.lora_[AB]\.weight")
 OWN_NAME = re.compile(rf"(base|{'|'.join(train.CONDITIONS)})(-|$)")
+BATCH = 64  # questions dealt out together, whatever the number of workers; a kill costs the batches under way
 LORA_SETTINGS = ("r lora_alpha target_modules rank_pattern alpha_pattern use_rslora lora_dropout base_model_name_or_path revision task_type "
                  "inference_mode auto_mapping peft_version exclude_modules layers_to_transform layers_pattern").split()
 
@@ -52,6 +53,7 @@ class Config:
     limit: int = option(None, "questions per benchmark, spread over its groups [all]")
     only: str = option(None, "file of ids, as report/strict-SOURCE.json: ask these questions alone [all]")
     samples: int = option(8, "answers drawn at temperature 1 to each question without a picture, beside the greedy one: can it be guessed?")
+    workers: int = option(None, "processes, each a batch of questions at a time [one a card; without cards one a core, as memory allows]")
     memory_gb: float = option(None, "what weights and all that is computed may take: lower it first [what is free on the card]")
     cache_gb: float = option(None, "for the questions answered together [what memory_gb leaves; without a card the preset of stage 3]")
     max_new_tokens: int = option(None, "tokens; a longer answer is cut [the most that any run of the study had]")
@@ -163,77 +165,138 @@ def kept(files: Iterable[Path], questions: Mapping[str, Question], origin: dict)
     return rows
 
 
-def part(path: Path, rank: int | str = "*", size: int | str = "*") -> str:
-    """Name of the file beside `path` to which one of `size` processes appends its answers."""
-    return f"{path.name}.{rank}of{size}.part"
+def part(path: Path) -> Path:
+    """Beside an answers file: what is answered of it so far, batch by batch."""
+    return path.with_name(f"{path.name}.part")
 
 
 def settle(path: Path, rows: dict[str, dict], origin: dict):
-    """Write the whole file, unless it has these answers under today's verdicts; others of the same origin stay, and the parts go."""
+    """Write the whole file, unless it has these answers under today's verdicts; others of the same origin stay."""
     old = {row["id"]: row for row in prepare.read_jsonl(path)} if path.exists() else {}
     new = {name: row for name, row in old.items() if row | origin == row} | rows
     if new != old:
         prepare.write_jsonl(path, new.values())
-    for file in path.parent.glob(part(path)):
-        file.unlink()
+    part(path).unlink(missing_ok=True)
 
 
-def evaluate(load: Callable[[], Policy], table: Dataset, blank: Dataset | None, rows: Sequence[int], paths: Mapping[str, Path],
-             origins: Mapping[str, dict], config: Config, preset: Mapping, title: str) -> dict[str, list[dict]]:
-    """Answer the questions `rows` of a table under every policy; `paths` and `origins` (it stands in every line) by policy.
+@dataclass(frozen=True)
+class Asker:
+    """What a worker needs to load the policies, and the memory it may take."""
+    model: str
+    max_pixels: int
+    adapters: tuple[tuple[str, Path], ...]  # (policy, its folder)
+    memory_gb: float | None
+    cache_gb: float | None
+    preset: str
 
-    `blank`: the same questions without their pictures, where each token's information is wanted. Where origins have `samples`, so many
-    answers are drawn as well, by numbers that depend on the question alone.
 
-    What has no answer yet is dealt out to the processes, and each appends whole batches to a file of its own: an interrupted evaluation
-    continues there, and where the number of processes is another one now, the rest is dealt out anew. Pictures are prepared, and seen by
-    the frozen vision tower, once for all policies. Answers that were made from something else than their origin are made again.
+@dataclass(frozen=True)
+class Input:
+    """The questions of one source, clean or damaged, that all policies are asked."""
+    name: str               # SOURCE NAME
+    path: Path              # of the questions
+    blank: Path | None      # the same without their pictures, where each token's information is wanted
+    rows: tuple[int, ...]   # of `path`, the longest prompt first: what does not fit shows at once, and there is little padding
+    max_new_tokens: int
+    samples: int            # answers drawn to each question
+    files: dict[str, Path]  # answers by policy
+    origins: dict[str, dict]  # by policy, what stands in every line: what its answers were made from
+
+    def batches(self) -> list[tuple[int, ...]]:
+        return [self.rows[start:start + BATCH] for start in range(0, len(self.rows), BATCH)]
+
+    def questions(self) -> dict[str, Question]:
+        """By id, without their pictures, in the order of `rows`."""
+        table = prepare.read_questions(self.path, "run 02_corrupt.py").remove_columns("images")
+        return {table[row]["id"]: table[row] for row in self.rows}
+
+
+@functools.lru_cache(maxsize=1)
+def loaded(model: str, max_pixels: int, adapters: tuple) -> Policy:
+    """Once in each worker."""
+    return load_policies(model, max_pixels, dict(adapters))
+
+
+@functools.lru_cache(maxsize=4)
+def opened(path: Path) -> Dataset:
+    return prepare.read_questions(path, "run 02_corrupt.py")
+
+
+def answer_batch(asker: Asker, asked: Input, rows: Sequence[int], policies: Sequence[str]) -> dict[str, list[dict]]:
+    """The answers of some policies to some rows of an input: the task of a worker.
+
+    Pictures are prepared, and seen by the frozen vision tower, once for all policies. Answers are drawn by numbers that depend on the
+    question alone.
     """
-    (rank, size), texts = train.world(), table.remove_columns("images")
-    questions = {question["id"]: question for question in (texts[row] for row in rows)}
-    done, new, own = {}, {}, {}  # answers by policy and id: what all processes see, what this one adds, and its file for that
-    for who, path in paths.items():
-        others = {*path.parent.glob(part(path))} - {*path.parent.glob(part(path, size=size))}
-        done[who] = kept([*sorted(others), path], questions, origins[who])
-        if len(done[who]) < len(rows):
-            own[who] = path.with_name(part(path, rank, size))
-            new[who] = kept([own[who]], questions, origins[who])
-            prepare.write_jsonl(own[who], new[who].values())  # without a last line that was half written
-    train.check_same(next(iter(paths.values())).parent, {who: sorted(done[who]) for who in own})
-    share = [(row, name) for row, name in zip(rows, questions) if any(name not in done[who] for who in own)][rank::size]
-    batches = []
-    if any(name not in done[who] and name not in new[who] for _, name in share for who in own):
-        policy, settings = load(), next(iter(origins.values()))  # the same for all
-        lengths = np.sum([source["prompt_tokens"][:] for source in (table, blank) if source], axis=0)
-        max_new_tokens, samples = settings["max_new_tokens"], settings.get("samples", 0)
-        lengths = [lengths[row] for row, _ in share]
-        wanted = train.Config(memory_gb=config.memory_gb, cache_gb=config.cache_gb, checkpoint=True, group_size=max(1, samples),
-                              max_new_tokens=max_new_tokens)
-        sizes = train.plan(policy, wanted, preset, max(lengths))
-        batches = [share[some] for some in train.waves(policy, lengths, sizes.group_size, max_new_tokens, sizes.cache_gb)]
-    with tqdm(total=len(share) * len(own), desc=title, leave=False, disable=rank > 0 or None) as bar:
-        for batch in batches:
-            places = {who: [i for i, (_, name) in enumerate(batch) if name not in done[who]] for who in own}
-            todo = [who for who in own if any(batch[i][1] not in new[who] for i in places[who])]
-            if todo:
-                asked = [table[row] for row, _ in batch]
-                prompts, bare = [policy.encode(question) for question in asked], [policy.encode(blank[row]) for row, _ in batch if blank]
-                features, without = train.look(policy, prompts), train.look(policy, bare)
-                draws = [[train.uniforms(0, 0, name, i, max_new_tokens) for i in range(samples)] for _, name in batch]
-            for who in todo:
-                policy.use(None if who == "base" else who)
-                its = lambda items: [items[i] for i in places[who]]
-                drawn = torch.from_numpy(np.concatenate(its(draws))).to(policy.device) if samples else None
-                answers = [row | origins[who] for row in answer(policy, *map(its, (asked, prompts, features)), max_new_tokens, sizes.tokens_per_pass,
-                                                                (its(bare), its(without)) if blank else None, drawn)]
-                prepare.append_jsonl(own[who], answers)
-                new[who] |= {row["id"]: row for row in answers}
-            bar.update(len(batch) * len(own))
-    for more in train.gather(new):
-        done = {who: rows | more.get(who, {}) for who, rows in done.items()}
-    done = {who: {name: rows[name] for name in questions} for who, rows in done.items()}
-    train.by_first(lambda: [settle(path, done[who], origins[who]) for who, path in paths.items()])
-    return {who: [*rows.values()] for who, rows in done.items()}
+    policy = loaded(asker.model, asker.max_pixels, asker.adapters)
+    tables = [opened(path) for path in (asked.path, asked.blank) if path]
+    columns = [table["prompt_tokens"][:] for table in tables]
+    lengths = [sum(column[row] for column in columns) for row in rows]
+    wanted = train.Config(memory_gb=asker.memory_gb, cache_gb=asker.cache_gb, checkpoint=True, group_size=max(1, asked.samples),
+                          max_new_tokens=asked.max_new_tokens)
+    sizes = train.plan(policy, wanted, train.PRESETS[asker.preset], max(lengths))
+    answers = {who: [] for who in policies}
+    for some in train.waves(policy, lengths, sizes.group_size, asked.max_new_tokens, sizes.cache_gb):
+        questions = [tables[0][row] for row in rows[some]]
+        prompts, *without = [[policy.encode(table[row]) for row in rows[some]] for table in tables]
+        features = train.look(policy, prompts)
+        without = (without[0], train.look(policy, without[0])) if without else None
+        draws = None
+        if asked.samples:
+            draws = torch.from_numpy(np.stack([train.uniforms(0, 0, question["id"], i, asked.max_new_tokens)
+                                               for question in questions for i in range(asked.samples)])).to(policy.device)
+        for who in policies:
+            policy.use(None if who == "base" else who)
+            answers[who] += answer(policy, questions, prompts, features, asked.max_new_tokens, sizes.tokens_per_pass, without, draws)
+    return {who: [row | asked.origins[who] for row in rows] for who, rows in answers.items()}
+
+
+def evaluate(asker: Asker, inputs: Sequence[Input], workers: int) -> dict[str, dict[str, list[dict]]]:
+    """Ask all inputs; returns the rows of each answers file by input and policy.
+
+    Batches depend on the study alone, so that rounding does too. One is asked again where any of its answers is missing, or was made from
+    something else than its origin; this process alone writes.
+    """
+    found, tasks, left = {}, {}, Counter()
+    for asked in inputs:
+        questions = asked.questions()
+        found[asked.name] = {}
+        for who, path in asked.files.items():
+            found[asked.name][who] = kept([path, part(path)], questions, asked.origins[who])
+        names = dict(zip(asked.rows, questions))
+        for number, rows in enumerate(asked.batches()):
+            missing = [who for who, rows_of in found[asked.name].items() if any(names[row] not in rows_of for row in rows)]
+            if missing:
+                tasks[f"{asked.name}, batch {number + 1}"] = asker, asked, rows, missing
+                left[asked.name] += 1
+        for who, path in asked.files.items():
+            if left[asked.name]:  # without a last line that was half written
+                prepare.write_jsonl(part(path), found[asked.name][who].values())
+
+    def finish(asked: Input):
+        rows = found[asked.name]
+        for who, path in asked.files.items():
+            rows[who] = {name: rows[who][name] for name in asked.questions()}
+            settle(path, rows[who], asked.origins[who])
+        right = [f"{who} {sum(row['correct'] for row in its.values()) / len(its):.1%}" for who, its in rows.items()]
+        tqdm.write(f"{asked.name}, n = {len(asked.rows)}: {', '.join(right)}")
+
+    def receive(task: str, answers: dict[str, list[dict]]):
+        _, asked, _, _ = tasks[task]
+        for who, rows in answers.items():
+            prepare.append_jsonl(part(asked.files[who]), rows)
+            found[asked.name][who] |= {row["id"]: row for row in rows}
+            bar.update(len(rows))
+        left[asked.name] -= 1
+        if not left[asked.name]:
+            finish(asked)
+
+    for asked in inputs:
+        if not left[asked.name]:
+            finish(asked)
+    with tqdm(total=sum(len(rows) * len(missing) for _, _, rows, missing in tasks.values()), desc="answers", disable=None) as bar:
+        prepare.deal_out(answer_batch, tasks, min(workers, len(tasks)), receive)
+    return {asked.name: {who: [*rows.values()] for who, rows in found[asked.name].items()} for asked in inputs}
 
 
 def find_policies(config: Config, study: dict) -> dict[str, tuple[Path | None, dict[str, str]]]:
@@ -254,10 +317,9 @@ def find_policies(config: Config, study: dict) -> dict[str, tuple[Path | None, d
             check_adapter(folder)
             found[name] = (folder, model_files | {path.relative_to(data).as_posix(): prepare.sha256(path) for path in map(folder.joinpath, ADAPTER)})
         elif (folder := Path(name).resolve()).is_dir() and not OWN_NAME.match(folder.name) and folder.name not in found:
-            trained_on, asked_on = check_adapter(folder), str(data / "model") if study["model"] == "embedded" else study["model"]
-            whole = (lambda path: Path(path).resolve()) if study["model"] == "embedded" else lambda path: Path(path).name
-            if whole(trained_on) != whole(asked_on):
-                print(f"note: {folder} was trained on {trained_on or 'a base that it does not name'}, and is asked here on {asked_on}")
+            trained_on = check_adapter(folder)
+            if Path(trained_on).name != Path(study["model"]).name:
+                print(f"note: {folder} was trained on {trained_on or 'a base that it does not name'}, and is asked here on {study['model']}")
             found[folder.name] = (folder, model_files | {str(path): prepare.sha256(path) for path in map(folder.joinpath, ADAPTER)})
         elif folder.is_dir():
             raise UserError(f"{folder}: {folder.name} is the name of a policy of this kit, or given twice: rename the folder")
@@ -327,42 +389,51 @@ def read_ids(path: str | None) -> set[str] | None:
         raise UserError(f"--only {path} is no file of ids, such as stage 5 writes (report/strict-SOURCE.json): {error}") from error
 
 
-@train.joined()
-def main(config: Config) -> dict[tuple[str, str, str], list[dict]]:
-    """Evaluate; returns the rows of each answers file by (policy, source, clean or corruption)."""
-    data = Path(config.data)
-    study = prepare.load_study(data)
-    prepare.check_least(config, 1, "limit", "max_new_tokens")
-    prepare.check_least(config, 0, "samples")
-    prepare.check_least(config, 1e-9, "memory_gb", "cache_gb")
-    preset = train.PRESETS[study["preset"]]
-    policies, inputs, answers, only = find_policies(config, study), find_inputs(config, study), {}, read_ids(config.only)
+def make_inputs(config: Config, study: dict, policies: Mapping[str, tuple]) -> list[Input]:
+    """What is to be asked: every input of every source, of each the questions of the test split that the options leave."""
+    data, only, inputs = Path(config.data), read_ids(config.only), []
     runs = [train.read_run(path.parent)["settings"]["max_new_tokens"] for path in (data / "policies").glob("*/config.json")]
-    max_new_tokens = config.max_new_tokens or max(runs, default=preset["max_new_tokens"])  # whichever policies are asked
-    made_with = ", ".join(map(" ".join, prepare.versions().items()))
-    adapters = {who: folder for who, (folder, _) in policies.items() if folder}
-    load = functools.cache(lambda: load_policies(prepare.model_path(data, study), study["max_pixels"], adapters))
-    for source, name, questions in inputs:
-        start = time.perf_counter()
-        table = prepare.read_questions(data / prepare.input_path(source, name), "run 02_corrupt.py")
-        blank = next((prepare.read_questions(data / path, "") for path in questions if path != prepare.input_path(source, name)), None)
+    # whichever policies are asked
+    max_new_tokens = config.max_new_tokens or max(runs, default=train.PRESETS[study["preset"]]["max_new_tokens"])
+    for source, name, made_from in find_inputs(config, study):
+        path = data / prepare.input_path(source, name)
+        table = prepare.read_questions(path, "run 02_corrupt.py")
         ids, groups, splits, lengths = (table[column][:] for column in ("id", "group", "split", "prompt_tokens"))
         tests = [row for row, split in enumerate(splits) if split == "test" and (only is None or ids[row] in only)]
         if not tests:
             raise UserError(f"{config.only} names no question of {source}: choose --benchmarks that it speaks of")
         chosen = [tests[i] for i in prepare.stratified([ids[row] for row in tests], [groups[row] for row in tests], config.limit)]
-        chosen.sort(key=lambda row: -lengths[row])  # what does not fit into memory shows at once, and there is little padding
-        settings = {"made_with": made_with, "max_new_tokens": max_new_tokens}
-        if name in prepare.NO_PICTURE and config.samples:  # what is drawn is not kept, but its verdicts
-            settings |= {"samples": config.samples, "graded_by": prepare.sha256(Path(prepare.__file__))}
-        origins = {who: {"made_from": made_from | questions, **settings} for who, (_, made_from) in policies.items()}
-        paths = {who: data / "answers" / who / source / f"{name}.jsonl" for who in policies}
-        done = evaluate(load, table, blank, chosen, paths, origins, config, preset, f"{source} {name}")
-        answers |= {(who, source, name): rows for who, rows in done.items()}
-        right = [f"{who} {sum(row['correct'] for row in rows) / len(rows):.1%}" for who, rows in done.items()]
-        print(f"{source} {name}, n = {len(chosen)}: {', '.join(right)} ({time.perf_counter() - start:.0f} s)")
-    return answers
+        chosen.sort(key=lambda row: -lengths[row])
+        settings = {"made_with": ", ".join(map(" ".join, prepare.versions().items())), "max_new_tokens": max_new_tokens}
+        samples = config.samples if name in prepare.NO_PICTURE else 0
+        if samples:  # what is drawn is not kept, but its verdicts
+            settings |= {"samples": samples, "graded_by": prepare.sha256(Path(prepare.__file__))}
+        inputs.append(Input(
+            f"{source} {name}", path, next((data / other for other in made_from if data / other != path), None), tuple(chosen),
+            max_new_tokens, samples, {who: data / "answers" / who / source / f"{name}.jsonl" for who in policies},
+            {who: {"made_from": made_of | made_from, **settings} for who, (_, made_of) in policies.items()}))
+    return inputs
+
+
+def main(config: Config) -> dict[tuple[str, str, str], list[dict]]:
+    """Evaluate; returns the rows of each answers file by (policy, source, clean or corruption)."""
+    data = Path(config.data)
+    study = prepare.load_study(data)
+    prepare.check_least(config, 1, "limit", "max_new_tokens", "workers")
+    prepare.check_least(config, 0, "samples")
+    prepare.check_least(config, 1e-9, "memory_gb", "cache_gb")
+    policies = find_policies(config, study)
+    adapters = tuple((who, folder) for who, (folder, _) in policies.items() if folder)
+    asker = Asker(prepare.model_path(data, study), study["max_pixels"], adapters, config.memory_gb, config.cache_gb, study["preset"])
+    inputs = make_inputs(config, study, policies)
+    batches = sum(len(asked.batches()) for asked in inputs)
+    workers = prepare.count_workers(config.workers, batches, prepare.worker_bytes(study))
+    with ExitStack() as locks:
+        for folder in sorted({path.parent for asked in inputs for path in asked.files.values()}):
+            locks.enter_context(prepare.locked(folder))
+        found = evaluate(asker, inputs, workers)
+    return {(who, *name.split()): rows for name, answers in found.items() for who, rows in answers.items()}
 
 
 if __name__ == "__main__":
-    prepare.run(main, Config, __doc__, several=True)
+    prepare.run(main, Config, __doc__)

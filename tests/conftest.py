@@ -33,7 +33,7 @@ evaluate = _stage("04_evaluate")
 report = _stage("05_report")
 
 VISION = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
-CORRUPTIONS = stage.SMALLEST["02_corrupt"][1:]
+CORRUPTIONS = stage.SMALLEST["02_corrupt"][3:]
 
 
 def sharpen(model):
@@ -87,7 +87,7 @@ def study_folder(prepare, corrupt, base_folder, tmp_path_factory):
     return data
 
 
-def hashed_grade(text, question, *_, **__):
+def hashed_grade(text, question, reward=False, think_opened=False):
     """Random weights never answer right: these verdicts differ within a group, and depend on the text alone."""
     digest = hashlib.sha256(text.encode()).digest()
     return importlib.import_module("01_prepare").Grade(correct=digest[0] % 3 == 0, well_formed=digest[1] % 2 == 0, answer=text[:5])
@@ -109,7 +109,7 @@ def run_stages(data, *modules):
 def artifacts(data):
     """Path -> content of all in a data folder, but for what a clock or the memory says, and where PEFT found the base."""
     told = re.compile(rb'("|&#34;)(\w+_s|seconds|peak_gb)\1: [\d.e-]+|(?<="base_model_name_or_path": )"[^"]*"')
-    files = [path for path in sorted(data.rglob("*")) if path.is_file() and path.name != ".lock"]
+    files = [path for path in sorted(data.rglob("*")) if path.is_file() and path.suffix != ".lock"]
     content = lambda path: told.sub(b"", path.read_bytes()) if path.suffix in (".json", ".jsonl", ".html") else path.read_bytes()
     return {str(path.relative_to(data)): content(path) for path in files}
 

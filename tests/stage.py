@@ -20,9 +20,9 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 WARM_START = dict(scenes=64, vision_steps=3, first_steps=3, reasoned_steps=3, styled_steps=3, batch=8)
 SMALLEST = {  # the smallest study: its stages with their options
     "01_prepare": ["--limit", "40"],
-    "02_corrupt": ["--corruptions", "blank", "removed", "mismatch", "blur-0.05", "misleading", "edited", "kept"],
-    "03_train_grpo": ["--steps", "2", "--prompts_per_step", "4", "--group_size", "4", "--max_new_tokens", "24"],
-    "04_evaluate": ["--max_new_tokens", "24"],
+    "02_corrupt": ["--workers", "1", "--corruptions", "blank", "removed", "mismatch", "blur-0.05", "misleading", "edited", "kept"],
+    "03_train_grpo": ["--workers", "1", "--conditions", "standard", "hallucination", "mixed", "grounded", "--seeds", "0", "--steps", "2", "--prompts_per_step", "4", "--group_size", "4", "--max_new_tokens", "24"],
+    "04_evaluate": ["--workers", "1", "--max_new_tokens", "24"],
     "05_report": [],
 }
 
