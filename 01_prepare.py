@@ -674,15 +674,17 @@ def search_number(text: str, words: bool) -> str | None:
 def search_maths(text: str) -> str | None:
     """The whole text if it is maths, else what is claimed as the answer, what is stated last, the
     last formula or number."""
-    ends = [claim.end() for claim in CLAIM.finditer(text)][-1:]
-    claims = [re.split(r"\n|\. ", text[end:end + 100])[0] for end in ends]
     last = last_sentence(text)
-    claims += [re.split(r"\b(?:is|are|be)\b|:", claim)[-1] for claim in [*claims, last]]
+    claims = [text[claim.end():claim.end() + 100] for claim in CLAIM.finditer(text)][-1:]
+    claims = [re.split(r"\n|\. ", claim)[0] for claim in claims]
+    stated = [re.split(r"\b(?:is|are|be)\b|:", sentence)[-1] for sentence in [*claims, last]]
     formulas = re.findall(r"(?:\$|\\[(\[])(.{1,100}?)(?:\$|\\[)\]])", text, re.DOTALL)
-    for candidate in (text, *claims, *formulas[-1:]):
+    if NEGATION.search(last) or REFUSAL.search(last):
+        return None
+    for candidate in (text, *claims, *stated, *formulas[-1:]):
         if read_maths(candidate) or read_maths(without_unit(candidate, UNIT)[0]):
             return candidate.strip()
-    return None if NEGATION.search(last) else search_number(text, words=False)
+    return search_number(text, words=False)
 
 
 # the gold
@@ -974,11 +976,11 @@ GREEK = ("alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu 
          "upsilon phi chi psi omega").split()
 SYMBOLS = str.maketrans({
     "√": r"\sqrt ", "×": "*", "·": "*", "⋅": "*", "÷": "/", "−": "-", "–": "-", "±": r"\pm ", "∞": r"\infty ", "∈": r"\in ", "²": "^2 ",
-    "³": "^3 ", "$": " ", "（": "(", "）": ")", "，": ",", "~": " ", "∠": " ", "△": " ", "′": "'", "’": "'", "⟨": "?", "⟩": "?"}
+    "³": "^3 ", "$": " ", "（": "(", "）": ")", "，": ",", "~": " ", "∠": " ", "△": " ", "′": "'", "’": "'"}
     | {chr(0x3b1 + i): rf"\{name} " for i, name in enumerate(GREEK)})  # 0x3b1: α
 
 # A noun may stand behind a number, or before an equals sign, without changing the value.
-NO_NOUN = ("and|or|not|than|more|less|fewer|over|times|plus|minus|squared|cubed|half|dozens?|hundreds?|thousands?|millions?|billions?|"
+NO_NOUN = ("minimum|maximum|and|or|not|than|more|less|fewer|over|times|plus|minus|squared|cubed|half|dozens?|hundreds?|thousands?|millions?|billions?|"
            "trillions?|[abcxyz]{3}|factorial|sqrt|exp|sin|cos|tan|sec|arc[a-z]+")
 NOUN = rf"(?!(?:{NO_NOUN})\b)(?=[A-Za-z]*[aeiou])[A-Za-z][a-z]{{2,}}\b"
 POWER = r"(?:\s?\^\s?\{?\s?-?[1-4]\s?\}?)?"
@@ -1098,7 +1100,7 @@ def same_maths(answer: str, gold: str) -> bool:
 
 def same_unit(unit: str, gold: str) -> bool:
     """mW is not MW; of words, or a word and a symbol, the beginning counts (metres, m)."""
-    symbols = len(unit + gold) < 7
+    symbols = not re.search("[a-z]{4}", f"{unit} {gold}")
     return unit == gold or not symbols and unit[0].lower() == gold[0].lower()
 
 
@@ -1198,7 +1200,7 @@ def equal(value, gold) -> bool:
     """Whole numbers must be the same; others may differ by half a unit of the sixth decimal, where
     Math-Verify rounds."""
     exact = isinstance(value, Fraction) and isinstance(gold, Fraction)
-    if value == gold or exact and value.denominator == gold.denominator == 1:
+    if exact and value.denominator == gold.denominator == 1 or math.inf in (abs(value), abs(gold)):
         return value == gold
     value, gold = complex(value), complex(gold)
     noise = 0 if exact else 1e-12 * (abs(gold) or 1)  # of floating point: sin(pi) is 1e-16

@@ -683,6 +683,12 @@ def test_choices_in_free_text_by_a_benchmarks_rule(prepare, source):
         assert grade(response).answer is None, response
 
 
+def test_what_is_infinite_equals_nothing_else(prepare):
+    for gold, wrong in {"\\infty": ["0", "8", "-\\infty"], "(2, \\infty)": ["(2, 5)", "x<2"], "x > 2": ["(2, 100)"]}.items():
+        assert boxed(prepare, gold, "math", gold)
+        assert [answer for answer in wrong if boxed(prepare, answer, "math", gold)] == []
+
+
 def test_an_answer_of_yes_or_no(prepare):
     about = question("choice", "B", ["Yes", "No"], source="mathvista")
     right = ["No.", "No, it does not.", "The answer is no.", "No, the left one is not the largest.", "The left one is not the largest."]
