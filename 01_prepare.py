@@ -598,7 +598,7 @@ CLAIM = re.compile(
     r"(?i)\b(?:answer|(?:correct|right|best) (?:option|choice)(?: letter)?)(?:\s?(?:is|would be|should be))?[\s:=*$({\[\\\"']{0,9}"
     r"(?:text\{)?(?:option\s|choice\s)?[\s({]{0,3}")
 BOUND = re.compile(r"(?<= than )[-\d.,]+|(?<= least )[-\d.,]+|(?<= most )[-\d.,]+|(?<= of )[-\d.,]+")
-TOGETHER = re.compile(r"[\[(][^\[\]()]{0,60},[^\[\]()]{0,60}[\])]|\b[a-zA-Z]\([^()]{0,30}\)|\d+\s?[/:]\s?\d+(?:\s?:\s?\d+)*")  # (1, 2), f(0), 2/3
+TOGETHER = re.compile(r"[\[(][^\[\]()]{0,60},[^\[\]()]{0,60}[\])]|\b[a-zA-Z]\([^()]{0,30}\)|(?<!\d)\d{1,30}(?:\s?[/:]\s?\d{1,30})+")  # (1, 2), f(0), 2/3
 REFUSAL = re.compile(
     r"(?i)\bcan(?:no|')?t\b|\b(?:unable|impossible|insufficient|unknown|unclear|undetermined|inconclusive|sorry|apologi[sz]e|as an ai|please provide)\b"
     r"|\bnot (?:possible|enough|provided?|given|available|listed|clear|able|specif|sufficient)|\bmore (?:information|context|details)"
@@ -771,7 +771,7 @@ def check_gold(question: Mapping):
 def reads_as_maths(question: Mapping) -> bool:
     """Whether a gold that should be a number, a list or maths can be read as such; else it is
     compared as text."""
-    gold = unboxed(gold_texts(question)[0])
+    gold = unboxed("".join(gold_texts(question)[:1]))
     is_maths = question["answer_type"] in ("integer", "float", "list", "math")
     return not is_maths or bool(read_maths(gold) or read_maths(without_unit(gold, GOLD_UNIT)[0]))
 
@@ -1228,7 +1228,8 @@ def read_maths(text: str) -> list[Claim]:
         if "pm" in tokens:  # was read as plus; now as minus
             turned = {"pm": "mp", "mp": "pm"}
             claims += read_all([turned.get(token, token) for token in tokens])
-    except (ValueError, ArithmeticError, RecursionError, TypeError):  # the last: sums with a pair
+    except (ValueError, ArithmeticError, RecursionError, TypeError, AttributeError):
+        # the last two: arithmetic with a pair or a set
         return []
     group = claims[0].value
     if len(claims) > 1 or not isinstance(group, Group) or group.brackets != "{}":

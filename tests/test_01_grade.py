@@ -896,11 +896,12 @@ def test_no_text_raises(prepare, text, about):
 @pytest.mark.parametrize("where", ["{}", "</think>{}", "\\boxed{{{}}}", "<answer>{}</answer>", "<think>{}</think>\\boxed{{1000003}}"])
 def test_a_million_hostile_characters_take_no_time(prepare, piece, where):
     text = where.format(piece * (1_000_000 // len(piece)))
+    sources = {"choice": "mathvista", "integer": "mathvista", "math": "mathvision", "open": "mmmu"}
     for about in (("choice", "B", COLOURS), ("integer", "77"), ("math", "\\sqrt{3}"), ("open", "['abc', '7']")):
         times = []
         for _ in range(2):  # the better of two: a full garbage collection may fall into one
             start = time.process_time()
-            verdict = prepare.grade(text, question(*about))
+            verdict = prepare.grade(text, question(*about, source=sources[about[0]]))
             times.append(time.process_time() - start)
         assert min(times) < 0.05
         assert not verdict.correct and len(verdict.answer or "") <= 400
