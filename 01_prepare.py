@@ -1169,7 +1169,9 @@ def same_value(value, gold) -> bool:
         return False
     if not isinstance(gold, Group):
         pairs = [*zip(*at_places(value, gold))]
-        return all(equal(*pair) for pair in pairs if is_real(pair[1]) or pair is pairs[-1])
+        asked = [pair for pair in pairs[:-1] if is_real(pair[1])]
+        asked += [pair for pair in pairs[-1:] if not cmath.isnan(pair[1])]
+        return bool(asked) and all(equal(*pair) for pair in asked)
     if value.brackets != gold.brackets or len(value.parts) != len(gold.parts):
         return False
     if gold.brackets == "{}":
@@ -1276,14 +1278,22 @@ def each(apply: Callable, *operands):
     """An operation on numbers, or at each of the places."""
     if not any(isinstance(operand, tuple) for operand in operands):
         return bounded(apply(*operands))
-    return tuple(map(bounded, map(apply, *at_places(*operands))))
+    return tuple(at_place(apply, *numbers) for numbers in zip(*at_places(*operands)))
+
+
+def at_place(apply: Callable, *numbers):
+    """The value at one place; nan where there is none, or one out of bounds: others remain."""
+    try:
+        return bounded(apply(*numbers))
+    except ArithmeticError:
+        return math.nan
 
 
 def bounded(value):
     """A number that is small enough for comparing not to overflow."""
     if 1e-90 < abs(value) < 1e90 or abs(value) in (0, math.inf):
         return value
-    raise ValueError("out of bounds")
+    raise OverflowError("out of bounds")
 
 
 def read_claims(tokens: list) -> list[Claim]:

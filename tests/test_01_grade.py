@@ -782,17 +782,21 @@ def value(tree, place):
     if kind in ("number", "letter", "pi"):
         return complex(math.pi if kind == "pi" else parts[0] if kind == "number" else place[parts[0]])
     if kind == "^":
-        return value(parts[0], place) ** parts[1]
-    return VALUE[kind](*(value(part, place) for part in parts))
+        found = value(parts[0], place) ** parts[1]
+    else:
+        found = VALUE[kind](*(value(part, place) for part in parts))
+    if found and not 1e-6 < abs(found) < 1e6:
+        raise ArithmeticError("digits are lost: sin(pi) is 1e-16 here")
+    return found
 
 
 def values(tree):
-    """At every place; None where one is no number, or so large or small that digits are lost."""
+    """At every place; None where one is no number or nothing, or digits are lost on the way."""
     try:
         found = [value(tree, place) for place in PLACES]
     except ArithmeticError:
         return None
-    return found if all(cmath.isfinite(one) and 1e-6 < abs(one) < 1e8 for one in found) else None
+    return found if all(found) else None
 
 
 def written(tree, draw):
