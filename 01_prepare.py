@@ -614,10 +614,11 @@ def with_choices(text: str, choices: Sequence[str]) -> str:
 
 # The grader: what a response answers, and whether that is right
 #
-# grade() reads the answer out of the response (the box; in evaluation else the benchmark's own rule), then is_right()
-# compares it with the gold as what both are: choices, numbers, maths or text. Two principles hold throughout: a wrong
-# answer that is paid is worse than a right one that is not, for training finds it; and nothing here raises or takes
-# more than linear time, whatever a response or a question holds. Nothing in a response is ever executed.
+# grade() reads the answer out of the response (the box; in evaluation else the benchmark's own
+# rule), then is_right() compares it with the gold as what both are: choices, numbers, maths or
+# text. Two principles hold throughout: a wrong answer that is paid is worse than a right one that
+# is not, for training finds it; and nothing here raises or takes more than linear time, whatever a
+# response or a question holds. Nothing in a response is ever executed.
 
 FINAL_CHARACTERS = 10_000  # what is searched for the answer: the end of what follows the reasoning
 ANSWER_CHARACTERS = 400    # a longer text is no answer by itself
@@ -629,35 +630,43 @@ BRACES = re.compile(r"\\boxed\s?\{|\\[{}\\]|[{}]")
 class Grade:
     """The verdict on a response."""
     correct: bool
-    well_formed: bool   # as asked for: reasoning in one think block, then one boxed answer, then nothing
+    well_formed: bool   # reasoning in one think block, then one boxed answer, then nothing
     answer: str | None  # as read from the response: a letter where there are choices
 
 
-def grade(response: str, question: Mapping, reward: bool = False, think_opened: bool = False) -> Grade:
+def grade(
+    response: str, question: Mapping, reward: bool = False, think_opened: bool = False
+) -> Grade:
     """Whether a response answers a question rightly, and in the form that the prompt asks for.
 
-    reward: as training pays. The answer is what stands in the one \\boxed{} after the reasoning, and nothing else.
-    Without it, as a benchmark scores: several boxes are one answer together, and where there is no box the rule of the
-    question's source in BENCHMARKS applies, if it has one.
-    think_opened: the prompt already ended in <think>, so that the response begins inside the reasoning.
+    reward: as training pays. The answer is what stands in the one \\boxed{} after the
+    reasoning, and nothing else.
+    Without it, as a benchmark scores: several boxes are one answer together, and where there
+    is no box the rule of the question's source in BENCHMARKS applies, if it has one.
+    think_opened: the prompt already ended in <think>, so that the response begins inside the
+    reasoning.
     """
     response = f"<think>{response}" if think_opened else str(response)
     for loose, tight in (("< ", "<"), ("</ ", "</"), ("think >", "think>")):
         response = response.replace(loose, tight)
     final = response.rpartition("</think>")[2]
-    final = final.partition("<think>")[0][-FINAL_CHARACTERS:]  # reasoning that never ends answers nothing
+    # reasoning that never ends answers nothing
+    final = final.partition("<think>")[0][-FINAL_CHARACTERS:]
     boxes = find_boxes(final)
     answer = read_answer(final, [text for text, _ in boxes], question, reward)
     correct = answer is not None and is_right(answer, question)
-    return Grade(correct, is_well_formed(response, final, boxes), answer and answer[:ANSWER_CHARACTERS])
+    well_formed = is_well_formed(response, final, boxes)
+    return Grade(correct, well_formed, answer and answer[:ANSWER_CHARACTERS])
 
 
 def is_well_formed(response: str, final: str, boxes: Sequence[tuple[str, int]]) -> bool:
-    """White space, <think>, reasoning, </think>, text with one box that is not empty, closing punctuation."""
+    """White space, <think>, reasoning, </think>, text with one box that is not empty, closing
+    punctuation."""
     if not response.count("<think>") == response.count("</think>") == len(boxes) == 1:
         return False
     text, end = boxes[0]
-    return response.lstrip().startswith("<think>") and text.strip() != "" and not final[end:].strip(" \n\t\r$.)]\\*")
+    after = final[end:].strip(" \n\t\r$.)]\\*")
+    return response.lstrip().startswith("<think>") and text.strip() != "" and after == ""
 
 
 def find_boxes(text: str) -> list[tuple[str, int]]:
@@ -683,23 +692,27 @@ def find_boxes(text: str) -> list[tuple[str, int]]:
 class Rule:
     """How a benchmark reads free text, for each answer type that it has."""
     types: tuple[str, ...]
-    extracts: bool = False  # officially an LLM extracts the answer: here number words and the nearest choice count too
+    extracts: bool = False  # officially by an LLM: here number words and the nearest choice count
 
 
 # Where nothing is found, MMMU and ScienceQA officially toss a coin. Here nothing is answered.
 BENCHMARKS = {
-    # evaluation/extract_answer.py and calculate_score.py: an LLM extracts, then the choice at the smallest edit distance
-    # counts. Departures: rules extract, and the nearest choice counts only where a statement is made. Officially it
-    # also credits refusals, which a blank picture brings, and is right by luck in 4 of 10 of them: that luck would be
-    # counted as accuracy without the picture.
+    # evaluation/extract_answer.py and calculate_score.py: an LLM extracts, then the choice at the
+    # smallest edit distance counts. Departures: rules extract, and the nearest choice counts only
+    # where a statement is made. Officially it also credits refusals, which a blank picture brings,
+    # and is right by luck in 4 of 10 of them: that luck would be counted as accuracy without the
+    # picture.
     "mathvista": Rule(("choice", "integer", "float", "list", "text"), extracts=True),
-    # mmmu/utils/eval_utils.py: the last letter in brackets, else the last lone letter, else the last choice whose text
-    # occurs; of an open question the tail behind "answer", "is", "so" ... Departures: a claim ("the answer is B") and a
-    # letter before its own choice's text go first, and an article is no letter.
+    # mmmu/utils/eval_utils.py: the last letter in brackets, else the last lone letter, else the
+    # last choice whose text occurs; of an open question the tail behind "answer", "is", "so" ...
+    # Departures: a claim ("the answer is B") and a letter before its own choice's text go first,
+    # and an article is no letter.
     "mmmu": Rule(("choice", "open")),
-    # tools/evaluate_acc.py, and LLaVA's: a bare letter, or "The answer is X.". Departure: other claims count too.
+    # tools/evaluate_acc.py, and LLaVA's: a bare letter, or "The answer is X.". Departure: other
+    # claims count too.
     "scienceqa": Rule(("choice",)),
-    # What follows "the answer is", else the last formula or number. Officially MathVerse and We-Math ask an LLM.
+    # What follows "the answer is", else the last formula or number. Officially MathVerse and
+    # We-Math ask an LLM.
     "mathvision": Rule(("choice", "math", "integer", "float")),
     "mathverse": Rule(("choice", "math", "text", "open")),
     "wemath": Rule(("choice",)),
@@ -710,12 +723,12 @@ CLAIM = re.compile(
     r"(?i)\b(?:answer|(?:correct|right|best) (?:option|choice)(?: letter)?)(?:\s?(?:is|would be|should be))?[\s:=*$({\[\\\"']{0,9}"
     r"(?:text\{)?(?:option\s|choice\s)?[\s({]{0,3}")
 BOUND = re.compile(r"(?<= than )[-\d.,]+|(?<= least )[-\d.,]+|(?<= most )[-\d.,]+|(?<= of )[-\d.,]+")
-TOGETHER = re.compile(r"[\[(][^\[\]()]{0,60},[^\[\]()]{0,60}[\])]|\b[a-zA-Z]\([^()]{0,30}\)|\d+\s?[/:]\s?\d+(?:\s?:\s?\d+)*")  # (1, 2), f(0), 2/3
+TOGETHER = re.compile(r"[\[(][^\[\]()]{0,60},[^\[\]()]{0,60}[\])]|\b[a-zA-Z]\([^()]{0,30}\)|(?<!\d)\d{1,30}(?:\s?[/:]\s?\d{1,30})+")  # (1, 2), f(0), 2/3
 REFUSAL = re.compile(
     r"(?i)\bcan(?:no|')?t\b|\b(?:unable|impossible|insufficient|unknown|unclear|undetermined|inconclusive|sorry|apologi[sz]e|as an ai|please provide)\b"
     r"|\bnot (?:possible|enough|provided?|given|available|listed|clear|able|specif|sufficient)|\bmore (?:information|context|details)"
     r"|n[o']t (?:have|provide|see|know|tell|process|enough|determine|contain|match|give|specify|include)"
-    r"|\bno (?:information|image|answer|option|picture|way|extracted)|\bwithout (?:any|more|further|the|this|additional|knowing|seeing)\b"
+    r"|\bno (?:information|image|answer|option|picture|way|one|extracted)|\bwithout (?:any|more|further|the|this|additional|knowing|seeing)\b"
     r"|无法|不能")
 NEGATION = re.compile(
     r"(?i)\b(?:not|no|never|neither|nor|none|cannot|except|without|unlike|instead|rather|wrong|incorrect|false|untrue|\w+n['’]t)\b"
@@ -734,8 +747,10 @@ def read_answer(final: str, boxed: Sequence[str], question: Mapping, reward: boo
     if answers and kind != "choice":
         return ", ".join(answers).strip()
     letters = {read_choice(text, choices_of(question)) for text in answers}
-    if len(letters) == 1:  # several boxes that name no one choice are working: the rule decides, where there is one
+    if len(letters) == 1:
         return letters.pop()
+    # Several boxes that name no one choice are working, no answer: a rule decides, where there is
+    # one.
     unclosed = "\\boxed" in final and not boxed  # holds nothing
     if rule is None or kind not in rule.types or unclosed:
         return None
@@ -759,33 +774,42 @@ def last_sentence(text: str) -> str:
 
 
 def search_text(text: str) -> str | None:
-    """MMMU's rule for open questions, the last line alone: what follows its last "answer", "is", "so", "=" ..."""
+    """MMMU's rule for open questions, the last line alone: what follows its last "answer", "is",
+    "so", "=" ..."""
     last = text.strip().rpartition("\n")[2]
-    return re.split(r"(?i)\b(?:could be|so|is|are|thus|therefore|final|answer|result)\b|=|:", last)[-1].strip(" .*") or None
+    cues = r"(?i)\b(?:could be|so|is|are|thus|therefore|final|answer|result)\b|=|:"
+    return re.split(cues, last)[-1].strip(" .*") or None
 
 
 def search_number(text: str, words: bool) -> str | None:
-    """The last number that is no bound: "2 bars are larger than 4" answers 2, and so does "two bars" with `words`."""
-    if REFUSAL.search(last_sentence(text)) or re.search(r"\d\s+(?:or|and)\s+[-\d.,]+\W*$", text[-40:]):  # 5 or 7
+    """The last number that is no bound: "2 bars are larger than 4" answers 2, and so does "two
+    bars" with `words`."""
+    either = re.search(r"\d\s+(?:or|and)\s+[-\d.,]+\W*$", text[-40:])  # 5 or 7
+    if either or REFUSAL.search(last_sentence(text)):
         return None
     text = TOGETHER.sub(" ", text)
     free = NUMBER.findall(BOUND.sub(" ", text))
-    named = re.findall(rf"\b(?:{'|'.join(NUMBERS[2:])})\b", text.lower()) if words and not free else []
-    found = free or [str(NUMBERS.index(word)) for word in named] or NUMBER.findall(text)
+    if words and not free:
+        named = re.findall(rf"\b(?:{'|'.join(NUMBERS[2:])})\b", text.lower())
+        free = [str(NUMBERS.index(word)) for word in named]
+    found = free or NUMBER.findall(text)
     return found[-1] if found else None
 
 
 def search_maths(text: str) -> str | None:
-    """The whole text if it is maths, else what is claimed as the answer, what is stated last, the last formula or number."""
-    ends = [claim.end() for claim in CLAIM.finditer(text)][-1:]
-    claims = [re.split(r"\n|\. ", text[end:end + 100])[0] for end in ends]
+    """The whole text if it is maths, else what is claimed as the answer, what is stated last, the
+    last formula or number."""
     last = last_sentence(text)
-    claims += [re.split(r"\b(?:is|are|be)\b|:", claim)[-1] for claim in [*claims, last]]
+    claims = [text[claim.end():claim.end() + 100] for claim in CLAIM.finditer(text)][-1:]
+    claims = [re.split(r"\n|\. ", claim)[0] for claim in claims]
+    stated = [re.split(r"\b(?:is|are|be)\b|:", sentence)[-1] for sentence in [*claims, last]]
     formulas = re.findall(r"(?:\$|\\[(\[])(.{1,100}?)(?:\$|\\[)\]])", text, re.DOTALL)
-    for candidate in (text, *claims, *formulas[-1:]):
+    if NEGATION.search(last) or REFUSAL.search(last):
+        return None
+    for candidate in (text, *claims, *stated, *formulas[-1:]):
         if read_maths(candidate) or read_maths(without_unit(candidate, UNIT)[0]):
             return candidate.strip()
-    return None if NEGATION.search(last) else search_number(text, words=False)
+    return search_number(text, words=False)
 
 
 # the gold
@@ -794,13 +818,15 @@ def search_maths(text: str) -> str | None:
 def is_right(answer: str, question: Mapping) -> bool:
     """Whether an answer equals the gold.
 
-    Numbers by MathVista's rules (but 5.7 is not 5, as int() has it there), open questions by MMMU's, maths much as
-    Math-Verify has it. A gold that cannot be read as the maths that it should be is compared as text.
+    Numbers by MathVista's rules (but 5.7 is not 5, as int() has it there), open questions by
+    MMMU's, maths much as Math-Verify has it. A gold that cannot be read as the maths that it
+    should be is compared as text.
     """
     kind, golds = question.get("answer_type"), gold_texts(question)
     if kind == "choice":  # another option with the same text is right too
         texts = dict(zip(LETTERS, choices_of(question)))
-        return any(gold in texts and texts[answer].split() == texts[gold].split() for gold in golds[:1])
+        gold = texts.get(golds[0]) if golds else None
+        return gold is not None and texts[answer].split() == gold.split()
     if kind in ("text", "open"):
         return any(same_text(answer, gold, phrase=kind == "open") for gold in golds)
     gold = unboxed(golds[0]) if golds else ""
@@ -832,25 +858,29 @@ def unboxed(text: str) -> str:
 
 
 def literal_list(text: str) -> list[str]:
-    """The strings or numbers of a list kept as text, Python's or JSON's: read as a literal, never evaluated."""
+    """The strings or numbers of a list kept as text, Python's or JSON's: read as a literal, never
+    evaluated."""
     values = ast.literal_eval(text) if len(text) <= 20_000 else None
-    if not isinstance(values, list) or not all(isinstance(value, str | int | float) for value in values):
+    if not isinstance(values, list) or not {*map(type, values)} <= {str, int, float, bool}:
         raise ValueError("no readable list")
     return [str(value) for value in values]
 
 
 def gold_texts(question: Mapping) -> list[str]:
-    """The texts that count as right, the first to be teacher-forced: an open question's gold may be a list of alternatives."""
+    """The texts that count as right, the first to be teacher-forced: an open question's gold may be
+    a list of alternatives."""
     golds = question.get("answer")
     if question.get("answer_type") == "open" and isinstance(golds, str) and golds.startswith("["):
-        with suppress(ValueError, SyntaxError, MemoryError, RecursionError):  # a text that begins with a bracket
+        # else it is a text that begins with a bracket
+        with suppress(ValueError, SyntaxError, MemoryError, RecursionError):
             golds = literal_list(golds)
     golds = golds if isinstance(golds, (list, tuple)) else [golds]
     return [as_text(gold)[:FINAL_CHARACTERS] for gold in golds[:100]]
 
 
 class Rejected(ValueError):
-    """A row that is not taken. The message is the reason, which is counted, and after a colon its details."""
+    """A row that is not taken. The message is the reason, which is counted, and after a colon its
+    details."""
 
 
 def check_gold(question: Mapping):
@@ -859,12 +889,14 @@ def check_gold(question: Mapping):
     if not golds or not all(plain(gold) for gold in golds):
         raise Rejected("gold: the answer is empty")
     if question["answer_type"] == "choice" and golds[0] not in letters:
-        raise Rejected(f"gold: the answer {golds[0][:40]!r} is not a letter of its {len(letters)} choices")
+        given = f"gold: the answer {golds[0][:40]!r}"
+        raise Rejected(f"{given} is not a letter of its {len(letters)} choices")
 
 
 def reads_as_maths(question: Mapping) -> bool:
-    """Whether a gold that should be a number, a list or maths can be read as such; else it is compared as text."""
-    gold = unboxed(gold_texts(question)[0])
+    """Whether a gold that should be a number, a list or maths can be read as such; else it is
+    compared as text."""
+    gold = unboxed("".join(gold_texts(question)[:1]))
     is_maths = question["answer_type"] in ("integer", "float", "list", "math")
     return not is_maths or bool(read_maths(gold) or read_maths(without_unit(gold, GOLD_UNIT)[0]))
 
@@ -878,31 +910,44 @@ SYMBOL = re.compile(r"[A-Za-z]|(?!NO\b)[A-Z]{2}|\w*[a-z][A-Z]\w*")  # mW, CO, pH
 
 
 def plain(text: str) -> str:
-    """Text for comparison: words in one case, single spaces, no LaTeX wrapping, no closing punctuation.
+    """Text for comparison: words in one case, single spaces, no LaTeX wrapping, no closing
+    punctuation.
 
-    Case, points, signs and powers stay where they carry meaning: 5 MW is not 5 mW, .5 not 5, 10^2 not 102, f' not f.
+    Case, points, signs and powers stay where they carry meaning: 5 MW is not 5 mW, .5 not 5,
+    10^2 not 102, f' not f.
     """
     text = WRAPPING.sub(" ", text.translate(MARKS))
     text = " ".join(unicodedata.normalize("NFKC", text).split()).strip(" ,;:?").rstrip(".,;:? ")
-    text = re.sub(r"(?<=[^\W\d_]{2})!+$|(?<=\d) (?=[A-Za-z]{1,3}\b)", "", re.sub("^'(.*)'$", r"\1", text))
-    return re.sub(r"[^\W\d_]+", lambda word: word[0] if SYMBOL.fullmatch(word[0]) else word[0].casefold(), text)
+    text = re.sub("^'(.*)'$", r"\1", text)
+    text = re.sub(r"(?<=[^\W\d_]{2})!+$|(?<=\d) (?=[A-Za-z]{1,3}\b)", "", text)  # 5 MW is 5MW
+    return re.sub(r"[^\W\d_]+", in_one_case, text)
+
+
+def in_one_case(word: re.Match) -> str:
+    return word[0] if SYMBOL.fullmatch(word[0]) else word[0].casefold()
 
 
 def same_text(answer: str, gold: str, phrase: bool) -> bool:
-    """Equal words or numbers; of an open question, as MMMU has it, numbers to two decimals or a phrase that holds the gold.
+    """Equal words or numbers; of an open question, as MMMU has it, numbers to two decimals or a
+    phrase that holds the gold.
 
-    Unlike MMMU's, the phrase may not list several things or deny one: naming everything is no answer.
+    Unlike MMMU's, the phrase may not list several things or deny one: naming everything is
+    no answer.
     """
     number = one_number(gold, re.compile("(?!)")) if re.search(r"\d", gold) else None
     if number is not None:
         value = one_number(answer, UNIT)
-        return value is not None and (equal(value, number) or phrase and round(float(value), 2) == round(float(number), 2))
+        if value is None:
+            return False
+        rounded = phrase and round(float(value), 2) == round(float(number), 2)
+        return equal(value, number) or rounded
     answer, gold = plain(answer[:FINAL_CHARACTERS]), plain(gold)
     if answer == gold or not gold or not phrase or len(gold) > len(answer):
         return answer == gold != ""
     rest = re.sub(rf"(?<![\w.+^'-]){re.escape(gold)}(?![\w+^'-]|\.\d)", "", answer, count=1)
-    several = re.search(r"[,;/|]|\b(?:or|and|yes)\b", rest) or NEGATION.search(rest) or REFUSAL.search(rest)
-    return rest != answer and len(rest) < 100 and not several
+    if rest == answer or len(rest) >= 100 or re.search(r"[,;/|]|\b(?:or|and|yes)\b", rest):
+        return False
+    return not NEGATION.search(rest) and not REFUSAL.search(rest)
 
 
 # choices
@@ -918,14 +963,16 @@ def choice_letters(choices: tuple[str, ...]) -> dict[str, str]:
 
 @lru_cache(64)
 def choice_pattern(choices: tuple[str, ...]) -> re.Pattern:
-    """The plain texts as words, the longest first: 5 is not in -5, 3/5 or 4:5, and no answer is not the answer no."""
-    texts = sorted({plain(choice) for choice in choices if len(choice) <= ANSWER_CHARACTERS} - {""}, key=len, reverse=True)
-    words = "|".join(map(re.escape, texts)) or "(?!)"
+    """The plain texts as words, the longest first: 5 is not in -5, 3/5 or 4:5, and no answer is not
+    the answer no."""
+    texts = {plain(choice) for choice in choices if len(choice) <= ANSWER_CHARACTERS} - {""}
+    words = "|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)"
     return re.compile(rf"(?<![\w.+/^√-])(?<!\d[:,])(?:{words})(?![\w/^!%']|[.,:]\d|-\w)(?:(?<!\bno)|(?! \w))")
 
 
 def lone_letter(choices: Sequence[str]) -> str:
-    """Pattern of a letter that stands alone: no article (A rhombus), unit (43°C) or name (∠A, A')."""
+    """Pattern of a letter that stands alone: no article (A rhombus), unit (43°C) or name (∠A, A').
+    Pattern of a letter that stands alone: no article (A rhombus), unit (43°C) or name (∠A, A')."""
     if not choices:
         return "(?!)()"
     verbs = "is|was|and|or|because|since|as|but|for"
@@ -934,7 +981,8 @@ def lone_letter(choices: Sequence[str]) -> str:
 
 
 def bare_choice(text: str, choices: tuple[str, ...]) -> str | None:
-    """The choice that a text is, and nothing else: a letter, a choice's text, or both as in "C. A to B"."""
+    """The choice that a text is, and nothing else: a letter, a choice's text, or both as in "C. A
+    to B"."""
     if len(text) > ANSWER_CHARACTERS or not choices:
         return None
     texts, letters = choice_letters(choices), LETTERS[:len(choices)]
@@ -949,7 +997,8 @@ def bare_choice(text: str, choices: tuple[str, ...]) -> str | None:
 
 
 def read_choice(text: str, choices: tuple[str, ...]) -> str | None:
-    """The one choice that an answer names by letter, text or value; None where it names none or several, or denies one."""
+    """The one choice that an answer names by letter, text or value; None where it names none or
+    several, or denies one."""
     known = bare_choice(text, choices)
     if known or len(text) > ANSWER_CHARACTERS or not choices:
         return known
@@ -973,19 +1022,22 @@ def search_choice(text: str, choices: tuple[str, ...], nearest: bool) -> str | N
     known = bare_choice(first, choices) if not re.search(r"\([A-Z]\)", "".join(more)) else None
     if known or not choices or not text.strip():
         return known
-    lone, claimed = lone_letter(choices), set()
+    lone, joined = lone_letter(choices), r"\W{0,4}(?:or|and|,|&)\W{0,4}"
+    claimed = set()
     for claim in CLAIM.finditer(text):
-        found = re.match(rf"{lone}(?:\W{{0,4}}(?:or|and|,|&)\W{{0,4}}{lone})?", text[claim.end():claim.end() + 20])
+        found = re.match(f"{lone}(?:{joined}{lone})?", text[claim.end():claim.end() + 20])
         claimed.update(found.groups() if found else ())
     claimed.discard(None)
     if claimed:  # "A or B" claims nothing, nor does A here and B there
         return claimed.pop() if len(claimed) == 1 else None
-    if re.search(rf"{lone}\W{{0,4}}(?:or|and|,|&)\W{{0,4}}(?!\1){lone}\W*$", text[-40:]):
+    if re.search(rf"{lone}{joined}(?!\1){lone}\W*$", text[-40:]):
         return None
     found = found_choices(text, choices)
-    if found or not nearest:  # all of them, listed, are none
-        return None if not found or len(found) == len(set(found)) == len(choices) > 2 else found[-1]
-    return nearest_choice(text, choices)
+    if len(found) == len(set(found)) == len(choices) > 2:  # all of them, listed
+        return None
+    if found:
+        return found[-1]
+    return nearest_choice(text, choices) if nearest else None
 
 
 def found_choices(text: str, choices: tuple[str, ...]) -> list[str]:
@@ -1007,7 +1059,8 @@ def found_choices(text: str, choices: tuple[str, ...]) -> list[str]:
 
 
 def nearest_choice(text: str, choices: tuple[str, ...]) -> str | None:
-    """MathVista's rule: the choice nearest to the answer, which here is what the last sentence states, if it states one."""
+    """MathVista's rule: the choice nearest to the answer, which here is what the last sentence
+    states, if it states one."""
     last = last_sentence(text)
     yes_no = choice_letters(choices).keys() <= {"yes", "no", "Yes", "No"}
     if yes_no and NEGATION.search(last) and not REFUSAL.search(last):
@@ -1033,10 +1086,11 @@ def edit_distance(text: str, choice: str) -> int:
 
 # maths: small, bounded arithmetic instead of a computer algebra system
 #
-# A text is rewritten to one notation, cut into tokens and read by recursive descent into claims. An expression with
-# variables is worth its values at some random places of them: expressions are equal where these are, whatever their form.
+# A text is rewritten to one notation, cut into tokens and read by recursive descent into claims. An
+# expression with variables is worth its values at some random places of them: expressions are equal
+# where these are, whatever their form.
 
-PLACES = 8  # the first with positive variables, then of either sign, for x is not |x|; the last complex, for ab is not |ab|
+PLACES = 8  # positive, then of either sign, for x is not |x|; the last complex, for ab is not |ab|
 CONSTANTS = {"pi": math.pi, "e": math.e, "i": 1j, "infty": math.inf}
 FUNCTIONS = {
     "sqrt": cmath.sqrt, "exp": cmath.exp, "ln": cmath.log, "log": cmath.log10, "lg": cmath.log10, "abs": abs,
@@ -1047,18 +1101,19 @@ GREEK = ("alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu 
          "upsilon phi chi psi omega").split()
 SYMBOLS = str.maketrans({
     "√": r"\sqrt ", "×": "*", "·": "*", "⋅": "*", "÷": "/", "−": "-", "–": "-", "±": r"\pm ", "∞": r"\infty ", "∈": r"\in ", "²": "^2 ",
-    "³": "^3 ", "$": " ", "（": "(", "）": ")", "，": ",", "~": " ", "∠": " ", "△": " ", "′": "'", "’": "'", "⟨": "?", "⟩": "?"}
+    "³": "^3 ", "$": " ", "（": "(", "）": ")", "，": ",", "~": " ", "∠": " ", "△": " ", "′": "'", "’": "'"}
     | {chr(0x3b1 + i): rf"\{name} " for i, name in enumerate(GREEK)})  # 0x3b1: α
 
 # A noun may stand behind a number, or before an equals sign, without changing the value.
-NO_NOUN = ("and|or|not|than|more|less|fewer|over|times|plus|minus|squared|cubed|half|dozens?|hundreds?|thousands?|millions?|billions?|"
+NO_NOUN = ("minimum|maximum|and|or|not|than|more|less|fewer|over|times|plus|minus|squared|cubed|half|dozens?|hundreds?|thousands?|millions?|billions?|"
            "trillions?|[abcxyz]{3}|factorial|sqrt|exp|sin|cos|tan|sec|arc[a-z]+")
 NOUN = rf"(?!(?:{NO_NOUN})\b)(?=[A-Za-z]*[aeiou])[A-Za-z][a-z]{{2,}}\b"
 POWER = r"(?:\s?\^\s?\{?\s?-?[1-4]\s?\}?)?"
 SYMBOL_UNIT = (r"(?:[kMGcdmnµ]?(?:m|g|s|[lL]|W|V|A|J|N|F|C|K|T|Pa|Hz|eV|mol|bar|Ω)|lbs?|oz|ft|in|yd|mi|hrs?|h|min|sec|mph|kph|rad)"
                rf"(?![A-Za-z]){POWER}")
 ANY_UNIT = (rf"(?:(?:sq(?:uare)?\.?|cu(?:bic)?\.?)\s)?(?:{SYMBOL_UNIT}(?:\s?[/*]\s?{SYMBOL_UNIT}){{0,2}}|{NOUN}(?:\s{NOUN}){{0,3}})")
-# A gold's unit must be clear by itself, or marked as text: 2mg may be a product. In an answer 2 h is two hours, 2h is not.
+# A gold's unit must be clear by itself, or marked as text: 2mg may be a product. In an answer 2 h
+# is two hours, 2h is not.
 CLEAR_UNIT = (rf"(?<=[\d.)}}\]\s])(?:(?:[cdkm]m|kg)(?![A-Za-z])|{NOUN}(?:\s{NOUN}){{0,3}}|°\s?[CF]\b|[^\W\da-zA-Z_]+|"
               rf"(?:\\text\{{\s*{ANY_UNIT}\s*\}}{POWER}\s?/?\s?){{1,2}})")
 UNIT_END = rf"{POWER}(?=[\s.]*(?:$|[,)\]∪]))"
@@ -1124,16 +1179,19 @@ ENDS = {None, *",:)]}⟧⌉", *RELATIONS}
 
 @dataclass
 class Group:
-    """Several claims between brackets: a pair, an interval, a set, the rows of a matrix, the terms of a ratio."""
+    """Several claims between brackets: a pair, an interval, a set, the rows of a matrix, the terms
+    of a ratio."""
     brackets: str
     parts: list
 
 
 @dataclass
 class Claim:
-    """One thing that an answer says: a value, perhaps named (x = 3), or a relation between two sides.
+    """One thing that an answer says: a value, perhaps named (x = 3), or a relation between two
+    sides.
 
-    An expression is a number, or a tuple of its values at the PLACES; a relation is the difference of its sides.
+    An expression is a number, or a tuple of its values at the PLACES; a relation is the
+    difference of its sides.
     """
     name: str | None
     value: object
@@ -1148,18 +1206,27 @@ class Claim:
 
 
 def same_maths(answer: str, gold: str) -> bool:
-    """Whether two texts say the same; as text where the gold is no maths. A unit may be left out, but not be another."""
+    """Whether two texts say the same; as text where the gold is no maths. A unit may be left out,
+    but not be another."""
     if plain(answer[:FINAL_CHARACTERS]) == plain(gold) != "":
         return True
     if same_claims(read_maths(answer), read_maths(gold)):
         return True
     answer, unit = without_unit(answer, UNIT)
     gold, gold_unit = without_unit(gold, GOLD_UNIT)
-    if unit and gold_unit and (unit[0].lower() != gold_unit[0].lower() or unit != gold_unit and len(unit + gold_unit) < 7):
-        return False  # mW is not MW
+    if not unit and not gold_unit:
+        return False
+    if unit and gold_unit and not same_unit(unit, gold_unit):
+        return False
     golds = read_maths(gold)
-    # a letter that is a factor is no unit: of 2mg the answer 2 is no part
-    return bool(unit or gold_unit) and all(part.constant for part in golds) and same_claims(read_maths(answer), golds)
+    # a letter that is a factor is no unit: 2 is not 2mg
+    return all(part.constant for part in golds) and same_claims(read_maths(answer), golds)
+
+
+def same_unit(unit: str, gold: str) -> bool:
+    """mW is not MW; of words, or a word and a symbol, the beginning counts (metres, m)."""
+    symbols = not re.search("[a-z]{4}", f"{unit} {gold}")
+    return unit == gold or not symbols and unit[0].lower() == gold[0].lower()
 
 
 def without_unit(text: str, pattern: re.Pattern) -> tuple[str, str]:
@@ -1199,7 +1266,8 @@ def same_claims(claims: Sequence[Claim], golds: Sequence[Claim]) -> bool:
         return True
     left = list(golds)
     for claim in claims:  # each must be another of the golds
-        fits = [gold for gold in left if same_claim(claim, gold) and (claim.name == gold.name or len(names | gold_names) < 2)]
+        others = [gold for gold in left if claim.name == gold.name or len(names | gold_names) < 2]
+        fits = [gold for gold in others if same_claim(claim, gold)]
         if not fits:
             return False
         left.remove(fits[0])
@@ -1210,7 +1278,9 @@ def same_claim(claim: Claim, gold: Claim) -> bool:
     """A name on the left of a plain value may be left out; another name is another claim."""
     other_names = claim.name and gold.name and claim.name != gold.name
     if claim.sign or gold.sign or other_names:
-        return (claim.sign or "=") == (gold.sign or "=") and same_relation(difference(claim), difference(gold), gold.sign)
+        if (claim.sign or "=") != (gold.sign or "="):
+            return False
+        return same_relation(difference(claim), difference(gold), gold.sign)
     if gold.name and not claim.name and not gold.constant:
         return False
     pairs = product((claim.value, claim.rounded), (gold.value, gold.rounded))
@@ -1218,15 +1288,20 @@ def same_claim(claim: Claim, gold: Claim) -> bool:
 
 
 def same_value(value, gold) -> bool:
-    """Expressions equal wherever the gold is real, for a root is asked only where it is defined; groups part by part."""
+    """Expressions equal wherever the gold is real, for a root is asked only where it is defined;
+    groups part by part."""
     if isinstance(value, Group) != isinstance(gold, Group):
         return False
     if not isinstance(gold, Group):
         pairs = [*zip(*at_places(value, gold))]
-        return all(equal(*pair) for pair in pairs if is_real(pair[1]) or pair is pairs[-1])
+        asked = [pair for pair in pairs[:-1] if is_real(pair[1])]
+        asked += [pair for pair in pairs[-1:] if not cmath.isnan(pair[1])]
+        return bool(asked) and all(equal(*pair) for pair in asked)
     if value.brackets != gold.brackets or len(value.parts) != len(gold.parts):
         return False
-    return all(map(same_claim, value.parts, gold.parts)) or gold.brackets == "{}" and same_claims(value.parts, gold.parts)
+    if gold.brackets == "{}":
+        return same_claims(value.parts, gold.parts)
+    return all(map(same_claim, value.parts, gold.parts))
 
 
 def difference(claim: Claim):
@@ -1237,18 +1312,22 @@ def difference(claim: Claim):
 
 
 def same_relation(value, gold, sign: str) -> bool:
-    """Relations hold in the same places where their differences are a constant factor apart, in an inequality a positive one."""
+    """Relations hold in the same places where their differences are a constant factor apart, in an
+    inequality a positive one."""
     value, gold = at_places(value, gold)
     if not all(value) or not all(gold):
         return False
     factor = value[0] / gold[0]
-    return all(equal(one, factor * other) for one, other in zip(value, gold)) and (sign not in ("<", "≤") or factor.real > 0)
+    if sign in ("<", "≤") and factor.real < 0:
+        return False
+    return all(equal(one, factor * other) for one, other in zip(value, gold))
 
 
 def equal(value, gold) -> bool:
-    """Whole numbers must be the same; others may differ by half a unit of the sixth decimal, where Math-Verify rounds."""
+    """Whole numbers must be the same; others may differ by half a unit of the sixth decimal, where
+    Math-Verify rounds."""
     exact = isinstance(value, Fraction) and isinstance(gold, Fraction)
-    if value == gold or exact and value.denominator == gold.denominator == 1:
+    if exact and value.denominator == gold.denominator == 1 or math.inf in (abs(value), abs(gold)):
         return value == gold
     value, gold = complex(value), complex(gold)
     noise = 0 if exact else 1e-12 * (abs(gold) or 1)  # of floating point: sin(pi) is 1e-16
@@ -1276,12 +1355,14 @@ def read_maths(text: str) -> list[Claim]:
         if "pm" in tokens:  # was read as plus; now as minus
             turned = {"pm": "mp", "mp": "pm"}
             claims += read_all([turned.get(token, token) for token in tokens])
-    except (ValueError, TypeError, ArithmeticError, RecursionError):  # TypeError: arithmetic with a pair or a set
+    except (ValueError, ArithmeticError, RecursionError, TypeError, AttributeError):
+        # the last two: arithmetic with a pair or a set
         return []
     group = claims[0].value
     if len(claims) > 1 or not isinstance(group, Group) or group.brackets != "{}":
         return claims
-    return [Claim(part.name or claims[0].name, part.value, part.rounded, part.sign) for part in group.parts]  # {1, 2} is 1, 2
+    name = claims[0].name  # {1, 2} is 1, 2
+    return [Claim(part.name or name, part.value, part.rounded, part.sign) for part in group.parts]
 
 
 def read_all(tokens: Sequence) -> list[Claim]:
@@ -1299,7 +1380,7 @@ def tokenize(text: str) -> list:
         if word and re.search("[aeiou]", word) and not re.fullmatch("[abcxyz]{3}", word):
             raise ValueError(f"{word} is prose, not a product")
         if other == "|":
-            closes = bars and (isinstance(tokens[-1], Fraction) or tokens[-1][-1].isalnum() or tokens[-1] in ")]}⌉!°%'")
+            closes = bars and (str(tokens[-1])[-1].isalnum() or tokens[-1] in [*")]}⌉!°%"])
             bars += -1 if closes else 1
             other = "⌉" if closes else "⌈"
         tokens += word or [Fraction(number) if number else known or other.lstrip("\\") or other]
@@ -1311,7 +1392,7 @@ def variable(name: str) -> tuple:
     """A letter's values at the PLACES, independent of every other letter's."""
     draw = random.Random(name)
     values = [draw.uniform(0.3, 2.7) * draw.choice([-1, 1]) for _ in range(PLACES)]
-    return abs(values[0]), *values[1:-1], cmath.rect(abs(values[-1]), draw.uniform(0.05, 0.2))
+    return abs(values[0]), *values[1:-1], cmath.rect(draw.uniform(0.8, 1.2), draw.uniform(0.01, 0.05))
 
 
 def at_places(*operands) -> list[tuple]:
@@ -1322,14 +1403,22 @@ def each(apply: Callable, *operands):
     """An operation on numbers, or at each of the places."""
     if not any(isinstance(operand, tuple) for operand in operands):
         return bounded(apply(*operands))
-    return tuple(map(bounded, map(apply, *at_places(*operands))))
+    return tuple(at_place(apply, *numbers) for numbers in zip(*at_places(*operands)))
+
+
+def at_place(apply: Callable, *numbers):
+    """The value at one place; nan where there is none, or one out of bounds: others remain."""
+    try:
+        return bounded(apply(*numbers))
+    except ArithmeticError:
+        return math.nan
 
 
 def bounded(value):
     """A number that is small enough for comparing not to overflow."""
     if 1e-90 < abs(value) < 1e90 or abs(value) in (0, math.inf):
         return value
-    raise ValueError("out of bounds")
+    raise OverflowError("out of bounds")
 
 
 def read_claims(tokens: list) -> list[Claim]:
@@ -1352,7 +1441,8 @@ def read_claim(tokens: list) -> Claim:
         signs.append(tokens.pop())
         sides.append(read_terms(tokens))
     first, last, sign = sides[0], sides[-1], signs[-1]
-    if {*signs} <= {"", "=", "≈"} and all(side is last or same_or_rounded(side, last, sign) for side in sides):
+    worked_out = all(side is last or same_or_rounded(side, last, sign) for side in sides)
+    if worked_out and {*signs} <= {"", "=", "≈"}:
         return Claim(name, first, last)
     if len(sides) != 2 or name or sign == "≈":
         raise ValueError("sides that differ")
@@ -1365,14 +1455,15 @@ def same_or_rounded(value, rounded, sign: str) -> bool:
     """Whether a value is another, or is that when rounded to its decimals."""
     if same_value(value, rounded):
         return True
-    if not isinstance(rounded, Fraction) or not isinstance(value, Fraction | float | complex) or not is_real(value):
+    if not isinstance(rounded, Fraction) or isinstance(value, tuple | Group) or not is_real(value):
         return False
     decimals = [k for k in range(sign != "≈", 16) if round(rounded, k) == rounded]
     return bool(decimals) and round(Fraction(value.real), decimals[0]) == rounded
 
 
 def read_terms(tokens: list, rank: int = 1):
-    """What operators of at least `rank` join (precedence climbing). Side by side is a product, but not before a number."""
+    """What operators of at least `rank` join (precedence climbing). Side by side is a product, but
+    not before a number."""
     value = read_atom(tokens)
     while tokens[-1] not in ENDS:
         token = tokens[-1]
@@ -1388,7 +1479,8 @@ def read_terms(tokens: list, rank: int = 1):
 
 
 def read_atom(tokens: list):
-    """A number, a letter, a bracket or a function, and the signs behind it. Degrees and percents do not count."""
+    """A number, a letter, a bracket or a function, and the signs behind it. Degrees and percents do
+    not count."""
     token = tokens.pop()
     if token in ("+", "-", "pm", "mp"):
         value = read_terms(tokens, 3)  # -2^2 is -4
@@ -1419,14 +1511,16 @@ def read_brackets(tokens: list, opening: str):
     if closing is None or closing not in BRACKETS[opening]:
         raise ValueError("unbalanced brackets")
     part = parts[0]
-    single = len(parts) == 1 and not part.sign and not part.name and opening + closing not in ("[)", "(]")
+    single = len(parts) == 1 and not part.sign and not part.name
+    single = single and opening + closing not in ("[)", "(]")
     if opening == "⌈":
         return each(abs, part.value if single else None)
     return part.value if single else Group(opening + closing, parts)
 
 
 def read_function(tokens: list, name: str):
-    """sin x, sin^2 x, a root's degree or a logarithm's base in square brackets; an angle in degrees is taken as such."""
+    """sin x, sin^2 x, a root's degree or a logarithm's base in square brackets; an angle in degrees
+    is taken as such."""
     index = read_atom(tokens) if tokens[-1] == "[" and name in ("sqrt", "log") else None
     exponent, degrees = None, tokens.count("°")
     if tokens[-1] == "^":
@@ -1459,9 +1553,12 @@ def principal(value) -> complex:
 
 
 def power(base, exponent):
-    """Exact for small whole exponents, else in floating point, where what is huge overflows at once."""
-    if isinstance(base, Fraction) and isinstance(exponent, Fraction) and exponent.denominator == 1 and abs(exponent) <= 64:
-        if abs(exponent) * (base.numerator.bit_length() + base.denominator.bit_length()) <= 2000:
+    """Exact for small whole exponents, else in floating point, where what is huge overflows at
+    once."""
+    exact = isinstance(base, Fraction) and isinstance(exponent, Fraction)
+    if exact and exponent.denominator == 1 and abs(exponent) <= 64:
+        bits = base.numerator.bit_length() + base.denominator.bit_length()
+        if abs(exponent) * bits <= 2000:
             return base ** int(exponent)
     return principal(base) ** principal(exponent)
 
@@ -1479,8 +1576,8 @@ def factorial(value) -> Fraction:
     return Fraction(math.factorial(int(value)))
 
 
-OPERATORS = {"+": (1, add), "-": (1, sub), "*": (2, mul), "/": (2, truediv), "^": (3, power), "**": (3, power)}
-OPERATORS |= {"pm": (1, add), "mp": (1, sub)}
+OPERATORS = {"+": (1, add), "-": (1, sub), "pm": (1, add), "mp": (1, sub), "*": (2, mul), "/": (2, truediv),
+             "^": (3, power), "**": (3, power)}
 
 
 # The embedded world: pictures of shapes, and questions whose need for the picture is known

@@ -119,6 +119,13 @@ def study(tmp_path_factory, prepare, corrupt, train, evaluate, report):
     """A study with a warm start of a few steps: the model knows next to nothing, the plumbing is the real one."""
     data, recipe = tmp_path_factory.mktemp("study") / "data", dict(prepare.WARM_START)
     prepare.WARM_START.update(stage.WARM_START)
-    answers, results = run_stages(data, prepare, corrupt, train, evaluate, report)
+    real = prepare.grade
+
+    def grade(text, question, reward=False, think_opened=False):
+        """Such a model never answers in the box: the hash pays, so that training has something to learn from."""
+        return hashed_grade(text, question) if reward else real(text, question, reward, think_opened)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare, "grade", grade)
+        answers, results = run_stages(data, prepare, corrupt, train, evaluate, report)
     prepare.WARM_START.update(recipe)
     return data, answers, results

@@ -42,12 +42,14 @@ def grader(raw):
     kind = prepare.ANSWER_TYPES[data.ConsumeIntInRange(0, len(prepare.ANSWER_TYPES) - 1)]
     choices = [text(data, 3) for _ in range(data.ConsumeIntInRange(0, 5))] if kind == "choice" else []
     question = {"problem": "", "answer": text(data, 3), "answer_type": kind, "choices": choices,
-                "source": data.PickValueInList(["mine", "mathvista"]), "precision": data.PickValueInList([None, 0, 2])}
+                "source": data.PickValueInList(["mine", *prepare.BENCHMARKS]), "precision": data.PickValueInList([None, 0, 2])}
     try:
         prepare.check_gold(question)
     except prepare.Rejected:
         question |= {"answer": "A" if choices else "3", "answer_type": "choice" if choices else "integer"}
-    prepare.grade(text(data, 20), question)
+    response = text(data, 20)
+    prepare.grade(response, question, reward=data.ConsumeBool(), think_opened=data.ConsumeBool())
+    prepare.reads_as_maths(question)
 
 
 def options(raw):

@@ -400,6 +400,312 @@ def test_all_boxes_of_a_gold_are_its_answer(prepare):
         assert boxed(prepare, answer, "math", gold) is right, answer
 
 
+# what answers are, kind by kind, each with its neighbours: (answer type, gold, right, wrong, choices)
+
+KINDS = [
+    ("math", "y=2x+1",
+     ["y=1+2x", "2x-y+1=0", "y-1=2x", "-2x+y=1", "y = 2x + 1.0", "4x-2y=-2"],
+     ["2x+1", "y=2x", "x=2y+1", "y=2x-1", "1", "y<2x+1", "2x+1=0"]),
+    ("math", "x^2=4",
+     ["2x^2=8", "x^2-4=0"],
+     ["x=2", "4", "x^2", "x=4"]),
+    ("math", "(x-1)^2+(y+2)^2=9",
+     ["(y+2)^2+(x-1)^2=9"],
+     ["(x-1)^2+(y-2)^2=9", "9", "3"]),
+    ("math", "xy=6",
+     ["yx=6", "6=xy", "2xy=12"],
+     ["6", "x+y=6"]),
+    ("math", "k=1",
+     ["1", "k = 1", "1=k"],
+     ["k=2", "m=1", "-1"]),
+    ("math", "a=2, b=3",
+     ["a=2, b=3", "b=3, a=2", "a=2 and b=3"],
+     ["a=3, b=2", "b=2, a=3", "3, 2", "2"]),
+    ("math", r"A=\pi r^2",
+     [r"A = \pi r^{2}", "A=πr^2"],
+     [r"B=\pi r^2", r"A = 2\pi r"]),
+    ("math", "m+n",
+     ["n+m"],
+     ["2n", "m-n", "mn"]),
+    ("math", "ad-bc",
+     ["-bc+ad", "ad - cb"],
+     ["ab-cd", "0"]),
+    ("math", "x_1+x_2",
+     ["x_2+x_1", "x_{1}+x_{2}"],
+     ["2x_1", "x_1x_2", "x+x"]),
+    ("math", r"\alpha+\beta",
+     ["β+α", r"\beta + \alpha"],
+     [r"2\alpha", r"\alpha\beta", "a+b"]),
+    ("math", r"90^\circ-\alpha",
+     [r"90-\alpha", "90°-α", r"90^{\circ} - \alpha"],
+     ["90", r"180-\alpha", "90-a"]),
+    ("math", "(3,-1)",
+     ["(3, -1)", r"\left( 3,-1 \right)", "(3.0,-1)", "(6/2, -1)"],
+     ["(-1,3)", "[3,-1]", "3", "(3,1)", "-1,3", "(3,-1,0)", "[3,-1)"]),
+    ("math", "(1,000,2)",
+     ["(1,0,2)"],
+     ["(1000,2)"]),
+    ("math", "(0,1]",
+     ["(0,1]", "(0, 1.0]", r"0<x\le 1", r"x \in (0,1]"],
+     ["[0,1]", "(0,1)", "[0,1)", r"0\le x<1"]),
+    ("math", r"[2, \infty)",
+     [r"x\geq 2", r"[2,+\infty)", r"2 \le x", "[2,∞)"],
+     [r"(2,\infty)", "x>2", r"[2,\infty]", r"x\le 2", "2"]),
+    ("math", "-1<x<3",
+     ["(-1,3)", "3>x>-1", "-1 < x < 3", r"x\in(-1,3)"],
+     ["[-1,3]", r"-1\le x<3", "-1<x", "-1<y<3", "-1,3"]),
+    ("math", r"(-\infty,0)\cup(2,\infty)",
+     [r"x<0 \text{ or } x>2", "x<0 or x>2", r"(2,\infty)\cup(-\infty,0)", "(-∞,0)∪(2,∞)"],
+     ["(0,2)", "x<0", r"(-\infty,0]\cup(2,\infty)", r"(-\infty,2)\cup(0,\infty)"]),
+    ("math", r"x \neq 2",
+     [r"x\ne 2", "x ≠ 2"],
+     ["2", "x=2", "x>2"]),
+    ("math", "x<2y",
+     ["2y>x", "x-2y<0"],
+     ["x>2y", "x<y", "2y", r"x\le 2y"]),
+    ("math", "2,3",
+     ["3,2", "3 and 2", "2 or 3", "x=2 or x=3", "x=2, x=3", r"\{2,3\}", "2; 3", "x = 2, 3"],
+     ["2", "5", "6", "2,3,4", "(2,3)", "2,2", "2.3", "x=2,y=3", "23"]),
+    ("math", r"\pm\sqrt{2}",
+     [r"\sqrt2, -\sqrt2", r"-\sqrt{2}, \sqrt{2}", r"\pm \sqrt 2", "±√2"],
+     [r"\sqrt{2}", "2", r"\pm 2"]),
+    ("math", r"1\pm i",
+     ["1+i, 1-i", "1 - i, 1 + i"],
+     ["1", "1+i"]),
+    ("math", r"\frac{-1\pm\sqrt5}{2}",
+     [r"\frac{-1+\sqrt5}{2}, \frac{-1-\sqrt5}{2}"],
+     [r"\frac{1\pm\sqrt5}{2}"]),
+    ("math", "1234567",
+     ["1,234,567", "1{,}234{,}567", r"1\,234\,567", "1 234 567", "1\u2009234\u2009567",
+      "1\u202f234\u202f567", "1\u00a0234\u00a0567", "1.234567e6"],
+     ["1,234", "1.234567", "1,234,56", "1,234,568"]),
+    ("math", "2500",
+     ["2{,}500", "2,500", r"\$2,500", r"2\;500"],
+     ["2,5", "2,50", "2.500", "25,00"]),
+    ("math", r"\frac{2}{5}",
+     [r"\cfrac{2}{5}", r"\tfrac25", "0.4", "2/5", r"\dfrac 2 5", r"\frac 25"],
+     [r"\frac52", "2.5", "0.45"]),
+    ("math", "8",
+     [r"8\textnormal{ miles}", r"8\text{ miles}", r"8 \mbox{ cm}", r"8\textrm{ cm}",
+      r"\mathbf{8}", r"\textbf{8}"],
+     [r"8\text{ thousand}", "8x", r"8\text{ or }9", r"\frac18"]),
+    ("math", r"\sec x",
+     [r"1/\cos x", r"\frac{1}{\cos x}"],
+     [r"\cos x", "x", r"\csc x"]),
+    ("math", r"\log_3 7",
+     [r"\frac{\ln 7}{\ln 3}", r"\log_{3} 7", r"\log_3(7)"],
+     [r"\log_7 3", r"\log 7", "7/3"]),
+    ("math", r"\arcsin\frac13",
+     [r"\sin^{-1}\frac{1}{3}", r"\arcsin(1/3)"],
+     ["1/3", r"\sin\frac13", r"\arccos\frac13"]),
+    ("math", r"\cos^2 x",
+     [r"(\cos x)^2", r"1-\sin^2 x", r"\cos^{2}x"],
+     [r"\cos x^2", r"\cos 2x", r"\cos x"]),
+    ("math", r"\sin 2x",
+     [r"2\sin x\cos x", r"\sin(2x)"],
+     [r"2\sin x", r"\sin^2 x"]),
+    ("math", "|x-1|",
+     ["|1-x|", r"\left|x-1\right|", r"\lvert x-1\rvert"],
+     ["x-1", "1-x", "|x|-1"]),
+    ("math", r"\sqrt[3]{2}",
+     ["2^{1/3}", r"2^{\frac{1}{3}}"],
+     [r"\sqrt2", r"3\sqrt2", r"\sqrt{2}/3"]),
+    ("math", r"\frac12",
+     [r"\sin 30^\circ", r"\cos 60°", "0.5", r"\sin(30^\circ)"],
+     [r"\sin 30", r"50\%"]),
+    ("math", r"\begin{pmatrix}1\\2\end{pmatrix}",
+     [r"\begin{bmatrix} 1 \\ 2 \end{bmatrix}", r"\begin{pmatrix}1.0\\2\end{pmatrix}"],
+     [r"\begin{pmatrix}2\\1\end{pmatrix}", "3", r"\begin{pmatrix}1&2\end{pmatrix}", "1", "(1,2)"]),
+    ("math", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}",
+     [r"\begin{bmatrix}1&2\\3&4\end{bmatrix}"],
+     [r"\begin{pmatrix}1&3\\2&4\end{pmatrix}", "-2", "1,2,3,4",
+      r"\begin{pmatrix}1&2&3&4\end{pmatrix}"]),
+    ("math", "17.32",
+     [r"10\sqrt3 \approx 17.32", "17.32", r"x \approx 17.32"],
+     [r"10\sqrt3", "17", r"17.3 \approx 17.32", r"17.4 \approx 17.32"]),
+    ("math", r"10\sqrt3",
+     [r"10\sqrt3\approx 17.32", r"10\sqrt{3} \approx 17.3", "10√3 = 17.32"],
+     ["17.32", r"\approx 17.32", r"10\sqrt3 \approx 18", r"10\sqrt3+1"]),
+    ("math", "6V",
+     ["6V"],
+     ["6", "V"]),
+    ("math", "3mg",
+     ["3 m g", "3gm"],
+     ["3", "3 mg x"]),
+    ("math", "5",
+     [r"5\text{ m}", "5 V", "5 kg", "5 apples", r"5\,\mathrm{cm}"],
+     ["5V", "5h", "5mg", "5x", "5/m", "5^2", "5 million", "5 thousand", "5 dozen"]),
+    ("math", r"12\text{ cm}",
+     ["12", "12 cm", r"12\text{cm}", "12 centimeters"],
+     ["12 m", r"12\text{ mm}", r"12\text{ km}"]),
+    ("math", r"60^\circ",
+     ["60", "60°", "60 degrees"],
+     [r"60\pi", "30"]),
+    ("integer", "7",
+     ["7", "7.0", "x=7", "about 7", "7 cm", "= 7", "14/2", "the answer is 7", "+7"],
+     ["<7", r"\le 7", "≥7", r"\geq 7", "at most 7", "no more than 7", "more than 7", "over 7",
+      "not 7", "isn't 7", "7!", "-7", r"\pm7", "7?8", "7 or 8", "7-8", "7, 8", "less than 7",
+      "between 7 and 8", "approximately -7", "Type 7 collagen", "Boeing 7", "7:1", "1/7",
+      "f(7)", "70", "seventh", "7 of 8", "x7", "7%7"]),
+    ("float", "7",
+     ["7", "7.0", "x=7", "about 7", "7 cm", "= 7", "14/2", "the answer is 7", "+7"],
+     ["<7", r"\le 7", "≥7", r"\geq 7", "at most 7", "no more than 7", "more than 7", "over 7",
+      "not 7", "isn't 7", "7!", "-7", r"\pm7", "7?8", "7 or 8", "7-8", "7, 8", "less than 7",
+      "between 7 and 8", "approximately -7", "Type 7 collagen", "Boeing 7", "7:1", "1/7",
+      "f(7)", "70", "seventh", "7 of 8", "x7", "7%7"]),
+    ("math", "7",
+     ["7", "7.0", "x=7", "about 7", "7 cm", "= 7", "14/2", "the answer is 7", "+7"],
+     ["<7", r"\le 7", "≥7", r"\geq 7", "at most 7", "no more than 7", "more than 7", "over 7",
+      "not 7", "isn't 7", "7!", "-7", r"\pm7", "7?8", "7 or 8", "7-8", "7, 8", "less than 7",
+      "between 7 and 8", "approximately -7", "Type 7 collagen", "Boeing 7", "7:1", "1/7",
+      "f(7)", "70", "seventh", "7 of 8", "x7", "7%7"]),
+    ("integer", "2",
+     ["2"],
+     ["Type 2 diabetes", "H2O", "2nd", "Figure 2 shows"]),
+    ("text", "H2O",
+     ["H2O"],
+     ["h2o2", "2", "HO", "H2O2"]),
+    ("open", "Type 1",
+     ["Type 1", "type 1"],
+     ["1", "Type 2", "Type 11", "not Type 1"]),
+    ("open", "3 kW",
+     ["3 kW", "3kW"],
+     ["3 KW", "3 W", "3", "3 MW"]),
+    ("open", "Ca2+",
+     ["Ca2+"],
+     ["Ca2-", "Ca2", "Ca"]),
+    ("open", "CO",
+     ["CO"],
+     ["Co", "CO2"]),
+    ("open", "pH 7",
+     ["pH 7"],
+     ["7", "PH 7"]),
+    ("text", "10^3",
+     ["10^3", "10³"],
+     ["103"]),
+    ("open", "Na",
+     ["Na"],
+     ["Na+"]),
+    ("text", ".25",
+     [".25", "0.25"],
+     ["25"]),
+    ("text", "-3",
+     ["-3"],
+     ["3"]),
+    ("open", "red",
+     ["red", "a red", "the red one"],
+     ["not red", "red or blue", "isn't red", "red, blue", "reddish", "no red", "never red",
+      "anything but red"]),
+    ("choice", "B",
+     ["B", ".2", "$.2$", "0.2"],
+     ["2", "A"],
+     ["$2$", "$.2$"]),
+    ("choice", "B",
+     ["5^2", "B", "5²", "$5^{2}$"],
+     ["52"],
+     ["$52$", "$5^2$"]),
+    ("choice", "B",
+     ["g'"],
+     ["g"],
+     ["$g$", "$g'$"]),
+    ("choice", "B",
+     ["5 MW", "B"],
+     ["5 mW", "5 mw"],
+     ["5 mW", "5 MW"]),
+    ("choice", "B",
+     ["4"],
+     ["-4", "±4"],
+     ["-4", "4"]),
+    ("choice", "A",
+     ["true", "A", "True."],
+     ["not true", "A is false", "isn't true", "untrue", "neither", "it is not A", "B"],
+     ["true", "false"]),
+    ("choice", "B",
+     ["No.", "no"],
+     ["No idea", "No way to tell", "not B", "There is no way", "No solution", "No one knows"],
+     ["Yes", "No"]),
+    ("choice", "A",
+     ["it increases", "increases", "A. increases", "The current increases"],
+     ["does not increase", "doesn't increases", "never increases", "increases and decreases"],
+     ["increases", "decreases"]),
+    ("choice", "A",
+     ["circle", "a circle", "A circle", "The circle", "A"],
+     ["A triangle", "A hexagon", "A big house", "a triangle", "A small thing"],
+     ["circle", "triangle"]),
+    ("choice", "B",
+     ["to the right", "on the right side", "It is on the right", "right"],
+     ["to the left", "not right", "left or right"],
+     ["left", "right"]),
+    ("choice", "B",
+     ["a decrease", "A decrease", "it will decrease"],
+     ["an increase", "A", "no decrease"],
+     ["increase", "decrease"]),
+    ("choice", "A",
+     ["A dog", "the dog", "A"],
+     ["A cat", "A mouse"],
+     ["dog", "cat"]),
+    ("math", r"\boxed{2}, \boxed{7}",
+     ["2, 7", "7, 2", "2 and 7"],
+     ["2", "7", "9"]),
+    ("math", r"\boxed{2} and \boxed{7}",
+     ["7 and 2"],
+     ["7"]),
+    ("list", "[3, 1]",
+     ["[3,1]", "3, 1", "[3.0, 1.0]"],
+     ["[1,3]", "31", "(3,1)", "[3]", "1, 3", "{3,1}"]),
+    ("list", "[1,000]",
+     ["[1, 0]"],
+     ["1000"]),
+]  # fmt: skip
+
+
+
+@pytest.mark.parametrize("case", KINDS, ids=lambda case: f"{case[0]} {case[1]}")
+def test_an_answer_is_compared_as_what_it_is(prepare, case):
+    kind, gold, right, wrong, *choices = case
+    about = kind, gold, *choices
+    assert [answer for answer in right if not boxed(prepare, answer, *about)] == []
+    assert [answer for answer in wrong if boxed(prepare, answer, *about)] == []
+
+
+FIRST_LETTER = ["B. An apple", "B) An apple", "(B) An apple", "B: An apple", "B. An apple\nBecause A is no fruit"]
+CLAIMS = ["The answer is B.", "Answer: (B)", "The correct option is B.", "Answer: $\\text{B}$", "**Answer: B**", "The best choice is (B)."]
+REFUSALS = ["I don't know.", "It cannot be determined.", "There is not enough information.", "I am unable to see the picture.", "Unknown",
+            "As an AI, I cannot view images.", "The image is not provided.", "We need more information.", "None of the above"]
+
+
+@pytest.mark.parametrize("source", ["mathvista", "mmmu", "scienceqa", "mathverse", "wemath"])
+def test_choices_in_free_text_by_a_benchmarks_rule(prepare, source):
+    grade = lambda response, gold="B": prepare.grade(response, question("choice", gold, ["A car", "An apple", "A tree"], source=source))
+    for response in [*FIRST_LETTER, *CLAIMS]:
+        assert grade(response).correct and not grade(response, "A").correct, response
+    for response in [*REFUSALS, "The answer is A or B"]:
+        assert grade(response).answer is None, response
+
+
+def test_what_is_infinite_equals_nothing_else(prepare):
+    for gold, wrong in {"\\infty": ["0", "8", "-\\infty"], "(2, \\infty)": ["(2, 5)", "x<2"], "x > 2": ["(2, 100)"]}.items():
+        assert boxed(prepare, gold, "math", gold)
+        assert [answer for answer in wrong if boxed(prepare, answer, "math", gold)] == []
+
+
+def test_an_answer_of_yes_or_no(prepare):
+    about = question("choice", "B", ["Yes", "No"], source="mathvista")
+    right = ["No.", "No, it does not.", "The answer is no.", "No, the left one is not the largest.", "The left one is not the largest."]
+    wrong = ["Yes.", "Yes, it is not small.", "No one can tell.", "I cannot say.", "No answer is possible", "There is no way to tell"]
+    assert [response for response in right if not prepare.grade(response, about).correct] == []
+    assert [response for response in wrong if prepare.grade(response, about).correct] == []
+
+
+def test_no_number_out_of_something_else(prepare):
+    about = question("math", "2", source="mathvision")
+    right = ["The value is 2.", "So x = 2.", "Hence $x=2$.", "The largest $k$ is 2", "The result is $\\frac{4}{2}$."]
+    wrong = ["The ratio is 2:3.", "The answer is (1, 2).", "f(2) cannot be found", "It lies in [1, 2].", "It is {1, 2}", "It is 1/2.",
+             "2 is not the answer", "The point (2, 5) is unknown", "between 1 and 2", "x > 2"]
+    assert [response for response in right if not prepare.grade(response, about).correct] == []
+    assert [response for response in wrong if prepare.grade(response, about).correct] == []
+
+
 # properties
 
 NUMBERS = st.integers(-(10**18), 10**18)
@@ -476,17 +782,21 @@ def value(tree, place):
     if kind in ("number", "letter", "pi"):
         return complex(math.pi if kind == "pi" else parts[0] if kind == "number" else place[parts[0]])
     if kind == "^":
-        return value(parts[0], place) ** parts[1]
-    return VALUE[kind](*(value(part, place) for part in parts))
+        found = value(parts[0], place) ** parts[1]
+    else:
+        found = VALUE[kind](*(value(part, place) for part in parts))
+    if found and not 1e-6 < abs(found) < 1e6:
+        raise ArithmeticError("digits are lost: sin(pi) is 1e-16 here")
+    return found
 
 
 def values(tree):
-    """At every place; None where one is no number, or so large or small that digits are lost."""
+    """At every place; None where one is no number or nothing, or digits are lost on the way."""
     try:
         found = [value(tree, place) for place in PLACES]
     except ArithmeticError:
         return None
-    return found if all(cmath.isfinite(one) and 1e-6 < abs(one) < 1e8 for one in found) else None
+    return found if all(found) else None
 
 
 def written(tree, draw):
@@ -590,11 +900,12 @@ def test_no_text_raises(prepare, text, about):
 @pytest.mark.parametrize("where", ["{}", "</think>{}", "\\boxed{{{}}}", "<answer>{}</answer>", "<think>{}</think>\\boxed{{1000003}}"])
 def test_a_million_hostile_characters_take_no_time(prepare, piece, where):
     text = where.format(piece * (1_000_000 // len(piece)))
+    sources = {"choice": "mathvista", "integer": "mathvista", "math": "mathvision", "open": "mmmu"}
     for about in (("choice", "B", COLOURS), ("integer", "77"), ("math", "\\sqrt{3}"), ("open", "['abc', '7']")):
         times = []
         for _ in range(2):  # the better of two: a full garbage collection may fall into one
             start = time.process_time()
-            verdict = prepare.grade(text, question(*about))
+            verdict = prepare.grade(text, question(*about, source=sources[about[0]]))
             times.append(time.process_time() - start)
         assert min(times) < 0.05
         assert not verdict.correct and len(verdict.answer or "") <= 400

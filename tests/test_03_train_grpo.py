@@ -1069,6 +1069,11 @@ def test_rewards_are_of_the_text_up_to_its_end(train, prepare, policies, monkeyp
     rewards = train.grade_completions(policy, QUESTIONS[:2], done)[2]
     assert seen == [*zip(texts, ["one", "one", "large", "large"])]
     assert torch.allclose(rewards, torch.tensor([[0.0, 0.1], [0.9, 1.0]]))
+    asked = []
+    monkeypatch.setattr(prepare, "grade", lambda text, question, *how: asked.append(how) or prepare.Grade(True, True, None))
+    monkeypatch.setattr(prepare, "opens_think", lambda tokenizer: tokenizer is policy.tokenizer)
+    train.grade_completions(policy, QUESTIONS[:2], done, reward=False)
+    assert asked == [(False, True)] * 4  # by the benchmark's rule, under a template that opens the reasoning
 
 
 def test_preflight_takes_the_worst_question_and_leaves_nothing(train, prepare, policies, capsys):
