@@ -2136,6 +2136,8 @@ def from_own(problem, images, answer, answer_type=None, choices=None, id=None, g
         raise Rejected("not UTF-8: a letter was lost when the text was saved")
     if isinstance(answer, float) and not math.isfinite(answer):
         raise Rejected("gold: the answer is no finite number")
+    if isinstance(answer, dict):
+        raise Rejected("gold: the answer is no text, number or list of alternatives")
     shown = problem
     if choices:
         choices, answer, shown = own_choices(problem, choices, str(answer).strip())

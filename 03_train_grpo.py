@@ -1195,7 +1195,7 @@ def save_adapter(folder: Path, policy: Policy):
     whole = folder / ".adapter.part"
     prepare.remove(whole)  # of a process that was killed
     try:
-        policy.model.save_pretrained(whole)
+        policy.model.save_pretrained(whole, save_embedding_layers=False)  # "auto" asks the hub whether they changed
         for name in ("adapter_config.json", "adapter_model.safetensors"):
             with prepare.replacing(folder / name) as part:
                 (whole / name).replace(part)

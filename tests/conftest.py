@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: MIT
 """The stages as fixtures: a file name that begins with a digit can only be imported by import_module."""
-import hashlib
 import importlib
 import os
 import pathlib
@@ -20,6 +19,7 @@ import torch
 import transformers as hf
 
 import stage
+from stage import hashed_grade
 
 
 def _stage(name):
@@ -83,14 +83,8 @@ def study_folder(prepare, corrupt, base_folder, tmp_path_factory):
     """What stages 1 and 2 leave behind; tests that write take a copy."""
     data = tmp_path_factory.mktemp("study")
     prepare.main(prepare.Config(model=str(base_folder), data=str(data), limit=20))
-    corrupt.main(corrupt.Config(data=str(data), corruptions=["blank", "misleading", "removed"], preview_rows=0))
+    corrupt.main(corrupt.Config(data=str(data), workers=1, corruptions=["blank", "misleading", "removed"], preview_rows=0))
     return data
-
-
-def hashed_grade(text, question, reward=False, think_opened=False):
-    """Random weights never answer right: these verdicts differ within a group, and depend on the text alone."""
-    digest = hashlib.sha256(text.encode()).digest()
-    return importlib.import_module("01_prepare").Grade(correct=digest[0] % 3 == 0, well_formed=digest[1] % 2 == 0, answer=text[:5])
 
 
 @pytest.fixture(scope="session")
@@ -119,13 +113,8 @@ def study(tmp_path_factory, prepare, corrupt, train, evaluate, report):
     """A study with a warm start of a few steps: the model knows next to nothing, the plumbing is the real one."""
     data, recipe = tmp_path_factory.mktemp("study") / "data", dict(prepare.WARM_START)
     prepare.WARM_START.update(stage.WARM_START)
-    real = prepare.grade
-
-    def grade(text, question, reward=False, think_opened=False):
-        """Such a model never answers in the box: the hash pays, so that training has something to learn from."""
-        return hashed_grade(text, question) if reward else real(text, question, reward, think_opened)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare, "grade", grade)
+        patch.setattr(prepare, "grade", stage.paid_by_hash(prepare.grade))
         answers, results = run_stages(data, prepare, corrupt, train, evaluate, report)
     prepare.WARM_START.update(recipe)
     return data, answers, results

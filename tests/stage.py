@@ -3,6 +3,7 @@
 
 The warm start takes a few steps; whoever opens a socket ends with code 9, whoever takes too long of a processor by a signal.
 """
+import hashlib
 import importlib
 import json
 import os
@@ -25,6 +26,19 @@ SMALLEST = {  # the smallest study: its stages with their options
     "04_evaluate": ["--workers", "1", "--max_new_tokens", "24"],
     "05_report": [],
 }
+
+
+def hashed_grade(text, question, reward=False, think_opened=False):
+    """Random weights never answer right: these verdicts differ within a group, and depend on the text alone."""
+    digest = hashlib.sha256(text.encode()).digest()
+    return importlib.import_module("01_prepare").Grade(correct=digest[0] % 3 == 0, well_formed=digest[1] % 2 == 0, answer=text[:5])
+
+
+def paid_by_hash(grade):
+    """A model of a few steps never answers in the box: the hash pays, so that training has something to learn from."""
+    def either(text, question, reward=False, think_opened=False):
+        return hashed_grade(text, question) if reward else grade(text, question, reward, think_opened)
+    return either
 
 
 class Server:
@@ -64,9 +78,10 @@ def stage_main(seconds, user, stage, options):
     if user:
         os.setuid(user)
     sys.argv = [f"{stage}.py", *options]
-    module = importlib.import_module(stage)
+    module, prepare = importlib.import_module(stage), importlib.import_module("01_prepare")
+    prepare.grade = paid_by_hash(prepare.grade)
     try:
-        importlib.import_module("01_prepare").run(module.main, module.Config, module.__doc__)
+        prepare.run(module.main, module.Config, module.__doc__)
     except SystemExit as end:
         return end.code or 0
     except BaseException:

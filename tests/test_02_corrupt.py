@@ -553,7 +553,7 @@ def read(prepare, path):
 
 
 def test_main_writes_every_file_with_the_same_rows(prepare, corrupt, data, capsys):
-    written = corrupt.main(corrupt.Config(data=str(data), corruptions=NAMES))
+    written = corrupt.main(corrupt.Config(data=str(data), workers=1, corruptions=NAMES))
     assert set(written) == {f"corrupted/{source}/{name}.parquet" for source in ("world", "school") for name in NAMES}
     for path, count in written.items():
         _, source, _ = path.split("/")
@@ -580,7 +580,7 @@ def test_easyr1_reads_the_same_files(prepare, corrupt, data, name, tmp_path):
     """As its RLHFDataset does by default: the parquet builder of datasets, split train; columns problem, answer and images, the
     pictures as PIL or as bytes, the problem cut at <image>. (github.com/hiyouga/EasyR1, verl/utils/dataset.py and examples/config.yaml)
     """
-    corrupt.main(corrupt.Config(data=str(data), corruptions=[name] if name != "clean" else ["blank"], preview_rows=0))
+    corrupt.main(corrupt.Config(data=str(data), workers=1, corruptions=[name] if name != "clean" else ["blank"], preview_rows=0))
     for source in ("world", "school"):
         file = data / prepare.input_path(source, name)
         table = load_dataset("parquet", data_files=str(file), split="train", cache_dir=str(tmp_path / "cache"))
@@ -593,7 +593,7 @@ def test_easyr1_reads_the_same_files(prepare, corrupt, data, name, tmp_path):
 
 
 def test_main_twice_writes_nothing_and_another_order_writes_the_same(prepare, corrupt, data, capsys):
-    config = corrupt.Config(data=str(data), corruptions=["noise", "mismatch", "misleading"], preview_rows=0)
+    config = corrupt.Config(data=str(data), workers=1, corruptions=["noise", "mismatch", "misleading"], preview_rows=0)
     paths = [data / path for path in corrupt.main(config)]
     first, stamps = [path.read_bytes() for path in paths], [path.stat().st_mtime_ns for path in paths]
     capsys.readouterr()
@@ -618,7 +618,7 @@ def test_main_twice_writes_nothing_and_another_order_writes_the_same(prepare, co
 
 
 def test_another_seed_is_noticed(corrupt, data):
-    config = corrupt.Config(data=str(data), corruptions=["noise"], preview_rows=0)
+    config = corrupt.Config(data=str(data), workers=1, corruptions=["noise"], preview_rows=0)
     path = data / "corrupted/world/noise.parquet"
     corrupt.main(config)
     before, study = path.read_bytes(), json.loads((data / "study.json").read_text())
@@ -628,7 +628,7 @@ def test_another_seed_is_noticed(corrupt, data):
 
 
 def test_stale_or_missing_questions_stop_with_the_stage_to_run(prepare, corrupt, data):
-    config = corrupt.Config(data=str(data), corruptions=["blank"])
+    config = corrupt.Config(data=str(data), workers=1, corruptions=["blank"])
     prepare.write_questions(data / "questions/world.parquet", [make()], {})
     with pytest.raises(prepare.UserError, match="01_prepare.py"):
         corrupt.main(config)
@@ -643,7 +643,7 @@ def test_stale_or_missing_questions_stop_with_the_stage_to_run(prepare, corrupt,
 
 def test_unknown_corruption_stops_before_any_work(prepare, corrupt, data):
     with pytest.raises(prepare.UserError, match="'fog'"):
-        corrupt.main(corrupt.Config(data=str(data), corruptions=["blank", "fog"]))
+        corrupt.main(corrupt.Config(data=str(data), workers=1, corruptions=["blank", "fog"]))
     assert not (data / "corrupted").exists()
 
 
@@ -655,5 +655,5 @@ def test_where_no_other_answer_exists_it_is_said(prepare, corrupt, data, capsys)
     study = json.loads((data / "study.json").read_text())
     study["artifacts"]["questions/world.parquet"] = prepare.sha256(path)
     (data / "study.json").write_text(json.dumps(study | {"sources": {"train": "world", "benchmarks": []}}))
-    corrupt.main(corrupt.Config(data=str(data), corruptions=["mismatch"], preview_rows=0))
+    corrupt.main(corrupt.Config(data=str(data), workers=1, corruptions=["mismatch"], preview_rows=0))
     assert "6 questions, 4 with a picture of the same answer" in capsys.readouterr().out  # one of the five finds "yes"

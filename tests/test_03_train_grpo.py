@@ -31,7 +31,7 @@ from conftest import VISION, hashed_grade, tiny_model
 
 KINDS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 STEP = dict(prompts_per_step=4, group_size=4, max_new_tokens=12, tokens_per_pass=96, cache_gb=1.0, lora_rank=4, learning_rate=1e-2)
-RUN = {"steps": 4, "conditions": ["mixed"], "corruption": ["blank", "removed"]}  # some prompts of a step have no picture
+RUN = {"steps": 4, "seeds": [0], "workers": 1, "conditions": ["mixed"], "corruption": ["blank", "removed"]}  # some prompts of a step have no picture
 
 
 @pytest.fixture(autouse=True)
@@ -818,9 +818,10 @@ def uninterrupted(train, prepare, study_folder, tmp_path_factory):
 
 def test_looking_that_weighs_nothing_is_standard_training(train, data, monkeypatch):
     monkeypatch.setattr(train.prepare, "grade", hashed_grade)
-    train.main(train.Config(data=str(data), **STEP, steps=2, conditions=["standard", "grounded"], corruption=["blank"],
+    train.main(train.Config(data=str(data), **STEP, steps=2, seeds=[0], workers=1, conditions=["standard", "grounded"], corruption=["blank"],
                             looking_weight=0.0))
-    train.main(train.Config(data=str(data), **STEP, steps=2, conditions=["grounded"], corruption=["removed"], looking_weight=0.5))
+    train.main(train.Config(data=str(data), **STEP, steps=2, seeds=[0], workers=1, conditions=["grounded"], corruption=["removed"],
+                            looking_weight=0.5))
     standard, without, looking = ((data / "policies" / run / "adapter_model.safetensors").read_bytes()
                                   for run in ("standard-s0", "grounded-blank-s0", "grounded-removed-s0"))
     assert standard == without != looking

@@ -19,7 +19,7 @@ def data(study, tmp_path):
 
 
 def config(evaluate, data, **changes):
-    return evaluate.Config(**{"data": str(data), "policies": ["base"], "corruptions": ["clean"], "max_new_tokens": 24} | changes)
+    return evaluate.Config(**{"data": str(data), "workers": 1, "policies": ["base"], "corruptions": ["clean"], "max_new_tokens": 24} | changes)
 
 
 def without_logprobs(rows):
@@ -65,9 +65,8 @@ def whole_batches(study, evaluate, tmp_path_factory):
     return whole, {path.relative_to(data): path.read_bytes() for path in (data / "answers").glob("*/*/*")}, settings
 
 
-@pytest.mark.parametrize("processes", [1, 2, 3])
-def test_answers_that_were_not_joined_are_joined(evaluate, data, monkeypatch, processes):
-    """A kill between the last line and the joining, on any number of processes; beside it lies nothing, or an older, shorter file."""
+def test_answers_that_were_not_joined_are_joined(evaluate, data, monkeypatch):
+    """A kill between the last line and the joining; beside it lies nothing, or an older, shorter file."""
     whole = evaluate.main(config(evaluate, data))
     path = data / "answers" / "base" / "shapes" / "clean.jsonl"
     lines = path.read_text().splitlines(True)
@@ -77,8 +76,7 @@ def test_answers_that_were_not_joined_are_joined(evaluate, data, monkeypatch, pr
         path.unlink()
         if older:
             path.write_text("".join(older))
-        for rank in range(processes):
-            path.with_name(f"clean.jsonl.{rank}of{processes}.part").write_text("".join(lines[rank::processes]))
+        path.with_name("clean.jsonl.part").write_text("".join(lines))
         assert evaluate.main(config(evaluate, data)) == whole
         assert path.read_text() == "".join(lines) and [*path.parent.iterdir()] == [path]
 
@@ -251,9 +249,9 @@ def adapter_of_ones_own(data, tmp_path, **changes):
     return folder
 
 
-@pytest.mark.parametrize("base, noted", [("elsewhere/model", True), ("{data}/model", False), ("Qwen/Qwen2-VL-2B", True), (None, True)])
+@pytest.mark.parametrize("base, noted", [("elsewhere/model", True), ("embedded", False), ("Qwen/Qwen2-VL-2B", True), (None, True)])
 def test_an_adapter_of_another_base_is_noted(evaluate, prepare, data, tmp_path, capsys, base, noted):
-    folder = adapter_of_ones_own(data, tmp_path, base_model_name_or_path=base and base.format(data=data))
+    folder = adapter_of_ones_own(data, tmp_path, base_model_name_or_path=base)
     evaluate.find_policies(evaluate.Config(data=str(data), policies=[str(folder)]), prepare.load_study(data))
     assert ("was trained on" in capsys.readouterr().out) is noted
 

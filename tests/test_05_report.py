@@ -52,7 +52,7 @@ def make_study(data, prepare, corrupt, policies=POLICIES, names=("blank", "remov
     study = {"preset": "tiny", "model": "embedded", "model_files": {}, "sources": {"train": "shapes", "benchmarks": ["shapes"]}, "seed": 0,
              "max_pixels": 12544, "versions": {"torch": importlib.metadata.version("torch")}, "artifacts": {clean: prepare.sha256(data / clean)}}
     (data / "study.json").write_text(json.dumps(study))
-    corrupt.main(corrupt.Config(data=str(data), corruptions=list(names), preview_rows=0))
+    corrupt.main(corrupt.Config(data=str(data), workers=1, corruptions=list(names), preview_rows=0))
     by_id = {q["id"]: q for q in questions}
     for policy, settings_ in policies.items():
         if policy != "base":

@@ -147,12 +147,12 @@ def test_five_stages_on_published_settings(prepare, corrupt, train, evaluate, re
     study = prepare.main(prepare.Config(data=data, model=family_folder(kind), train="mine", benchmarks=["mine"], local=[f"mine={folder}"],
                                         max_pixels=64 * 32 * 32))
     assert study["questions"] == {"mine": {"test": 8, "train": 8}}
-    corrupt.main(corrupt.Config(data=data, corruptions=["blank", "removed", "mismatch"]))
-    trained = train.main(train.Config(data=data, conditions=["standard", "mixed"], steps=2, prompts_per_step=2, group_size=4,
+    corrupt.main(corrupt.Config(data=data, workers=1, corruptions=["blank", "removed", "mismatch"]))
+    trained = train.main(train.Config(data=data, conditions=["standard", "mixed"], seeds=[0], workers=1, steps=2, prompts_per_step=2, group_size=4,
                                       max_new_tokens=8, lora_rank=4))
     assert [run["settings"]["steps"] for run in trained] == [2, 2]
     steps = prepare.read_jsonl(tmp_path / "data" / "policies" / "standard-s0" / "train.jsonl")
     assert all(value is None or np.isfinite(value) for row in steps for value in row.values())  # None: not measured
-    answers = evaluate.main(evaluate.Config(data=data, max_new_tokens=8))
+    answers = evaluate.main(evaluate.Config(data=data, workers=1, max_new_tokens=8))
     assert len(answers) == 3 * 4 and all(len(rows) == 8 for rows in answers.values())
     assert report.main(report.Config(data=data))["accuracy"]["base"]["mine"]["clean"]["n"] == 8

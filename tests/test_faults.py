@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from PIL import Image
 
 import kills
@@ -167,8 +167,9 @@ LINES = [
     ({"images": [{"bytes": None, "path": None}]}, "no picture"),
     ({"images": [{"bytes": "abc", "path": None}]}, "picture unreadable"), ({"images": ["0.png"] * 900}, "too long"),
     ({"answer": None}, "gold"), ({"answer": ""}, "gold"), ({"answer": {"a": 1}}, "gold"), ({"answer": " \n"}, "gold"),
-    ({"answer_type": "integer", "answer": "many"}, "gold"), ({"answer_type": "math", "answer": "9" * 400 + "^" + "9" * 400}, "gold"),
-    ({"answer_type": "math", "answer": "(" * 300 + "1" + ")" * 300}, "gold"), ({"answer_type": "float", "answer": "1e309"}, "gold"),
+    # what cannot be read as maths is compared as text
+    ({"answer_type": "integer", "answer": "many"}, None), ({"answer_type": "math", "answer": "9" * 400 + "^" + "9" * 400}, None),
+    ({"answer_type": "math", "answer": "(" * 300 + "1" + ")" * 300}, None), ({"answer_type": "float", "answer": "1e309"}, None),
     ({"answer_type": "eval"}, "not a question"), ({"split": "dev"}, "not a question"), ({"precision": "x"}, "not a question"),
     ({"precision": 10**30}, "not a question"), ({"precision": -1}, "not a question"), ({"needs_image": "perhaps"}, "not a question"),
     ({"choices": "abc"}, "not a question"), ({"choices": ["a", "b"], "answer": "c"}, "gold"), ({"choices": {"A": 1}}, "not a question"),
@@ -471,7 +472,7 @@ ARTIFACTS = [  # path, what happens to it, stage, its options, what it says
     ("answers/base/shapes/clean.jsonl", lambda p: change(p, b"torch ", b"torch 1."), "05_report", [],
      "by another base than its answers elsewhere"),
     ("answers/base/shapes/clean.jsonl", in_its_place, "05_report", [], "clean.jsonl cannot be"),
-    (".lock", in_its_place, "04_evaluate", [], ".lock cannot be"),
+    ("answers/base/.shapes.lock", in_its_place, "04_evaluate", [], ".shapes.lock cannot be"),
 ]
 
 
@@ -490,8 +491,7 @@ def test_a_damaged_artifact_is_one_sentence(server, home, study, copy_of, path, 
     before = listing(home, data.parent)
     check_sentence(server(stage, "--data", data, *options), says)
     after = listing(home, data.parent)
-    after.pop(str(data / ".lock")), before.pop(str(data / ".lock"), None)
-    made = {name for name in {*before, *after} if before.get(name) != after.get(name)}
+    made = {name for name in {*before, *after} if before.get(name) != after.get(name) and not name.endswith(".lock")}
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     if original.exists():
         shutil.copy2(original, path)
@@ -599,27 +599,14 @@ def whole(server, tmp_path_factory):
     return data, *kills.undisturbed(server, data)
 
 
-def is_taken(lock):
-    try:
-        with lock:
-            return False
-    except Timeout:
-        return True
-
-
-def test_a_second_run_on_the_same_folder_is_one_sentence(server, copy_of):
-    """Refused while the first lives, also one that sleeps; and not a moment longer."""
-    command = [sys.executable, str(ROOT / "04_evaluate.py"), "--data", str(copy_of), "--max_new_tokens", "23"]
-    first, lock = subprocess.Popen(command, stdout=subprocess.DEVNULL), FileLock(copy_of / ".lock", timeout=0)
-    while not is_taken(lock):
-        assert first.poll() is None
-        time.sleep(0.1)
-    os.kill(first.pid, signal.SIGSTOP)
-    for stage in SMALLEST:
-        check_sentence(server(stage, "--data", copy_of), "is in use by another run: wait for its end, or")
-    first.kill()
-    first.wait()
-    done = server("05_report", "--data", copy_of)
+@pytest.mark.parametrize("stage, artifact", [
+    ("01_prepare", "study.json"), ("02_corrupt", "corrupted/shapes/blank.parquet"), ("03_train_grpo", "policies/standard-s0"),
+    ("04_evaluate", "answers/base/shapes"), ("05_report", "report")])
+def test_what_another_process_makes_is_left_to_it(server, copy_of, stage, artifact):
+    path = copy_of / artifact
+    with FileLock(path.with_name(f".{path.name}.lock")):
+        check_sentence(server(stage, "--data", copy_of, *SMALLEST[stage]), f"{path} is in use by another run: wait for its end, or")
+    done = server(stage, "--data", copy_of, *SMALLEST[stage])
     assert (done.code, done.stderr) == (0, "")
 
 
