@@ -109,6 +109,10 @@ def run(report, data, **options):
     return report.main(report.Config(data=str(data), **{"resamples": 200, "gallery": 1} | options))
 
 
+def split_gain(report, weights, strata, base, policy, withouts):
+    return report.split_gain([report.gain_parts(weights, strata, base, policy, withouts)], withouts)
+
+
 # Statistics, against scipy and against first principles
 
 
@@ -186,7 +190,8 @@ def test_format_part_by_hand(report):
 def test_the_parts_add_up_whatever_the_answers(report, seed, n):
     rng = np.random.default_rng(seed)
     draw = lambda: {name: tuple((rng.random(n) < rng.random()) * 1.0 for _ in "cf") for name in ("clean", "blank")}
-    found = report.split_gain(report.resample(n, 50, seed), np.eye(3)[rng.integers(0, 3, n)], base := draw(), [policy := draw()], ["blank"])
+    base, policy = draw(), draw()
+    found = split_gain(report, report.resample(n, 50, seed), np.eye(3)[rng.integers(0, 3, n)], base, policy, ["blank"])
     assert found["total"]["value"] == pytest.approx(policy["clean"][0].mean() - base["clean"][0].mean())
     if found["visual"]["value"] is not None:
         assert sum(found[part]["value"] for part in ("format", "image_free", "visual")) == pytest.approx(found["total"]["value"])
@@ -216,7 +221,7 @@ def test_gain_split_is_unbiased_and_covers(report, learnt, truth):
     rng, found = np.random.default_rng(3), []
     for trial in range(120):
         strata, base, policies = learners(rng, 300)
-        found.append(report.split_gain(report.resample(300, 200, trial), strata, base, [policies[learnt]], ["blank"]))
+        found.append(split_gain(report, report.resample(300, 200, trial), strata, base, policies[learnt], ["blank"]))
     for part, expected in truth.items():
         values = np.array([f[part]["value"] for f in found])
         assert values.mean() == pytest.approx(expected, abs=4 * values.std() / 120**0.5 + 1e-3), part
@@ -229,14 +234,15 @@ def test_unstratified_form_would_blame_the_picture(report):
     rng, biased = np.random.default_rng(4), []
     for trial in range(40):
         strata, base, policies = learners(rng, 300)
-        biased.append(report.split_gain(report.resample(300, 2, trial), np.ones((300, 1)), base, [policies["format"]], ["blank"])["image_free"]["value"])
+        found = split_gain(report, report.resample(300, 2, trial), np.ones((300, 1)), base, policies["format"], ["blank"])
+        biased.append(found["image_free"]["value"])
     assert np.mean(biased) < -0.03
 
 
 def test_surviving_share_is_told_only_of_a_gain(report):
     strata, base, policies = learners(np.random.default_rng(5), 300)
     weights = report.resample(300, 300, 0)
-    split = lambda policy, withouts=("blank",): report.split_gain(weights, strata, base, [policy], withouts)["surviving_share"]["blank"]
+    split = lambda policy, withouts=("blank",): split_gain(report, weights, strata, base, policy, withouts)["surviving_share"]["blank"]
     low, high = split(policies["format"])["ci95"]
     assert low <= 1 <= high
     assert split(base)["value"] is None and "no gain" in split(base)["reason"]
@@ -244,7 +250,7 @@ def test_surviving_share_is_told_only_of_a_gain(report):
     worse = {name: (0 * c, f) for name, (c, f) in base.items()}
     assert split(worse)["value"] is None  # of a loss, nothing survives
     never = {name: (0 * c, 0 * f) for name, (c, f) in base.items()}
-    nothing = report.split_gain(weights, strata, never, [policies["format"]], ["blank"])
+    nothing = split_gain(report, weights, strata, never, policies["format"], ["blank"])
     assert nothing["format"]["value"] is None and nothing["surviving_share"]["blank"]["value"] is None and nothing["total"]["value"] > 0
 
 
@@ -256,7 +262,7 @@ def test_net_following_is_the_share_that_looks(report, looks):
     pairs = gold.reshape(-1, 2)
     shown, gold = pairs[:, ::-1][pairs[:, 0] != pairs[:, 1]].ravel(), pairs[pairs[:, 0] != pairs[:, 1]].ravel()
     answer = np.where(rng.random(len(gold)) < looks, shown, rng.choice(4, len(gold), p=[0, 0, 0.1, 0.9]))
-    found = report.net_following(answer, shown, gold)
+    found = report.paired(report.net_following(answer, shown, gold))
     assert found["value"] == pytest.approx(looks, abs=0.05) and found["ci95"][0] - 1e-9 <= looks <= found["ci95"][1] + 1e-9
 
 
@@ -417,9 +423,9 @@ def test_causal_effect_is_the_share_that_looks(report, looks):
 def test_tokens_are_counted_by_hand(report):
     nats = [np.array([0, 0, 0, 0, 2.0]), np.array([1.0, 0, 0, 0, 0, 0, 0, 0, 0, -1.0])]
     panel = report.Panel("s", [{}] * 2, {"a": {"clean": [{"nats": x} for x in nats]}}, report.resample(2, 100, 0), {}, 0)
-    found = report.token_measures(panel, "a")
+    found = report.measure([report.observe_tokens(panel, "a")])
     assert found["visual_tokens"]["value"] == pytest.approx(2 / 15)
-    assert [x["value"] for x in found["fading"]] == pytest.approx([1 / 3, 0, 0, 0, 1 / 3])
+    assert [x["value"] for x in found["fading"].values()] == pytest.approx([1 / 3, 0, 0, 0, 1 / 3])
 
 
 def test_shading_escapes_and_keeps_every_character(report):
@@ -452,14 +458,23 @@ def test_results_recount(results, study):
     said = sum("I see" in row["response"] for row in blank)
     assert results["says"]["standard-s0"]["shapes"]["blank"]["claims to see"]["count"] == said
     base = answers(study, "base", "clean")
-    (test,) = [t for t in results["tests"] if (t["policy"], t["reference"]) == ("mixed-blank-s0", "base")]
     mixed = answers(study, "mixed-blank-s0", "clean")
+    differences = results["differences"]
+    test = differences["mixed-blank"]["base"]["shapes"]["clean"]
     assert test["only_one"] == sum(a["correct"] > b["correct"] for a, b in zip(mixed, base))
-    assert {(t["policy"], t["reference"]) for t in results["tests"]} >= {("hallucination-blank-s0", "standard-s0"), ("standard-s0", "base")}
-    assert all(t["p_holm"] >= t["p"] for t in results["tests"])
-    z = stats.norm.ppf(1 - 0.025 / len(results["tests"])) + stats.norm.ppf(0.8)
-    assert test["detectable"] == pytest.approx(z * ((test["only_one"] + test["only_two"]) / test["n"]) ** 0.5 / test["n"] ** 0.5)
+    assert {(one, two) for one, x in differences.items() for two in x} == {
+        ("standard", "base"), ("hallucination-blank", "base"), ("hallucination-blank", "standard"), ("mixed-blank", "base"),
+        ("mixed-blank", "standard"), ("mixed-blank", "hallucination-blank")}
+    for name in ("clean", "blank", "removed", "format", "image_free", "visual"):
+        tests = [x["shapes"][name] for references in differences.values() for x in references.values() if name in x["shapes"]]
+        assert len(tests) == (6 if name in ("clean", "blank", "removed") else 3)
+        assert [x["p_holm"] for x in tests] == pytest.approx(multipletests([x["p"] for x in tests], method="holm")[1])
+    z = stats.norm.ppf(1 - 0.025 / 6) + stats.norm.ppf(0.8)
+    assert test["within_seed"]["0"]["detectable"] == pytest.approx(
+        z * ((test["only_one"] + test["only_two"]) / test["n"]) ** 0.5 / test["n"] ** 0.5)
     assert results["gains"]["mixed-blank-s0"]["shapes"]["total"]["p_holm"] == test["p_holm"]
+    parts = [results["gains"][run]["shapes"]["visual"]["value"] for run in ("mixed-blank-s0", "standard-s0")]
+    assert differences["mixed-blank"]["standard"]["shapes"]["visual"]["value"] == pytest.approx(parts[0] - parts[1])
     checked = {e["check"] for e in results["instrument_check"]["entries"]}
     assert all(any(f"without the picture ({name})" in check for check in checked) for name in ("blank", "removed"))
 
@@ -533,10 +548,10 @@ def test_sentences_claim_what_intervals_show(report):
     ([(0.2, 0.01), (-0.1, 0.01)], "is not shown to depend on the picture"), ([(-0.2, 0.01)], "does better without the picture"),
     ([], "was not asked without the picture")])
 def test_dependence_claims_what_every_test_shows(report, worths, says):
-    names, cell = ("blank", "removed")[:len(worths)], {"accuracy": 0.5, "ci95": [0.4, 0.6]}
-    r = {"accuracy": {"a": {"s": {name: cell for name in ("clean", *names)}}}, "sources": {"s": {"n": 80}},
-         "picture_worth": {"a": {"s": {name: {"value": x, "ci95": [x, x], "p_holm": p} for name, (x, p) in zip(names, worths)}}}}
-    said = report.dependence(r, "a", "s")
+    names, cell = ("blank", "removed")[:len(worths)], {"accuracy": 0.5, "ci95": [0.4, 0.6], "n": 80}
+    about = {"accuracy": {name: cell for name in ("clean", *names)},
+             "picture_worth": {name: {"value": x, "ci95": [x, x], "p_holm": p} for name, (x, p) in zip(names, worths)}}
+    said = report.dependence("a", "s", about)
     assert said["claim"] == says and "50.0% [40.0, 60.0]" in said["text"] and "n = 80" in said["text"]
     assert said["text"].count("without it") == len(worths)
 
@@ -563,7 +578,7 @@ def test_too_few_differences_are_no_difference(report, prepare, corrupt, tmp_pat
                                                       for i, row in enumerate(rows)])
     found, page = run(report, tmp_path), (tmp_path / "report" / "index.html").read_text()
     assert found["picture_worth"]["base"]["shapes"]["blank"]["p"] == 0.0625 and "base is not shown to depend on the picture" in page
-    assert "standard-s0 cannot be told from the base on shapes" in page and found["tests"][0]["p"] == 0.0625
+    assert "standard-s0 cannot be told from the base on shapes" in page and found["differences"]["standard"]["base"]["shapes"]["clean"]["p"] == 0.0625
 
 
 def test_yes_and_no_are_one_answer_however_they_are_written(report):
@@ -602,7 +617,7 @@ def test_verdicts_follow_from_the_interval(report, gain, says):
     base, policy = [row(f and gain < 0) for f in flip], [row(f and gain > 0) for f in flip]
     panel = report.Panel("shapes", [{"group": "g"}] * n, {"base": {"clean": base}, "standard-s0": {"clean": policy}},
                          report.resample(n, 300, 0), {}, 0)
-    (entry,) = report.judge(report.Claim("c", "t", "s", report.gain_of("standard")), panel, {"preset": "tiny", "seed": 0})
+    (entry,) = report.judge(report.Claim("c", "t", "s", report.gain_of("standard")), panel)
     assert entry["verdict"] == says and entry["n"] == n and entry["found"]["value"] == pytest.approx(gain, abs=0.002)
     if says == "undecided":
         half = max(entry["found"]["value"] - entry["found"]["ci95"][0], entry["found"]["ci95"][1] - entry["found"]["value"])
@@ -646,7 +661,7 @@ def test_damage_that_leaves_the_picture_is_no_training_without_it(report):
     row = lambda correct: {"correct": correct, "well_formed": True}
     answers_ = {policy: {"clean": [row(policy != "base")] * 50} for policy in ("base", "hallucination-misleading-s0", "hallucination-blank+removed-s0")}
     panel = report.Panel("shapes", [{"group": "g"}] * 50, answers_, report.resample(50, 50, 0), {}, 0)
-    judged = report.judge(report.CLAIMS[0], panel, {"preset": "tiny", "seed": 0})
+    judged = report.judge(report.CLAIMS[0], panel)
     assert [entry["damage"] for entry in judged] == ["hallucination-blank+removed"]
 
 
@@ -716,7 +731,7 @@ def test_the_card_of_a_benchmark_recounts(results, study, prepare):
 def test_the_table_for_latex_is_balanced_and_escaped(report, study):
     text = (study / "report" / "tables.md").read_text()
     block = text.split("```latex\n")[1].split("```")[0]
-    assert block.count("\\begin{tabular}") == block.count("\\end{tabular}") == 3 and block.count("{") == block.count("}")
+    assert block.count("\\begin{tabular}") == block.count("\\end{tabular}") == 4 and block.count("{") == block.count("}")
     assert "\N{MINUS SIGN}" not in block and "hallucination-blank-s0" in block
     hostile = report.latex(report.table("100% & more", ["a_b", "c"], [("x^2 \\ ~ #1 $", [("5%", "{1}")])]))
     assert "100\\% \\& more" in hostile and "x\\textasciicircum{}2 \\textbackslash{} \\textasciitilde{} \\#1 \\$" in hostile and "\\{1\\}" in hostile
@@ -727,7 +742,7 @@ def test_tables_hold_the_matrix_and_the_split(study, results):
     cell = results["accuracy"]["standard-s0"]["shapes"]["blank"]
     assert f"{100 * cell['accuracy']:.1f}%" in text and "n = 100" in text
     tables = [block.splitlines() for block in re.findall(r"(?:^\|.*\n)+", text, re.M)]
-    assert len(tables) == 5 and all(len({line.count("|") for line in table}) == 1 for table in tables)
+    assert len(tables) == 7 and all(len({line.count("|") for line in table}) == 1 for table in tables)
 
 
 # Bad input
