@@ -11,25 +11,28 @@ run     python 05_report.py
 takes   10 s for four policies on 320 questions under fourteen inputs, on a laptop core
 """
 import base64
+import hashlib
 import importlib
 import inspect
 import io
 import itertools
 import json
 import math
+import platform
 import re
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from statistics import NormalDist
 
-sys.path.insert(0, str(Path(__file__).parent))  # python -P leaves it out
-prepare = importlib.import_module("01_prepare")
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P does not look there by itself
+prepare = importlib.import_module("01_prepare")  # before numpy, for it pins how numpy computes
 
 import jinja2
+import mpmath
 import numpy as np
 from markupsafe import Markup
 from PIL import Image
@@ -50,7 +53,6 @@ NO_PICTURE = prepare.NO_PICTURE
 CLUSTERED = ("mathverse", "wemath")  # versions of a problem, steps of a problem
 COMMON = 5  # an answer that is right to fewer questions of its group is one of the others
 Z = 1.959963984540054  # of a normal distribution, 95% lie within so many standard deviations
-T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # the same of Student's t, by degrees of freedom from 1 on
 INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff\ufffe\uffff]")
 GALLERY_CHARACTERS = 2_500_000  # of pictures: the page stays below 5 MB
 
@@ -87,18 +89,144 @@ def mcnemar(only_one: int, only_two: int) -> float:
     return min(1.0, 2 * sum(math.comb(n, i) for i in range(min(only_one, only_two) + 1)) / 2**n)
 
 
-def paired(one: np.ndarray, two: np.ndarray) -> dict:
-    """Difference of two shares of the same n questions, one, two (n,) in {0, 1}: value, 95% interval, exact p.
+def paired(difference: np.ndarray) -> dict:
+    """Difference of two shares of the same questions: value, 95% interval, exact p.
 
-    With f and k the questions that only one of the two got right, half an answer more in each of the four cells: (f - k) / (n + 2) +-
-    z sqrt(f + k - (f - k)^2 / (n + 2)) / (n + 2) (Agresti and Min, Statistics in Medicine 2005). A bootstrap of few such questions would be
-    too sure, of none altogether.
+    `difference` (n,) is 1 where only the first is right, -1 where only the second is, else 0. With f and k the numbers of
+    either, half an answer more in each of the four cells: (f - k) / (n + 2) +- z sqrt(f + k - (f - k)^2 / (n + 2)) / (n + 2)
+    (Agresti and Min, Statistics in Medicine 2005). A bootstrap of few such questions would be too sure, of none altogether.
     """
-    only_one, only_two, n = int((one > two).sum()), int((two > one).sum()), len(one)
-    f, k = only_one + 0.5, only_two + 0.5
-    middle, half = (f - k) / (n + 2), Z * math.sqrt(f + k - (f - k) ** 2 / (n + 2)) / (n + 2)
+    n = len(difference)
+    only_one = int((difference > 0).sum())
+    only_two = int((difference < 0).sum())
+    f = only_one + 0.5
+    k = only_two + 0.5
+    middle = (f - k) / (n + 2)
+    half = Z * math.sqrt(f + k - (f - k) ** 2 / (n + 2)) / (n + 2)
     return {"value": (only_one - only_two) / n, "ci95": [max(-1.0, middle - half), min(1.0, middle + half)], "n": n,
             "p": mcnemar(only_one, only_two), "only_one": only_one, "only_two": only_two}
+
+
+# Several seeds: the choice of questions and the luck of a run
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A run's value of some measure, and how far the choice of questions moves it.
+
+    The sum of squares of `moves` is the value's variance over that choice. Runs answer the same questions, so the sum of
+    products of two runs' moves is their covariance, and a difference of two values has the difference of their moves.
+    """
+    value: float
+    moves: np.ndarray
+    n: int  # questions
+
+    def __add__(self, other: "Measured") -> "Measured":
+        return Measured(self.value + other.value, self.moves + other.moves, self.n)
+
+    def __mul__(self, factor: float) -> "Measured":
+        return Measured(self.value * factor, self.moves * factor, self.n)
+
+    def __sub__(self, other: "Measured") -> "Measured":
+        return self + other * -1
+
+
+def over_questions(top: np.ndarray, bottom: np.ndarray | None = None) -> Measured:
+    """Of a mean over questions; with `bottom`, of the ratio of two sums over questions, whose error is linearised. All (n,)."""
+    n = len(top)
+    if bottom is None:
+        bottom = np.ones(n)
+    value = top.sum() / bottom.sum()
+    moves = (top - value * bottom) / bottom.sum()
+    return Measured(float(value), moves * math.sqrt(n / max(1, n - 1)), n)
+
+
+def over_resamples(replicates: np.ndarray, n: int) -> Measured:
+    """Of a statistic that is no mean, from its bootstrap replicates (1 + resamples,)."""
+    drawn = replicates[1:]
+    known = np.isfinite(drawn)  # a resample without any well-formed answer has no form part
+    moves = np.zeros(len(drawn))
+    if known.any():
+        moves[known] = drawn[known] - drawn[known].mean()
+    return Measured(float(replicates[0]), moves / math.sqrt(max(1, known.sum() - 1)), n)
+
+
+def student(t: float, df: int) -> float:
+    """Two-sided p of Student's t with df degrees of freedom."""
+    return float(mpmath.betainc(df / 2, 0.5, 0, df / (df + t * t), regularized=True))
+
+
+@lru_cache
+def student_95(df: int) -> float:
+    """The t of which `student` is 0.05."""
+    low, high = 0.0, 13.0  # 12.7 with one degree of freedom, less with more
+    for _ in range(60):
+        middle = (low + high) / 2
+        if student(middle, df) > 0.05:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+def variances(runs: Sequence[Measured], shares: bool) -> tuple[float, float]:
+    """Of the mean of k runs: the part `shared` that the choice of questions does to all alike, and the `luck` of the runs."""
+    moves = np.stack([run.moves for run in runs])
+    covariances = moves @ moves.T  # (k, k)
+    k = len(runs)
+    if k == 1:
+        shared, luck = float(covariances[0, 0]), 0.0
+    else:
+        shared = (covariances.sum() - np.trace(covariances)) / (k * (k - 1))
+        luck = np.var([run.value for run in runs], ddof=1) / k
+    if shares:  # of which nobody is surer than one answer more or less, however few questions differ
+        shared = max(shared, 1 / (runs[0].n + 2) ** 2)
+    return max(0.0, float(shared)), float(luck)
+
+
+def over_runs(runs: Sequence[Measured], bounds: tuple[float, float] = (-1.0, 1.0)) -> dict:
+    """Mean of a measure over k runs; its interval covers the choice of questions and the luck of a run.
+
+        half^2 = z^2 C + t^2 S / k
+
+    S, the variance of the runs' values, holds the luck of a run, and what each run alone makes of a question. C, the mean
+    covariance of two runs over the choice of questions, is what that choice does to all runs alike, which S cannot see. t is
+    Student's with k - 1 degrees of freedom: were all questions asked, this would be the t interval over k seeds, and for the
+    differences of two conditions, seed by seed, that of the paired t test. (Two errors, each with its own quantile: Howe,
+    JASA 1974.) With one run only the choice of questions is covered. Where `bounds` has ends, they are those of shares.
+    """
+    if not all(math.isfinite(run.value) for run in runs):
+        return {"value": None, "ci95": None, "n": runs[0].n, "seeds": len(runs)}
+    shared, luck = variances(runs, math.isfinite(bounds[1]))
+    value = float(np.mean([run.value for run in runs]))
+    half = Z * math.sqrt(shared)
+    if len(runs) > 1:
+        half = math.hypot(half, student_95(len(runs) - 1) * math.sqrt(luck))
+    ends = [max(bounds[0], value - half), min(bounds[1], value + half)]
+    return {"value": value, "ci95": ends, "n": runs[0].n, "seeds": len(runs)}
+
+
+def p_over_runs(runs: Sequence[Measured]) -> float:
+    """p of no difference: one less the level at which the interval of `over_runs` ends at 0.
+
+    Were all questions asked, this would be the p of the paired t test.
+    """
+    shared, luck = variances(runs, True)
+    value = abs(np.mean([run.value for run in runs]))
+    if luck == 0:
+        return math.erfc(value / math.sqrt(2 * shared))
+    low, high = 0.0, value / math.sqrt(luck)  # t: with C = 0 it is the latter
+    for _ in range(60):
+        t = (low + high) / 2
+        z = NormalDist().inv_cdf(max(student(t, len(runs) - 1), 1e-300) / 2)
+        if z * z * shared + t * t * luck < value * value:
+            low = t
+        else:
+            high = t
+    return student(high, len(runs) - 1)
+
+
+# Many tests; what the bootstrap says of one run
 
 
 def holm(ps: Sequence[float]) -> list[float]:
@@ -190,8 +318,26 @@ def form_part(weights: np.ndarray, strata: np.ndarray, correct: np.ndarray, form
     return ((weights * (formed_policy - formed)) @ strata * worth).sum(1)
 
 
-def split_gain(weights: np.ndarray, strata: np.ndarray, base: Mapping, runs: Sequence[Mapping], withouts: Sequence[str],
-               drawn: np.ndarray = np.ones((1, 1))) -> dict:
+def gain_parts(weights: np.ndarray, strata: np.ndarray, base: Mapping, run: Mapping, withouts: Sequence[str]) -> dict:
+    """A run's gain over the base and its parts, as `split_gain` defines them: replicates (R,), and `difference` (n,).
+
+    `base`, `run`: input -> (correct, formed), each (n,). The key of a part that depends on an input without a picture names it.
+    """
+    parts = {"difference": run["clean"][0] - base["clean"][0]}
+    gain, form = {}, {}
+    for name in ("clean", *withouts):
+        correct, formed = base[name]
+        gain[name] = weights @ (run[name][0] - correct)
+        form[name] = form_part(weights, strata, correct, formed, run[name][1])
+    parts["total"] = gain["clean"]
+    parts["format"] = form["clean"]
+    for name in withouts:
+        parts["image_free", name] = gain[name] - form[name]
+        parts["visual", name] = gain["clean"] - form["clean"] - parts["image_free", name]
+    return parts
+
+
+def split_gain(runs: Sequence[Mapping], withouts: Sequence[str]) -> dict:
     """A policy's gain over the base in accuracy, and what it is made of.
 
         total       accuracy(policy) - accuracy(base) on clean input
@@ -202,21 +348,19 @@ def split_gain(weights: np.ndarray, strata: np.ndarray, base: Mapping, runs: Seq
 
     Whoever learns the form alone gets image_free = visual = 0; whoever learns to guess or to reason from the text alone
     gets visual = 0; whoever stops looking gets visual < 0. The visual part is gone when the picture is gone: it is better
-    sight, or better use of what is seen. `base`, and each of the `runs` whose mean it is: input -> (correct, formed), each (n,);
-    `drawn` (R, runs): the weight of each run in each resample.
+    sight, or better use of what is seen. `runs`: the `gain_parts` of one run, or of the seeds whose mean it is (`over_runs`).
     """
-    n, gain, form = len(strata), {}, {}
-    for name in ("clean", *withouts):
-        correct, formed = base[name]
-        mean = lambda parts: np.clip(sum(drawn[:, k] * part for k, part in enumerate(parts)), -1, 1)
-        gain[name] = mean(weights @ (run[name][0] - correct) for run in runs)
-        form[name] = mean(form_part(weights, strata, correct, formed, run[name][1]) for run in runs)
-    total, out = gain["clean"], {"total": estimate(gain["clean"], n), "format": estimate(form["clean"], n)}
+    n = len(runs[0]["difference"])
+    found = {}
+    for key in runs[0]:
+        if key != "difference":
+            found[key] = mean_over_seeds([run[key] for run in runs], n)
     if len(runs) == 1:
-        out["total"] = paired(runs[0]["clean"][0], base["clean"][0])
-    parts = {name: {"image_free": estimate(gain[name] - form[name], n),
-                    "visual": estimate(total - form["clean"] - gain[name] + form[name], n)} for name in withouts}
-    out |= parts[withouts[0]] if withouts else {}
+        found["total"] = paired(runs[0]["difference"])
+    without = {name: {part: found[part, name] for part in ("image_free", "visual")} for name in withouts}
+    out = {"total": found["total"], "format": found["format"]}
+    if withouts:
+        out |= without[withouts[0]]
     reason = None
     if not withouts:
         reason = "no answers without a picture"
@@ -224,26 +368,40 @@ def split_gain(weights: np.ndarray, strata: np.ndarray, base: Mapping, runs: Seq
         reason = "the base has no well-formed answer"
     elif out["total"]["ci95"][0] <= 0:
         reason = "no gain is shown"
-    whole = np.where(total == 0, np.nan, total)
-    survives = lambda name: ({"value": None, "ci95": None, "n": n, "reason": reason} if reason else
-                             estimate((form["clean"] + gain[name] - form[name]) / whole, n))
-    return out | {"without": parts, "surviving_share": {name: survives(name) for name in withouts or ("blank",)}}
+    survives = {}
+    for name in withouts or ("blank",):
+        survives[name] = {"value": None, "ci95": None, "n": n, "reason": reason}
+        if reason is None:
+            survives[name] = surviving_share(runs, name, n)
+    return out | {"without": without, "surviving_share": survives}
 
 
-def mean_of_some(weights: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """Replicates of a mean over some of the questions; none where a resample has none of them."""
-    with np.errstate(invalid="ignore"):
-        return weights @ x / weights.sum(1)
+def mean_over_seeds(runs: Sequence[np.ndarray], n: int) -> dict:
+    """From the replicates of one run, by percentiles, or of several, by `over_runs`."""
+    if len(runs) == 1:
+        return estimate(runs[0], n)
+    return over_runs([over_resamples(run, n) for run in runs])
 
 
-def net_following(answers: np.ndarray, shown: np.ndarray, gold: np.ndarray) -> dict:
-    """Share of answers that follow a swapped picture, less the share that fit the picture not shown.
+def surviving_share(runs: Sequence[Mapping], name: str, n: int) -> dict:
+    """Share of the gain that is there without a picture too; of several seeds, the ratio of their means, linearised."""
+    kept = [run["format"] + run["image_free", name] for run in runs]
+    if len(runs) == 1:
+        whole = np.where(runs[0]["total"] == 0, np.nan, runs[0]["total"])
+        return estimate(kept[0] / whole, n)
+    total = np.mean([run["total"][0] for run in runs])
+    ratio = np.mean([replicates[0] for replicates in kept]) / total
+    linear = [ratio + (part - ratio * run["total"]) / total for part, run in zip(kept, runs)]
+    return over_runs([over_resamples(replicates, n) for replicates in linear], (-math.inf, math.inf))
+
+
+def net_following(answers: np.ndarray, shown: np.ndarray, gold: np.ndarray) -> np.ndarray:
+    """1 where an answer follows a swapped picture, -1 where it fits the picture not shown, else 0; `paired` means it.
 
     Where questions and pictures trade places, whoever never looks hits both equally often and gets 0; whoever always
-    looks gets 1. All (n,); an answer is a string or a number. The interval is `paired`'s.
+    looks gets 1. All (n,); an answer is a string or a number.
     """
-    follows, keeps = answers == shown, answers == gold
-    return {**paired(follows, keeps), "follows": share(follows), "keeps": share(keeps)}
+    return 1.0 * (answers == shown) - (answers == gold)
 
 
 # Answers
@@ -315,28 +473,36 @@ class Panel:
     def column(self, policy: str, name: str, key: str) -> np.ndarray:
         return np.array([row[key] for row in self.answers[policy][name]], float)
 
+    @cached_property
+    def conditions(self) -> dict[str, dict[str, str]]:
+        """Condition -> seed -> run; the base is none."""
+        found = defaultdict(dict)
+        for policy in self.answers:
+            if policy != "base":
+                found[family(policy)][seed_of(policy)] = policy
+        return found
+
+    def run(self, condition: str, seed: str) -> str:
+        """The run of a condition and a seed; the base goes with every seed."""
+        return "base" if condition == "base" else self.conditions[condition][seed]
+
+    def common_seeds(self, conditions: Iterable[str]) -> list[str]:
+        """The seeds with which each of these conditions was trained."""
+        trained = [self.conditions[name] for name in conditions if name != "base"]
+        return [seed for seed in trained[0] if all(seed in runs for runs in trained)]
+
+    def kinds(self, key: str) -> dict[str, np.ndarray]:
+        """What `key` says of the questions -> which questions, as their numbers; unknown ones are left out."""
+        values = sorted({q[key] for q in self.questions} - {None}, key=str)
+        return {str(value): np.flatnonzero([q[key] == value for q in self.questions]) for value in values}
+
     def outcomes(self, run: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """Input -> (correct, formed), each (n,), of a run on clean input and without a picture."""
         return {name: (self.column(run, name, "correct"), self.column(run, name, "well_formed")) for name in ("clean", *self.withouts)}
 
-    def drawn(self, runs: Sequence[str], seed: int) -> np.ndarray:
-        """Weights (R, runs) that sum to 1: how much each run counts in each resample; runs are clusters, as a seed is.
-
-        1/k + sqrt(k / (k - 1)) (t / z) (g - mean g) / k, g normal, t Student's with k - 1 degrees of freedom: the interval of a mean of
-        k runs is then as wide as the t interval asks for, which drawing the runs themselves is not.
-        """
-        k = len(runs)
-        if k == 1:
-            return np.ones((1, 1))
-        normal = np.random.default_rng(list(json.dumps([seed, *runs]).encode())).standard_normal((len(self.weights), k))
-        normal[0] = 0
-        t = T95[k - 2] if k - 2 < len(T95) else Z + 2.5 / (k - 1)
-        return 1 / k + math.sqrt(k / (k - 1)) * t / Z * (normal - normal.mean(1, keepdims=True)) / k
-
-    def accuracy(self, runs: Sequence[str], name: str, seed: int) -> np.ndarray:
-        """Replicates (R,) of the mean accuracy of some runs on an input."""
-        right = np.stack([self.column(run, name, "correct") for run in runs])
-        return np.clip((self.weights @ right.T * self.drawn(runs, seed)).sum(1), 0, 1)
+    def measured(self, run: str, name: str) -> Measured:
+        """Accuracy of a run on an input."""
+        return over_questions(self.column(run, name, "correct"))
 
 
 def canonical(answer: str | None) -> str | None:
@@ -362,16 +528,49 @@ def family(policy: str) -> str:
     return re.sub(r"-s\d+$", "", policy)
 
 
+def seed_of(policy: str) -> str:
+    """The seed in a run's name; another policy's name has none."""
+    return policy.removeprefix(family(policy))[2:]
+
+
 def policy_order(policy: str) -> tuple:
-    conditions, seed = ["base", "standard", "hallucination", "mixed", "grounded"], policy.removeprefix(family(policy))[2:]
+    conditions = ["base", "standard", "hallucination", "mixed", "grounded"]
     condition = policy.partition("-")[0]
-    return conditions.index(condition) if condition in conditions else len(conditions), family(policy), int(seed or 0), policy
+    place = conditions.index(condition) if condition in conditions else len(conditions)
+    return place, family(policy), int(seed_of(policy) or 0), policy
 
 
-def read_answers(data: Path, path: Path, checked: dict, models: dict) -> list[dict]:
+def line_hash(path: Path, row: Mapping) -> bytes:
+    """Of what was said and how it was graded; versions, hashes of files and log probabilities are left out."""
+    policy, source, name = path.parent.parent.name, path.parent.name, path.stem
+    said = [policy, source, name, row["id"], row["response"], row["answer"], row["correct"], row["well_formed"]]
+    return hashlib.sha256(json.dumps(said).encode()).digest()
+
+
+def fingerprint(lines: Iterable[bytes]) -> str:
+    """One hash of all graded answers: sha256 of the sorted sha256 of each [policy, source, input, question id, response, answer,
+    correct, well formed], as JSON. Two studies with the same one gave the same answers to the letter."""
+    return hashlib.sha256(b"".join(sorted(lines))).hexdigest()
+
+
+def same_study(found: str) -> str:
+    """Whether the README's table comes from these answers, in words: the README holds the fingerprint that it comes from."""
+    readme = Path(__file__).with_name("README.md")
+    text = readme.read_text(encoding="utf-8") if readme.exists() else ""
+    if found[:16] in text:
+        said = "the README's table comes from these answers"
+    else:
+        said = "the README's table comes from other answers"
+    if platform.machine() not in ("x86_64", "AMD64"):
+        said += f"; on {platform.machine()} numbers may differ from the README's, which are from x86-64"
+    return said
+
+
+def read_answers(data: Path, path: Path, checked: dict, models: dict, lines: list[bytes]) -> list[dict]:
     """The rows of an answers file, whole, in stage 4's form, and made from what lies in the data folder now.
 
-    `checked`: artifact -> sha256; `models`: policy -> the artifacts of its model, the same in all files. Both grow.
+    `checked`: artifact -> sha256; `models`: policy -> the artifacts of its model, the same in all files; `lines`: `line_hash` of
+    each row. All grow.
     """
     remedy = f"delete it and run 04_evaluate.py --data {data} again"
     rows = prepare.read_jsonl(path)
@@ -398,6 +597,7 @@ def read_answers(data: Path, path: Path, checked: dict, models: dict) -> list[di
         new = {key: digest for key, digest in row["made_from"].items() if checked.get(key) != digest}
         prepare.check_fresh(data, path, new, f"run 04_evaluate.py --data {data} again, or delete {path.parent.parent} to do without this policy")
         checked |= new
+        lines.append(line_hash(path, row))
         for key in ("made_from", "made_with", "group", "needs_image"):  # checked, or known from the question: half of what a row weighs
             row.pop(key, None)
     if len({row["id"] for row in rows}) != len(rows):
@@ -417,8 +617,8 @@ def read_tokens(row: dict) -> list[str]:
     return [] if proper else ["nats"]
 
 
-def load_panels(data: Path, study: Mapping, resamples: int, notes: list[str], checked: dict) -> list[Panel]:
-    """The answers to every benchmark; what is not counted is noted, and what they were made from goes to `checked`."""
+def load_panels(data: Path, study: Mapping, resamples: int, notes: list[str], checked: dict, lines: list[bytes]) -> list[Panel]:
+    """The answers to every benchmark; what is not counted is noted, what they were made from and their hashes are added."""
     files, panels, models = defaultdict(lambda: defaultdict(list)), [], {}
     for path in sorted(data.glob("answers/*/*/*")):
         if path.suffix != ".jsonl" or path.parent.name not in study["sources"]["benchmarks"]:
@@ -432,7 +632,7 @@ def load_panels(data: Path, study: Mapping, resamples: int, notes: list[str], ch
         for policy in ["base", *files[source]]:
             if "clean" not in [path.stem for path in files[source][policy]]:
                 raise UserError(f"{data / 'answers' / policy / source / 'clean.jsonl'} is missing: run 04_evaluate.py --data {data}")
-        answers = {policy: {path.stem: read_answers(data, path, checked, models) for path in files[source][policy]}
+        answers = {policy: {path.stem: read_answers(data, path, checked, models, lines) for path in files[source][policy]}
                    for policy in sorted(files[source], key=policy_order)}
         cuts = {row.get("max_new_tokens") for inputs in answers.values() for rows in inputs.values() for row in rows}
         if len(cuts) > 1:
@@ -486,52 +686,128 @@ def make_panel(data: Path, source: str, answers: dict, resamples: int, seed: int
 # What is measured
 
 
-def measure(panel: Panel, policy: str) -> dict:
-    """All that is said of one policy on one source, apart from comparisons.
+@dataclass(frozen=True)
+class Observed:
+    """What a policy did with each of some questions: a measure is the sum of `top` over that of `bottom`, or `top`'s mean."""
+    kind: str                        # accuracy, share, difference (of two shares), effect, portion (of sums), or mean
+    top: np.ndarray                  # (m,)
+    bottom: np.ndarray | None = None
+    unit: str | None = None
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        if self.kind == "mean":
+            return -math.inf, math.inf
+        return (-1.0, 1.0) if self.kind in ("difference", "effect") else (0.0, 1.0)
+
+    @property
+    def measured(self) -> Measured:
+        return over_questions(self.top, self.bottom)
+
+
+def observe(panel: Panel, policy: str) -> dict[tuple[str, ...], Observed]:
+    """All that one policy did on one source; a key is the path under which results.json says what came of it.
 
     Worth of the picture: accuracy with it less accuracy without it, on the same questions. Strict accuracy: share of questions that are
     right with the picture and not right without it. Visual information: mean over questions of log p(gold | picture) - log p(gold | no
     picture), each after the policy's own reasoning, in nats. Unparsed: responses in which no answer was found. Length: tokens of a
     response. Words are looked for in the first 20,000 characters.
     """
-    inputs, without = panel.answers[policy], panel.without
-    asked = {name: inputs[name] for name in ("clean", *panel.withouts)}
-    said = {name: panel.said(policy, name) for name in asked}
-    rows_of = lambda key: {value: [i for i, q in enumerate(panel.questions) if q[key] == value]
-                           for value in sorted({q[key] for q in panel.questions} - {None}, key=str)}
-    out = {"accuracy": {name: accuracy(inputs[name]) for name in sorted(inputs, key=input_order)},
-           "breakdown": {key: {str(value): {name: accuracy(rows[i] for i in chosen) for name, rows in inputs.items()}
-                               for value, chosen in rows_of(key).items()} for key in ("needs_image", "group")},
-           "says": {name: {what: share(row["says"][what] for row in rows) for what in SAYS}
-                    for name, rows in asked.items()},
-           "answers": {name: {str(group): {text: share(texts[i] == text for i in chosen) for text in frequent(panel, chosen)}
-                              for group, chosen in rows_of("group").items()} for name, texts in said.items()},
-           "distribution": {name: distribution(panel, texts) for name, texts in said.items()},
-           "unparsed": {name: share(row["answer"] is None for row in rows) for name, rows in asked.items()},
-           "length": {name: {**estimate(panel.weights @ [row["tokens"] for row in rows], len(rows)), "unit": "tokens"}
-                      for name, rows in asked.items()}}
-    for key in ("well_formed", "truncated"):
-        out[key] = {name: share(row[key] for row in rows) for name, rows in asked.items()}
-    if policy == "base":
-        out["gold"] = {str(group): frequent(panel, chosen) for group, chosen in rows_of("group").items()}
-    if without:
-        information = panel.column(policy, "clean", "gold_logprob") - panel.column(policy, without, "gold_logprob")
-        out["picture_worth"] = {name: paired(*(panel.column(policy, asked, "correct") for asked in ("clean", name))) for name in panel.withouts}
-        out["visual_information"] = {**estimate(panel.weights @ information, len(information)), "unit": "nats"}
-        out["strict"] = share(a["correct"] and not b["correct"] for a, b in zip(inputs["clean"], inputs[without]))
-    says = {name: np.array([text or "" for text in panel.said(policy, name)]) for name in inputs}
-    for name, shown in panel.shown.items():
-        told = [i for i, text in enumerate(shown) if text is not None and (text == panel.golds[i]) == (name == "kept")]
-        clean, there, fits, gold = (np.array(x)[told] for x in (says["clean"], says[name], [text or "" for text in shown], panel.golds))
-        if told and name == "mismatch":
-            out["follows_picture"] = net_following(there, fits, gold)
-        elif told and name == "kept":
-            out["stays"] = share(clean == there)
-        elif told:
-            out["flips"] = share(clean != there)
-            out["causal_effect"] = estimate(mean_of_some(panel.weights[:, told], causal_effect(clean, there, gold, fits)), len(told))
-    out["changes"] = {name: share(says["clean"] != says[name]) for name in ("blank", "removed", "mismatch") if name in inputs}
-    return out | token_measures(panel, policy)
+    inputs = panel.answers[policy]
+    right = {name: panel.column(policy, name, "correct") for name in sorted(inputs, key=input_order)}
+    found = {("accuracy", name): Observed("accuracy", x) for name, x in right.items()}
+    for key in ("needs_image", "group"):
+        for value, chosen in panel.kinds(key).items():
+            found |= {("breakdown", key, value, name): Observed("accuracy", x[chosen]) for name, x in right.items()}
+    for name in ("clean", *panel.withouts):
+        found |= observe_responses(panel, policy, name)
+    for name in panel.withouts:
+        found["picture_worth", name] = Observed("difference", right["clean"] - right[name])
+    if panel.without:
+        probabilities = [panel.column(policy, name, "gold_logprob") for name in ("clean", panel.without)]
+        found["visual_information",] = Observed("mean", probabilities[0] - probabilities[1], unit="nats")
+        found["strict",] = Observed("share", right["clean"] * (1 - right[panel.without]))
+    return found | observe_changes(panel, policy) | observe_tokens(panel, policy)
+
+
+def observe_responses(panel: Panel, policy: str, name: str) -> dict[tuple[str, ...], Observed]:
+    """Words, form, length and answers of the responses to one input."""
+    rows = panel.answers[policy][name]
+    said = np.array(panel.said(policy, name), object)
+    found = {("says", name, what): Observed("share", np.array([row["says"][what] for row in rows], float)) for what in SAYS}
+    for group, chosen in panel.kinds("group").items():
+        for text in frequent(panel, chosen):
+            found["answers", name, group, text] = Observed("share", 1.0 * (said[chosen] == text))
+    found["unparsed", name] = Observed("share", np.array([row["answer"] is None for row in rows], float))
+    found["well_formed", name] = Observed("share", panel.column(policy, name, "well_formed"))
+    found["truncated", name] = Observed("share", panel.column(policy, name, "truncated"))
+    found["length", name] = Observed("mean", panel.column(policy, name, "tokens"), unit="tokens")
+    return found
+
+
+def observe_changes(panel: Panel, policy: str) -> dict[tuple[str, ...], Observed]:
+    """What becomes of an answer when the picture is another one."""
+    says = {name: np.array([text or "" for text in panel.said(policy, name)]) for name in panel.answers[policy]}
+    golds = np.array(panel.golds)
+    found = {}
+    for name, texts in panel.shown.items():
+        # an edit should change the right answer, `kept` should not; where it is otherwise nothing is to be seen
+        told = [i for i, text in enumerate(texts) if text is not None and (text == golds[i]) == (name == "kept")]
+        if not told:
+            continue
+        clean, there, gold = (x[told] for x in (says["clean"], says[name], golds))
+        fits = np.array([texts[i] for i in told])
+        if name == "mismatch":
+            found["follows_picture",] = Observed("difference", net_following(there, fits, gold))
+            found["follows_picture", "follows"] = Observed("share", 1.0 * (there == fits))
+            found["follows_picture", "keeps"] = Observed("share", 1.0 * (there == gold))
+        elif name == "kept":
+            found["stays",] = Observed("share", 1.0 * (clean == there))
+        else:
+            found["flips",] = Observed("share", 1.0 * (clean != there))
+            found["causal_effect",] = Observed("effect", causal_effect(clean, there, gold, fits))
+    for name in ("blank", "removed", "mismatch"):
+        if name in says:
+            found["changes", name] = Observed("share", 1.0 * (says["clean"] != says[name]))
+    return found
+
+
+def summarise(runs: Sequence[Observed]) -> dict:
+    """One measure of a run, or of the seeds of a condition: value, n, 95% interval, and for a difference p."""
+    first = runs[0]
+    if len(runs) == 1 and first.kind == "difference":
+        return paired(first.top)
+    if len(runs) == 1 and first.kind == "accuracy":
+        return share(first.top, ("correct", "accuracy"))
+    if len(runs) == 1 and first.kind == "share":
+        return share(first.top)
+    measured = [run.measured for run in runs]
+    found = over_runs(measured, first.bounds)
+    if first.kind == "difference":
+        found["p"] = p_over_runs(measured)
+    if first.unit:
+        found["unit"] = first.unit
+    return found
+
+
+def nested(found: Mapping[tuple[str, ...], dict]) -> dict:
+    """Path -> value, as dictionaries in each other."""
+    out = {}
+    for path, value in found.items():
+        place = out
+        for key in path[:-1]:
+            place = place.setdefault(key, {})
+        place[path[-1]] = value
+    return out
+
+
+def measure(runs: Sequence[Mapping[tuple[str, ...], Observed]]) -> dict:
+    """All that is said of a run, or of the seeds of a condition; what not all of them were asked is left out."""
+    found = {}
+    for path in runs[0]:
+        if all(path in run for run in runs):
+            found[path] = summarise([run[path] for run in runs])
+    return nested(found)
 
 
 def causal_effect(clean: np.ndarray, edited: np.ndarray, gold: np.ndarray, fits: np.ndarray) -> np.ndarray:
@@ -550,7 +826,7 @@ VISUAL_NATS = math.log(2)  # a token is visual if the picture makes it at least 
 FIFTHS = 5  # of a response, in which its tokens are averaged
 
 
-def token_measures(panel: Panel, policy: str) -> dict:
+def observe_tokens(panel: Panel, policy: str) -> dict[tuple[str, ...], Observed]:
     """Where the words come from, along the answers to intact questions: log p(token | picture) - log p(token | blank), in nats.
 
     Visual tokens: share of tokens that the picture makes at least twice as likely. Fading: mean nats a token in each fifth of the response.
@@ -559,13 +835,20 @@ def token_measures(panel: Panel, policy: str) -> dict:
     rows = [row.get("nats") for row in panel.answers[policy]["clean"]]
     if any(nats is None for nats in rows):
         return {}
-    sums = np.array([[nats.sum(where=(part == fifth)) for fifth in range(FIFTHS)] + [(part == fifth).sum() for fifth in range(FIFTHS)]
-                     + [(nats >= VISUAL_NATS).sum()] for nats in rows for part in [np.arange(len(nats)) * FIFTHS // max(1, len(nats))]])
-    nats, tokens, visual = np.split(panel.weights @ sums, [FIFTHS, 2 * FIFTHS], 1)  # each (R, ...)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        share_of = (visual[:, 0] / tokens.sum(1))
-        return {"visual_tokens": estimate(share_of, len(rows)),
-                "fading": [{**estimate(nats[:, k] / tokens[:, k], len(rows)), "unit": "nats a token"} for k in range(FIFTHS)]}
+    tokens = np.zeros((len(rows), FIFTHS))
+    total = np.zeros((len(rows), FIFTHS))  # nats
+    for i, nats in enumerate(rows):
+        fifth = np.arange(len(nats)) * FIFTHS // max(1, len(nats))
+        tokens[i] = np.bincount(fifth, minlength=FIFTHS)
+        total[i] = np.bincount(fifth, nats, minlength=FIFTHS)
+    visual = np.array([(nats >= VISUAL_NATS).sum() for nats in rows], float)
+    found = {}
+    if tokens.sum() > 0:
+        found["visual_tokens",] = Observed("portion", visual, tokens.sum(1))
+    for k in range(FIFTHS):
+        if tokens[:, k].sum() > 0:
+            found["fading", f"fifth {k + 1}"] = Observed("mean", total[:, k], tokens[:, k], "nats a token")
+    return found
 
 
 def strict_subset(panel: Panel) -> list[str]:
@@ -632,56 +915,151 @@ def frequent(panel: Panel, chosen: Sequence[int], most: int = 6) -> dict[str, di
     return {text: {"n": len(chosen), "count": n, "share": n / len(chosen), "ci95": wilson(n, len(chosen))} for text, n in counted}
 
 
-def compare(panels: Sequence[Panel]) -> list[dict]:
-    """Each policy against the base, and against the standard run of its seed, on clean input; Holm over all of these."""
-    tests = []
-    for panel in panels:
-        for policy in panel.answers:
-            for reference in ("base", f"standard-{policy.rpartition('-')[2]}"):
-                if policy not in ("base", reference) and reference in panel.answers:
-                    tests.append({"source": panel.source, "input": "clean", "policy": policy, "reference": reference,
-                                  **paired(*(panel.column(name, "clean", "correct") for name in (policy, reference)))})
-    for test in correct_for_number(tests):
-        test["detectable"] = detectable((test["only_one"] + test["only_two"]) / test["n"], test["n"], len(tests))
-    return tests
+def compared_by(observed: Mapping, parts: Mapping | None, withouts: Sequence[str]) -> dict[str, Measured]:
+    """The measures by which conditions are compared, of one run; the base has no parts."""
+    found = {name: observed["accuracy", name].measured for name in ("clean", *withouts)}
+    if ("causal_effect",) in observed:
+        found["causal_effect"] = observed["causal_effect",].measured
+    if parts and withouts:
+        n = len(parts["difference"])
+        found["format"] = over_resamples(parts["format"], n)
+        for part in ("image_free", "visual"):
+            found[part] = over_resamples(parts[part, withouts[0]], n)
+    return {name: x for name, x in found.items() if math.isfinite(x.value)}
+
+
+def compare(panel: Panel, observed: Mapping, parts: Mapping) -> dict:
+    """Conditions against the base and against each other: condition -> reference -> measure -> difference.
+
+    Two runs of one seed share questions, their order and all draws, so conditions are compared seed by seed (`over_runs`), and
+    what all runs of a seed owe to its luck falls out. `by_seed` is the difference of each; `within_seed` what McNemar's test
+    says of it, which is all there is when a study has one seed: the luck of a run is then not covered.
+    """
+    measures = {policy: compared_by(x, parts.get(policy), panel.withouts) for policy, x in observed.items()}
+    conditions = list(panel.conditions)
+    out = {}
+    for i, condition in enumerate(conditions):
+        for reference in ("base", *conditions[:i]):
+            found = compare_two(panel, condition, reference, observed, measures)
+            if found:
+                out.setdefault(condition, {})[reference] = found
+    return out
+
+
+def compare_two(panel: Panel, condition: str, reference: str, observed: Mapping, measures: Mapping) -> dict:
+    """Measure -> difference of two conditions; nothing where they have no seed in common."""
+    seeds = panel.common_seeds([condition, reference])
+    ones = [panel.run(condition, seed) for seed in seeds]
+    twos = [panel.run(reference, seed) for seed in seeds]
+    out = {}
+    for name in measures[ones[0]] if seeds else ():
+        if not all(name in measures[policy] for policy in ones + twos):
+            continue
+        pairs = [measures[one][name] - measures[two][name] for one, two in zip(ones, twos)]
+        found = over_runs(pairs) | {"p": p_over_runs(pairs)}
+        found["by_seed"] = {seed: pair.value for seed, pair in zip(seeds, pairs)}
+        if ("accuracy", name) in observed[ones[0]]:
+            found["within_seed"] = {}
+            for seed, one, two in zip(seeds, ones, twos):
+                right = [observed[policy]["accuracy", name].top for policy in (one, two)]
+                found["within_seed"][seed] = paired(right[0] - right[1])
+            if len(seeds) == 1:
+                found |= found["within_seed"][seeds[0]]
+        out[name] = found
+    return out
+
+
+def correct_differences(differences: Mapping) -> None:
+    """Holm over all comparisons by one measure, on all benchmarks; and what McNemar's test could have shown, so corrected."""
+    tests = defaultdict(list)
+    for references in differences.values():
+        for sources in references.values():
+            for measures in sources.values():
+                for name, found in measures.items():
+                    tests[name].append(found)
+    for same in tests.values():
+        correct_for_number(same)
+        for found in same:
+            for one in found.get("within_seed", {}).values():
+                discordant = (one["only_one"] + one["only_two"]) / one["n"]
+                one["detectable"] = detectable(discordant, one["n"], len(same))
 
 
 def collect(panels: Sequence[Panel], study: Mapping) -> dict:
-    """results.json, apart from where it comes from. Runs that differ in their seed alone are also pooled.
-
-    Pooled intervals are over runs as well as questions (`Panel.drawn`): with two or three runs they are wide, as they should be.
-    """
-    out = defaultdict(lambda: defaultdict(dict), gains={}, pooled={}, card={})
+    """results.json, apart from where it comes from. Runs that differ in their seed alone are also pooled (`over_runs`)."""
+    out = {"gains": {}, "pooled": {}, "differences": {}, "card": {}, "strict_subset": {}}
     for panel in panels:
+        observed = {policy: observe(panel, policy) for policy in panel.answers}
         base = panel.outcomes("base")
-        split = lambda runs: split_gain(panel.weights, panel.strata, base, [panel.outcomes(run) for run in runs], panel.withouts,
-                                        panel.drawn(runs, study["seed"]))
+        parts = {}
+        for policy, seen in observed.items():
+            for key, value in about_policy(panel, policy, seen).items():
+                out.setdefault(key, {}).setdefault(policy, {})[panel.source] = value
+            if policy != "base":
+                parts[policy] = gain_parts(panel.weights, panel.strata, base, panel.outcomes(policy), panel.withouts)
+                gain = split_gain([parts[policy]], panel.withouts)
+                out["gains"].setdefault(policy, {})[panel.source] = gain
+        for condition, seeds in panel.conditions.items():
+            runs = list(seeds.values())
+            about = {"runs": runs}
+            if len(runs) == 1:
+                about |= about_run(out, runs[0], panel.source)
+            else:
+                about["gains"] = split_gain([parts[run] for run in runs], panel.withouts)
+                about |= measure([observed[run] for run in runs])
+            out["pooled"].setdefault(condition, {})[panel.source] = about
+        for condition, references in compare(panel, observed, parts).items():
+            for reference, found in references.items():
+                place = out["differences"].setdefault(condition, {}).setdefault(reference, {})
+                place[panel.source] = found
         out["card"][panel.source] = card(panel)
-        for policy in panel.answers:
-            for key, value in measure(panel, policy).items():
-                out[key][policy][panel.source] = value
-        chosen = set(strict_subset(panel)) if panel.withouts else set()
-        drawn = {policy: {name: inputs[name][0].get("samples", 0) for name in panel.withouts} for policy, inputs in panel.answers.items()}
-        out["strict_subset"][panel.source] = {"samples": drawn, "ids": sorted(chosen), **share(q["id"] in chosen for q in panel.questions), "clean": {
-            policy: accuracy(row for row in inputs["clean"] if row["id"] in chosen) for policy, inputs in panel.answers.items() if chosen}}
-        for policy in list(panel.answers)[1:]:
-            out["gains"].setdefault(policy, {})[panel.source] = gain = split([policy])
-            runs = [run for run in panel.answers if family(run) == family(policy)]
-            if policy == runs[-1]:
-                asked = [name for name in panel.inputs if all(name in panel.answers[run] for run in runs)]
-                gain = split(runs) if len(runs) > 1 else gain
-                out["pooled"].setdefault(family(policy), {})[panel.source] = {"runs": runs, "gains": gain, "accuracy": {
-                    name: estimate(panel.accuracy(runs, name, study["seed"]), len(panel.questions)) for name in asked}}
-    tests = compare(panels)
-    for test in tests:
-        if test["reference"] == "base":
-            out["gains"][test["policy"]][test["source"]]["total"]["p_holm"] = test["p_holm"]
-    correct_for_number([x for sources in out["picture_worth"].values() for worths in sources.values() for x in worths.values()])
+        out["strict_subset"][panel.source] = about_subset(panel)
+    correct_differences(out["differences"])
+    correct_the_rest(out)
     sources = {panel.source: {"n": len(panel.questions), "left_out": panel.left_out, "policies": list(panel.answers),
                               "inputs": panel.inputs, "without_picture": panel.without} for panel in panels}
     entries = check_measures() + [entry for panel in panels if panel.source == "shapes" for entry in check_shapes(panel)]
-    return {**out, "sources": sources, "tests": tests, "claims": ledger(panels, study),
+    return {**out, "sources": sources, "claims": ledger(panels, study),
             "instrument_check": {"passed": all(entry["passed"] for entry in entries), "entries": entries}}
+
+
+def about_policy(panel: Panel, policy: str, observed: Mapping[tuple[str, ...], Observed]) -> dict:
+    """All that is said of one policy on one source, apart from comparisons."""
+    out = measure([observed])
+    out["distribution"] = {name: distribution(panel, panel.said(policy, name)) for name in ("clean", *panel.withouts)}
+    if policy == "base":
+        out["gold"] = {group: frequent(panel, chosen) for group, chosen in panel.kinds("group").items()}
+    return out
+
+
+def about_subset(panel: Panel) -> dict:
+    """The strict subset, how many answers without the picture it rests on, and who is right on it."""
+    chosen = set(strict_subset(panel)) if panel.withouts else set()
+    samples, clean = {}, {}
+    for policy, inputs in panel.answers.items():
+        samples[policy] = {name: inputs[name][0].get("samples", 0) for name in panel.withouts}
+        if chosen:
+            clean[policy] = accuracy(row for row in inputs["clean"] if row["id"] in chosen)
+    return {"samples": samples, "ids": sorted(chosen), **share(q["id"] in chosen for q in panel.questions), "clean": clean}
+
+
+def correct_the_rest(out: dict) -> None:
+    """Holm for what is shown together: the gain of each condition, and what the picture is worth to base and conditions.
+
+    Single runs of conditions with several seeds are corrected among themselves.
+    """
+    whole, single = [], []
+    for condition, sources in out["pooled"].items():
+        for source, about in sources.items():
+            test = out["differences"][condition]["base"][source]["clean"]
+            about["gains"]["total"] |= {key: test[key] for key in ("value", "ci95", "p", "p_holm")}
+    for source in out["card"]:
+        for about in abouts(out, source).values():
+            whole += about.get("picture_worth", {}).values()
+        for about in single_runs(out, source).values():
+            single += about.get("picture_worth", {}).values()
+    correct_for_number(whole)
+    correct_for_number(single)
 
 
 def card(panel: Panel) -> dict:
@@ -776,35 +1154,62 @@ def test_of(claim: Claim) -> str:
                 f"{points(claim.high)} points, contradicted if it meets none of these")
     text += "".join(f", and so is {said(terms)}" for terms in claim.also)
     ends = "" if claim.high < math.inf else "; never contradicted: it says sometimes" if claim.sometimes else "; contradicted if it is below 0"
-    return text + ends + "; paired bootstrap over questions, t over runs"
+    return text + ends + "; paired by question and by seed, t over seeds"
 
 
-def judge(claim: Claim, panel: Panel, study: Mapping) -> list[dict]:
+def judge(claim: Claim, panel: Panel) -> list[dict]:
     """The claim's verdict on one benchmark, for each kind of damage that was trained on and each input that it speaks of; 95% each.
 
     `n_decides`: about the questions at which the interval, shrunk with the root of n, would end at 0, if the estimate is the truth.
     """
-    kinds = list(dict.fromkeys(map(family, panel.answers)))
-    taken = [kind for kind in kinds if kind.startswith("hallucination-") and set(kind.partition("-")[2].split("+")) <= TAKEN_AWAY]
-    found_of = lambda terms: estimate(sum(factor * panel.accuracy([run for run in panel.answers if family(run) == kind], asked, study["seed"])
-                                          for factor, kind, asked in terms), len(panel.questions))
-    damages = taken if any(kind == "hallucination" for _, kind, _ in claim.of) else [None]
-    inputs, out = panel.withouts if any(asked == "without" for *_, asked in claim.of) else ["clean"], []
-    for damage, asked in ((damage, name) for damage in damages for name in inputs):
-        fill = lambda terms: [(factor, damage if kind == "hallucination" else kind, asked) for factor, kind, _ in terms]
-        if not all(kind in kinds for _, kind, _ in fill(claim.of)):
+    damages, inputs, out = [None], ["clean"], []
+    if any(kind == "hallucination" for _, kind, _ in claim.of):
+        damages = [kind for kind in panel.conditions if takes_away(kind)]
+    if any(asked == "without" for *_, asked in claim.of):
+        inputs = panel.withouts
+    for damage, asked in itertools.product(damages, inputs):
+        measured = sum_of_terms(claim.of, panel, damage, asked)
+        also = [sum_of_terms(terms, panel, damage, asked) for terms in claim.also]
+        if not measured or not all(also):
             continue
-        found, also = found_of(fill(claim.of)), [found_of(fill(terms)) for terms in claim.also]
-        out.append(entry(claim, verdict_on(claim, found, also), found["n"]) | {
-            "benchmark": panel.source, "damage": damage, "input": asked, "found": found})
-        half = max(found["value"] - found["ci95"][0], found["ci95"][1] - found["value"])
-        single = all(sum(family(run) == kind for run in panel.answers) == 1 for _, kind, _ in fill(claim.of))
-        could = claim.high == math.inf and found["value"] and not (claim.sometimes and found["value"] < 0)
-        if out[-1]["verdict"] == "undecided" and found["ci95"][0] <= 0 <= found["ci95"][1] and could and not single:
-            out[-1]["reason"] = "more seeds decide, not more questions"
-        elif out[-1]["verdict"] == "undecided" and found["ci95"][0] <= 0 <= found["ci95"][1] and could:
-            out[-1]["n_decides"] = math.ceil(found["n"] * (half / found["value"]) ** 2)
+        found = over_runs(measured)
+        judged = entry(claim, verdict_on(claim, found, [over_runs(x) for x in also]), found["n"])
+        judged |= {"benchmark": panel.source, "damage": damage, "input": asked, "found": found}
+        if judged["verdict"] == "undecided":
+            judged |= what_decides(claim, found)
+        out.append(judged)
     return out
+
+
+def takes_away(condition: str) -> bool:
+    """Whether nothing of the questions' pictures was left in training."""
+    kind, _, damage = condition.partition("-")
+    return kind == "hallucination" and set(damage.split("+")) <= TAKEN_AWAY
+
+
+def sum_of_terms(terms: Sequence[Term], panel: Panel, damage: str | None, asked: str) -> list[Measured]:
+    """The sum of accuracies, seed by seed; nothing where a condition was not trained, or no seed is common to all."""
+    conditions = [damage if kind == "hallucination" else kind for _, kind, _ in terms]
+    if not all(name == "base" or name in panel.conditions for name in conditions):
+        return []
+    sums = []
+    for seed in panel.common_seeds(conditions):
+        runs = [panel.run(name, seed) for name in conditions]
+        accuracies = [panel.measured(run, asked) * factor for (factor, *_), run in zip(terms, runs)]
+        sums.append(sum(accuracies[1:], start=accuracies[0]))
+    return sums
+
+
+def what_decides(claim: Claim, found: Mapping) -> dict:
+    """What an undecided claim lacks, where more of it could decide."""
+    value, (low, high) = found["value"], found["ci95"]
+    could = claim.high == math.inf and value != 0 and low <= 0 <= high
+    if not could or (claim.sometimes and value < 0):
+        return {}
+    if found["seeds"] > 1:
+        return {"reason": "more seeds decide, or more questions"}
+    half = max(value - low, high - value)
+    return {"n_decides": math.ceil(found["n"] * (half / value) ** 2)}
 
 
 def verdict_on(claim: Claim, found: Mapping, also: Sequence[Mapping]) -> str:
@@ -833,8 +1238,8 @@ def ledger(panels: Sequence[Panel], study: Mapping) -> list[dict]:
         elif claim.preset and study["sources"]["train"] != "geometry3k":
             reason = "about training on geometry3k"
         asked = [] if reason else [panel for panel in panels if claim.benchmark in (None, panel.source)]
-        judged = [verdict for panel in asked for verdict in judge(claim, panel, study)]
-        out += judged or [entry(claim, "undecided", 0) | {"benchmark": claim.benchmark, "reason": reason or "not trained, or not asked"}]
+        judged = [verdict for panel in asked for verdict in judge(claim, panel)]
+        out += judged or [entry(claim, "undecided", 0) | {"benchmark": claim.benchmark, "reason": reason or "not trained, not asked, or no seed in common"}]
     return out
 
 
@@ -932,7 +1337,8 @@ def check_measures(n: int = 4000, resamples: int = 500, seed: int = 1) -> list[d
         before, after = NOVICE | was, NOVICE | was | change
         told, learnt = (simulate(rng, gold, donor, **settings) for settings in (before, after))
         base, policy = ({name: x[1:3] for name, x in each.items()} for each in (told, learnt))
-        found = split_gain(weights, np.eye(len(WORLD))[group], base, [policy], ["blank", "removed"])
+        parts = gain_parts(weights, np.eye(len(WORLD))[group], base, policy, ["blank", "removed"])
+        found = split_gain([parts], ["blank", "removed"])
         for name, value in {"total": found["total"], "format": found["format"], **found["without"]["blank"],
                             "visual (removed)": found["without"]["removed"]["visual"]}.items():
             truth = expected_accuracy(**after) - expected_accuracy(**before) if name.partition(" ")[0] in ("total", part) else 0.0
@@ -947,15 +1353,15 @@ def check_measures(n: int = 4000, resamples: int = 500, seed: int = 1) -> list[d
         check(f"{learner}: strict accuracy", share(strict), expected_strict(**after))
         check(f"{learner}: leaning to the majority", spread["leaning"], expected_leaning(**after))
         if 0 < after["sees"] < 1:
-            nats = estimate(weights @ (learnt["clean"][3] - learnt["blank"][3]), n)
-            check(f"{learner}: visual information", {"unit": "nats"} | nats, expected_information(**after))
+            nats = Observed("mean", learnt["clean"][3] - learnt["blank"][3], unit="nats")
+            check(f"{learner}: visual information", summarise([nats]), expected_information(**after))
     swapped = (group < 3) & (gold != donor)
     for sees in (0.0, 0.6, 0.95):
         told = simulate(rng, gold, donor, **NOVICE | {"sees": sees, "form": 0.0})
         clean, there, fits, right = (x[swapped] for x in (told["clean"][0], told["mismatch"][0], donor, gold))
-        check(f"looks at {sees:.0%} of swapped pictures", net_following(there, fits, right), sees)
-        effect = mean_of_some(weights[:, swapped], causal_effect(clean, there, right, fits))
-        check(f"causal effect of an edit on who looks at {sees:.0%} of them", estimate(effect, len(right)), sees)
+        check(f"looks at {sees:.0%} of swapped pictures", paired(net_following(there, fits, right)), sees)
+        effect = Observed("effect", causal_effect(clean, there, right, fits))
+        check(f"causal effect of an edit on who looks at {sees:.0%} of them", summarise([effect]), sees)
     return entries
 
 
@@ -971,7 +1377,7 @@ def check_shapes(panel: Panel) -> list[dict]:
         clean, without = (panel.column(policy, asked, "correct") for asked in ("clean", name))
         if suffices.any() and name == panel.without:  # a model may fail without a picture for want of practice alone
             entries.append({"check": f"{policy}: worth of the picture ({name}) where the text suffices", "truth": 0.0,
-                            **paired(clean[suffices], without[suffices])})
+                            **paired(clean[suffices] - without[suffices])})
         for group in sorted(BLIND_BEST.keys() & set(groups)):
             n, k, best = int((groups == group).sum()), int(without[groups == group].sum()), BLIND_BEST[group]
             entries.append({"check": f"{policy}: right on {group} without the picture ({name}), at most", "truth": best, "p": tail(k, n, best),
@@ -996,12 +1402,54 @@ def interval(ci: Sequence[float], form=percent) -> str:
     return "[{}, {}]".format(*(form(end).strip("+%") for end in ci))
 
 
+def value_of(x: Mapping) -> float | None:
+    return next(x[key] for key in ("value", "accuracy", "share") if key in x)
+
+
 def cell(x: Mapping | None, form=percent, n: bool = False) -> tuple[str, str]:
     """A number and its interval, as a table shows them."""
     if not x:
         return "\N{EN DASH}", ""
-    value = next(x[key] for key in ("value", "accuracy", "share") if key in x)
-    return ("cannot be told", x.get("reason", "")) if value is None else (form(value), interval(x["ci95"], form) + f" n = {x['n']}" * n)
+    if value_of(x) is None:
+        return "cannot be told", x.get("reason", "")
+    small = interval(x["ci95"], form)
+    if n:
+        small += f" n = {x['n']}"
+        if x.get("seeds", 1) > 1:
+            small += f", {x['seeds']} seeds"
+    return form(value_of(x)), small
+
+
+def label(condition: str, runs: Sequence[str]) -> str:
+    return shorten(f"{condition} ({len(runs)} seeds)" if len(runs) > 1 else runs[0], 60)
+
+
+def about_run(r: Mapping, policy: str, source: str) -> dict:
+    """All that results.json says of one policy on a source, by measure."""
+    found = {}
+    for key, policies in r.items():
+        if isinstance(policies, Mapping) and source in policies.get(policy, ()):
+            found[key] = policies[policy][source]
+    return found
+
+
+def abouts(r: Mapping, source: str) -> dict[str, dict]:
+    """Of the base and of each condition, its seeds pooled: label -> measure -> what came of it."""
+    out = {"base": about_run(r, "base", source)}
+    for condition, sources in r["pooled"].items():
+        if source in sources:
+            out[label(condition, sources[source]["runs"])] = sources[source]
+    return out
+
+
+def single_runs(r: Mapping, source: str) -> dict[str, dict]:
+    """The same of each run of the conditions that have several: the page folds these."""
+    out = {}
+    for sources in r["pooled"].values():
+        runs = sources[source]["runs"] if source in sources else []
+        if len(runs) > 1:
+            out |= {run: about_run(r, run, source) for run in runs}
+    return out
 
 
 def verdict(name: str, source: str, gain: Mapping) -> str:
@@ -1029,28 +1477,72 @@ def verdict(name: str, source: str, gain: Mapping) -> str:
         f"{points(x['visual']['value'])} points {interval(x['visual']['ci95'], points)} ({name})" for name, x in gain["without"].items()) + "."
 
 
-def dependence(r: Mapping, policy: str, source: str) -> dict:
-    """Whether a policy depends on the picture, in words: what McNemar's test says, corrected by Holm, of each input without a picture."""
-    said = lambda name: f"{percent((x := r['accuracy'][policy][source][name])['accuracy'])} {interval(x['ci95'])}"
-    worths = r.get("picture_worth", {}).get(policy, {}).get(source, {})
-    parts = [f"without it ({name}) {said(name)}, a difference of {points(x['value'])} points "
-             f"{interval(x['ci95'], points)}, p {x['p_holm']:.2g}" for name, x in worths.items()]
-    shown = [math.copysign(x["p_holm"] < 0.05, x["value"]) for x in worths.values()]
-    claim = ("was not asked without the picture" if not worths else "depends on the picture" if min(shown) == 1 else
-             "does better without the picture" if max(shown) == -1 else "is not shown to depend on the picture")
-    text = f"Right with the picture: {said('clean')}; {'; '.join(parts)}" if parts else f"Right: {said('clean')}"
-    return {"name": shorten(policy, 60), "source": source, "claim": claim, "text": f"{text}; n = {r['sources'][source]['n']}."}
+def dependence(name: str, source: str, about: Mapping) -> dict:
+    """Whether a policy depends on the picture, in words: what the test says of each input without a picture, corrected by Holm."""
+    worths = about.get("picture_worth", {})
+    text = f"Right with the picture: {' '.join(cell(about['accuracy']['clean']))}"
+    shown = []
+    for asked, x in worths.items():
+        shown.append(math.copysign(x["p_holm"] < 0.05, x["value"]))
+        text += (f"; without it ({asked}) {' '.join(cell(about['accuracy'][asked]))}, a difference of {points(x['value'])} points "
+                 f"{interval(x['ci95'], points)}, p {x['p_holm']:.2g}")
+    if not worths:
+        claim = "was not asked without the picture"
+    elif min(shown) == 1:
+        claim = "depends on the picture"
+    elif max(shown) == -1:
+        claim = "does better without the picture"
+    else:
+        claim = "is not shown to depend on the picture"
+    return {"name": shorten(name, 60), "source": source, "claim": claim, "text": f"{text}; n = {about['accuracy']['clean']['n']}."}
 
 
 def headlines(r: Mapping) -> list[dict]:
-    """Every policy (seeds pooled) on every source, in words: what the page opens with."""
+    """Every condition (seeds pooled) on every source, in words: what the page opens with."""
     rows = []
     for source in r["sources"]:
-        for name, pooled in ((name, x[source]) for name, x in r["pooled"].items() if source in x):
-            label = shorten(f"{name} ({len(pooled['runs'])} seeds)" if len(pooled["runs"]) > 1 else pooled["runs"][0], 60)
-            text = verdict(label, shorten(source, 60), pooled["gains"])
-            rows.append({"name": label, "runs": pooled["runs"], "source": source, "gain": pooled["gains"], "text": text})
+        for condition, sources in r["pooled"].items():
+            if source in sources:
+                runs, gain = sources[source]["runs"], sources[source]["gains"]
+                name = label(condition, runs)
+                text = verdict(name, shorten(source, 60), gain)
+                rows.append({"name": name, "runs": runs, "source": source, "gain": gain, "text": text})
     return rows
+
+
+def measure_name(name: str) -> str:
+    """Of a measure by which conditions are compared."""
+    parts = {part: f"{part.replace('_', '-')} part of the gain" for part in PARTS}
+    return (parts | {"causal_effect": "causal effect of an edit"}).get(name, f"right answers, {name}")
+
+
+def comparisons(r: Mapping) -> list[dict]:
+    """Every two conditions on every source, in words: where they are shown to differ, and where they are not."""
+    rows = []
+    for condition, references in r["differences"].items():
+        for reference, sources in references.items():
+            if reference != "base":
+                rows += [compared(condition, reference, source, found) for source, found in sources.items()]
+    return rows
+
+
+def compared(condition: str, reference: str, source: str, found: Mapping[str, Mapping]) -> dict:
+    differ, rest = [], []
+    for name, x in found.items():
+        said = f"{measure_name(name)} {points(x['value'])} points {interval(x['ci95'], points)}"
+        if x["p_holm"] < 0.05:
+            differ.append(f"{said}, p {x['p_holm']:.2g}")
+        else:
+            rest.append(said)
+    seeds = len(found["clean"]["by_seed"])
+    claim = "differs from" if differ else "is not shown to differ from"
+    text = f"{'; '.join(differ)}. " if differ else ""
+    if rest:
+        text += f"No difference is shown in {'; '.join(rest)}. "
+    text += f"n = {found['clean']['n']}, {seeds} seeds, paired." if seeds > 1 else (
+        f"n = {found['clean']['n']}, one seed: the luck of a run is not covered.")
+    name = f"{shorten(condition, 60)} {claim} {shorten(reference, 60)} on {shorten(source, 60)}"
+    return {"condition": condition, "reference": reference, "source": source, "claim": name, "text": text}
 
 
 def table(caption: str, columns: Sequence[str], rows: Sequence[tuple[str, Sequence]], fold: str | None = None, kind: str = "") -> dict:
@@ -1058,78 +1550,131 @@ def table(caption: str, columns: Sequence[str], rows: Sequence[tuple[str, Sequen
     return {"caption": caption, "columns": columns, "rows": rows, "fold": fold, "kind": kind}
 
 
-def labelled(r: Mapping, source: str, key: str) -> list[tuple[str, dict]]:
-    """What `key` says of each run on a source, and of runs pooled."""
-    pooled = {name: x[source] for name, x in r["pooled"].items() if source in x and len(x[source]["runs"]) > 1}
-    return [(policy, r[key][policy][source]) for policy in r["sources"][source]["policies"] if policy in r[key]] + [
-        (f"{name}, {len(x['runs'])} seeds", x[key]) for name, x in pooled.items()]
-
-
-def matrix_table(r: Mapping, source: str) -> dict:
+def matrix_table(r: Mapping, source: str, rows: Mapping[str, Mapping], fold: str | None = None) -> dict:
     about = r["sources"][source]
-    return table(f"{source}: right answers with 95% intervals (Wilson; pooled seeds: bootstrap, t over runs), n = {about['n']} questions in every cell",
-                 ["trained", *about["inputs"]], kind="heat",
-                 rows=[(name, [cell(cells.get(asked)) for asked in about["inputs"]]) for name, cells in labelled(r, source, "accuracy")])
+    cells = [(name, [cell(x["accuracy"].get(asked)) for asked in about["inputs"]]) for name, x in rows.items()]
+    return table(f"{source}: right answers with 95% intervals, n = {about['n']} questions in every cell",
+                 ["trained", *about["inputs"]], cells, fold, "heat")
 
 
-def gain_table(r: Mapping, source: str) -> dict:
-    rows = labelled(r, source, "gains")
-    names = list(dict.fromkeys(name for _, gain in rows for name in gain["surviving_share"]))
-    return table(f"{source}: gain over the base in points with 95% intervals (paired bootstrap), n = {r['sources'][source]['n']}",
-                 ["policy", "total", "format", "image-free", "visual", *(f"survives without the picture ({name})" for name in names)], [
-        (name, [cell(gain.get(part), points) for part in ("total", *PARTS)] + [cell(gain["surviving_share"].get(x)) for x in names])
-        for name, gain in rows])
+def gain_table(r: Mapping, source: str, rows: Mapping[str, Mapping], fold: str | None = None) -> dict:
+    gains = {name: x["gains"] for name, x in rows.items() if "gains" in x}
+    withouts = list(next(iter(gains.values()))["surviving_share"]) if gains else []
+    cells = []
+    for name, gain in gains.items():
+        parts = [cell(gain.get(part), points) for part in ("total", *PARTS)]
+        cells.append((name, parts + [cell(gain["surviving_share"].get(x)) for x in withouts]))
+    return table(f"{source}: gain over the base in points with 95% intervals, n = {r['sources'][source]['n']}",
+                 ["policy", "total", "format", "image-free", "visual", *(f"survives without the picture ({x})" for x in withouts)], cells, fold)
 
 
-def tests_table(r: Mapping) -> dict:
-    said = lambda t: "no difference shown" if t["p_holm"] >= 0.05 else "better" if t["value"] > 0 else "worse"
-    rows = [(f"{t['policy']} against {t['reference']}, {t['source']}", [cell(t, points, n=True), *((text, "") for text in (
-        t["only_one"], t["only_two"], f"{t['p']:.2g}", f"{t['p_holm']:.2g}",
-        points(t["detectable"]).strip("+") if t["detectable"] else "none", said(t)))]) for t in r["tests"]]
-    return table(f"McNemar's exact test; p corrected for the number of comparisons shown, {len(rows)} (Holm); differences in points, 95% "
-                 "intervals; shown in 80%: the smallest difference that 80 of 100 studies like this would show, so corrected; none: so few answers differ that no difference would",
-                 ["comparison", "difference", "only it right", "only the other", "p", "p, Holm", "shown in 80%", "verdict"], rows)
+def comparisons_of(r: Mapping, source: str) -> dict[str, Mapping[str, Mapping]]:
+    """Comparison -> measure -> difference, on one source."""
+    out = {}
+    for condition, references in r["differences"].items():
+        for reference, sources in references.items():
+            if source in sources:
+                out[f"{condition} \N{MINUS SIGN} {reference}"] = sources[source]
+    return out
+
+
+def differences_table(r: Mapping, source: str) -> dict:
+    found = comparisons_of(r, source)
+    names = list(dict.fromkeys(name for measures in found.values() for name in measures))
+    n = r["sources"][source]["n"]
+    rows = []
+    for comparison, measures in found.items():
+        cells = []
+        for name in names:
+            text, small = cell(measures.get(name), points, n=measures.get(name, {}).get("n", n) != n)
+            cells.append((text, f"{small} p {measures[name]['p_holm']:.2g}" if name in measures else small))
+        seeds = len(measures["clean"]["by_seed"])
+        rows.append((f"{comparison}, {seeds} seed{'s' * (seeds > 1)}", cells))
+    return table(f"{source}: differences in points, paired by seed, 95% intervals, p corrected by Holm, n = {n}",
+                 ["comparison", *map(measure_name, names)], rows)
+
+
+def seeds_table(r: Mapping, source: str) -> dict:
+    found = comparisons_of(r, source)
+    names = list(dict.fromkeys(name for measures in found.values() for name in measures if name != "clean"))
+    rows = []
+    for comparison, measures in found.items():
+        for seed, one in measures["clean"]["within_seed"].items():
+            could = points(one["detectable"]).strip("+") if one["detectable"] else "none"
+            cells = [cell(one, points), *((str(text), "") for text in (one["only_one"], one["only_two"], f"{one['p']:.2g}", could))]
+            for name in names:
+                value = measures.get(name, {}).get("by_seed", {}).get(seed)
+                cells.append(("\N{EN DASH}" if value is None else points(value), ""))
+            rows.append((f"{comparison}, seed {seed}" if seed else comparison, cells))
+    return table(f"{source}: differences in points; p of McNemar's exact test on clean input, not corrected, n = {r['sources'][source]['n']}",
+                 ["comparison", "right answers, clean", "only it right", "only the other", "p", "shown in 80%", *map(measure_name, names)], rows,
+                 "Seed by seed")
 
 
 def number(x: float) -> str:
     return f"{x:+.2f}".replace("-", "\N{MINUS SIGN}")
 
 
-def source_tables(r: Mapping, source: str) -> list[dict]:
-    """Dependence on the picture; and folded: how answers are distributed, by group, words, answers against the right ones."""
+def looking_table(r: Mapping, source: str, rows: Mapping[str, Mapping], fold: str | None = None) -> dict:
+    """Dependence on the picture, and form."""
     about = r["sources"][source]
-    worth = {f"worth of the picture ({about['without_picture']}), points": "picture_worth"} if about["without_picture"] else {}
-    looks_at = {**worth, "strict accuracy": "strict", "visual information, nats": "visual_information", "visual tokens": "visual_tokens",
+    looks_at = {"strict accuracy": "strict", "visual information, nats": "visual_information", "visual tokens": "visual_tokens",
                 "follows a swapped picture": "follows_picture", "causal effect of an edit": "causal_effect", "flips": "flips",
                 "stays": "stays", "well formed": "well_formed", "no answer found": "unparsed", "cut short": "truncated", "tokens": "length"}
-    form = lambda key: {"picture_worth": points, "visual_information": number, "length": lambda x: f"{x:.1f}"}.get(key, percent)
-    found = lambda key, policy: (x := r.get(key, {}).get(policy, {}).get(source)) and x.get("clean", x.get(about["without_picture"], x))
-    looking = [(policy, [cell(x := found(key, policy), form(key), n=bool(x) and x["n"] != about["n"]) for key in looks_at.values()])
-               for policy in about["policies"]]
-    fades = {policy: x for policy in about["policies"] if (x := r.get("fading", {}).get(policy, {}).get(source))}
-    fading = [(policy, [cell(fifth, number) for fifth in x]) for policy, x in fades.items()]
-    changed = list(dict.fromkeys(name for policy in about["policies"] for name in r["changes"][policy][source]))
-    changes = [(policy, [cell(r["changes"][policy][source].get(name)) for name in changed]) for policy in about["policies"]]
-    asked = [(policy, name) for policy in about["policies"] for name in r["distribution"][policy][source]]
-    heads = ["", *(f"{policy}, {name}" for policy, name in asked)]
+    if about["without_picture"]:
+        looks_at = {f"worth of the picture ({about['without_picture']}), points": "picture_worth", **looks_at}
+    forms = {"picture_worth": points, "visual_information": number, "length": "{:.1f}".format}
+    cells = []
+    for name, x in rows.items():
+        row = []
+        for key in looks_at.values():
+            found = x.get(key, {})
+            found = found.get("clean", found.get(about["without_picture"], found))
+            row.append(cell(found, forms.get(key, percent), n=bool(found) and found["n"] != about["n"]))
+        cells.append((name, row))
+    return table(f"{source}: 95% intervals, n = {about['n']} where nothing else is said", ["policy", *looks_at], cells, fold)
+
+
+def source_tables(r: Mapping, source: str) -> list[dict]:
+    """Folded: each run, where in an answer the picture counts, how answers are distributed, by group, words, answers against the right ones."""
+    n, rows, runs = r["sources"][source]["n"], abouts(r, source), single_runs(r, source)
+    tables = [looking_table(r, source, runs, "Each run")] if runs else []
+    fading = [(name, [cell(x["fading"].get(f"fifth {k + 1}"), number) for k in range(FIFTHS)]) for name, x in rows.items() if "fading" in x]
+    changed = list(dict.fromkeys(asked for x in rows.values() for asked in x.get("changes", {})))
+    changes = [(name, [cell(x.get("changes", {}).get(asked)) for asked in changed]) for name, x in rows.items()]
     spread = {"distance from the right answers (total variation)": "total_variation", "leaning to the majority's answer": "leaning",
               "distance of the letters": "letter_bias", "entropy, bits": "entropy", "entropy of the right answers, bits": "entropy_right"}
-    spreads = [(what, [cell(r["distribution"][policy][source][name].get(key), number if "entropy" in key else percent) for policy, name in asked])
-               for what, key in spread.items()]
+    spreads = []
+    for policy in r["sources"][source]["policies"]:
+        for asked, x in r["distribution"][policy][source].items():
+            spreads.append((f"{policy}, {asked}", [cell(x.get(key), number if "entropy" in key else percent) for key in spread.values()]))
+    return tables + [
+        table(f"{source}: nats a token in each fifth of the answers to intact questions, 95% intervals, n = {n}",
+              ["policy", *(f"fifth {k + 1}" for k in range(FIFTHS))], fading, "Where in the answer the picture counts"),
+        table(f"{source}: answers that are others than with the intact picture, 95% intervals, n = {n}",
+              ["policy", *changed], changes, "Answers that change with the picture"),
+        table(f"{source}: each run, 95% intervals, n = {n}", ["", *spread], spreads, "How answers are distributed"),
+        *detail_tables(r, source, rows)]
+
+
+def detail_tables(r: Mapping, source: str, rows: Mapping[str, Mapping]) -> list[dict]:
+    """A column for each input on which base and conditions were asked without the picture, or with it."""
+    asked = [(x, name, key) for name, x in rows.items() for key in x["length"]]
+    heads = ["", *(f"{name}, {key}" for _, name, key in asked)]
     words_of = {"True": "needs the picture", "False": "needs no picture"}
-    groups = [(words_of.get(value, value) if key == "needs_image" else value, [cell(r["breakdown"][policy][source][key][value][name], n=True)
-              for policy, name in asked]) for key, values in r["breakdown"]["base"][source].items() for value in values]
-    words = [(what, [cell(r["says"][policy][source][name][what]) for policy, name in asked]) for what in SAYS]
-    given = [(f"{group}: {text}", [cell(right, n=True), *(cell(r["answers"][policy][source][name][group][text]) for policy, name in asked)])
-             for group, rights in r["gold"]["base"][source].items() for text, right in rights.items()]
-    return [table(f"{source}: 95% intervals, n = {about['n']} where nothing else is said", ["policy", *looks_at], looking),
-            table(f"{source}: nats a token in each fifth of the answers to intact questions, 95% intervals, n = {about['n']}",
-                  ["policy", *(f"fifth {k}" for k in range(1, FIFTHS + 1))], fading, "Where in the answer the picture counts"),
-            table(f"{source}: answers that are others than with the intact picture, 95% intervals, n = {about['n']}",
-                  ["policy", *changed], changes, "Answers that change with the picture"),
-            table(f"{source}: 95% intervals, n = {about['n']}", heads, spreads, "How answers are distributed"),
-            table(f"{source}: right answers, 95% intervals", heads, groups, "By group, and by whether the picture is needed"),
-            table(f"{source}: responses with such words, 95% intervals, n = {about['n']}", heads, words, "What the responses say"),
+    groups = []
+    for kind, values in rows["base"]["breakdown"].items():
+        for value in values:
+            title = words_of.get(value, value) if kind == "needs_image" else value
+            groups.append((title, [cell(x["breakdown"][kind][value].get(key), n=True) for x, _, key in asked]))
+    words = [(what, [cell(x["says"][key][what]) for x, _, key in asked]) for what in SAYS]
+    given = []
+    for group, rights in r["gold"]["base"][source].items():
+        for text, right in rights.items():
+            cells = [cell(x["answers"][key][group][text]) for x, _, key in asked]
+            given.append((f"{group}: {text}", [cell(right, n=True), *cells]))
+    return [table(f"{source}: right answers, 95% intervals", heads, groups, "By group, and by whether the picture is needed"),
+            table(f"{source}: responses with such words, 95% intervals, n = {r['sources'][source]['n']}", heads, words, "What the responses say"),
             table(f"{source}: how often each answer is right, and is given, 95% intervals; the most frequent right ones of each group",
                   ["", "right", *heads[1:]], given, "Answers given, against the right ones")]
 
@@ -1231,17 +1776,20 @@ def line_chart(title: str, x_label: str, series: Sequence[Mapping]) -> Markup:
     return svg(width, height, title, said, parts)
 
 
-def looks(policies: Sequence[str]) -> dict[str, str]:
-    """Policy -> its classes: the family's colour, the run's dashes."""
-    kinds = list(dict.fromkeys(map(family, policies)))
-    return {policy: f"k{min(kinds.index(family(policy)), 7)} d{min([p for p in policies if family(p) == family(policy)].index(policy), 3)}"
-            for policy in policies}
+def looks(r: Mapping) -> dict[str, str]:
+    """Condition, its label, and each of its runs -> the class that colours it."""
+    out = {"base": "k0"}
+    for i, (condition, sources) in enumerate(r["pooled"].items(), 1):
+        for about in sources.values():
+            for name in (condition, label(condition, about["runs"]), *about["runs"]):
+                out[name] = f"k{min(i, 7)}"
+    return out
 
 
-def training_charts(data: Path, look: Mapping[str, str]) -> list[tuple[str, Markup]]:
+def training_charts(data: Path, runs: Iterable[str], look: Mapping[str, str]) -> list[tuple[str, Markup]]:
     """Curves of train.jsonl: trailing means over a twentieth of the steps, drawn at 200 points or fewer."""
     keys, curves = ("step", "reward", "correct", "well_formed"), {}
-    for path in [path for run in look if (path := data / "policies" / run / "train.jsonl").exists()]:
+    for path in [path for run in runs if (path := data / "policies" / run / "train.jsonl").exists()]:
         rows = prepare.read_jsonl(path)
         for i, row in enumerate(rows):
             if not all(isinstance(row.get(key), (int, float)) and math.isfinite(row[key]) for key in keys):
@@ -1261,9 +1809,9 @@ def stress_charts(r: Mapping, source: str, look: Mapping[str, str]) -> list[tupl
     for kind, x_label in ("blur", "radius, share of the short side"), ("occlude", "share of the picture hidden"):
         names = ["clean"] + [name for name in r["sources"][source]["inputs"] if name.partition("-")[0] == kind]
         series = []
-        for policy in r["sources"][source]["policies"]:
-            cells = {severity(name): x for name in names if (x := r["accuracy"][policy][source].get(name))}
-            series.append({"label": policy, "look": look[policy], "x": list(cells), "y": [x["accuracy"] for x in cells.values()],
+        for name, about in abouts(r, source).items():
+            cells = {severity(asked): about["accuracy"][asked] for asked in names if asked in about["accuracy"]}
+            series.append({"label": name, "look": look[name], "x": list(cells), "y": [value_of(x) for x in cells.values()],
                            "low": [x["ci95"][0] for x in cells.values()], "high": [x["ci95"][1] for x in cells.values()]})
         if len(names) > 2:
             title = f"Accuracy under {kind}, {source}, n = {r['sources'][source]['n']}"
@@ -1272,21 +1820,23 @@ def stress_charts(r: Mapping, source: str, look: Mapping[str, str]) -> list[tupl
 
 
 def answer_chart(r: Mapping, source: str, group: str) -> Markup:
-    """Bars of the most frequent right answers to a group: how often each is right, and how often each policy gives it."""
-    policies, width, left, each, parts = r["sources"][source]["policies"], 400, 178, 22, []
-    names = [name for name in ("clean", r["sources"][source]["without_picture"]) if name]
-    bars = [("right", r["gold"]["base"][source][group])] + [
-        (f"{shorten(policy, 18)}, {name}", r["answers"][policy][source][name][group]) for policy in policies for name in names]
-    for row, (label, shares) in enumerate(bars):
+    """Bars of the most frequent right answers to a group: how often each is right, and how often each condition gives it."""
+    width, left, each, parts = 400, 178, 22, []
+    bars = [("right", r["gold"]["base"][source][group])]
+    for policy, about in abouts(r, source).items():
+        for name in ("clean", r["sources"][source]["without_picture"]):
+            if name:
+                bars.append((f"{shorten(policy, 18)}, {name}", about["answers"][name][group]))
+    for row, (name, shares) in enumerate(bars):
         at, y = float(left), row * each
-        parts.append(draw("text", label, x=left - 8, y=y + 15, class_="end"))
+        parts.append(draw("text", name, x=left - 8, y=y + 15, class_="end"))
         for k, (text, x) in enumerate(shares.items()):
-            wide = x["share"] * (width - left)
+            wide = value_of(x) * (width - left)
             parts.append(draw("rect", x=at, y=y + 2, width=max(0.0, wide - 1), height=each - 4, class_=f"dot k{k}"))
             if wide > 7 * len(text[:8]) + 4:
                 parts.append(draw("text", text[:8], x=at + 4, y=y + 15))
             at += wide
-    said = "; ".join(f"{label}: " + ", ".join(f"{text} {percent(x['share'])}" for text, x in shares.items()) for label, shares in bars)
+    said = "; ".join(f"{name}: " + ", ".join(f"{text} {percent(value_of(x))}" for text, x in shares.items()) for name, shares in bars)
     return svg(width, each * len(bars), f"Answers to {group} of {source}", said, parts)
 
 
@@ -1298,8 +1848,13 @@ def small_copy(picture: Image.Image) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
+def galleried(panel: Panel) -> list[str]:
+    """The base, and of each condition its first run."""
+    return ["base", *(next(iter(runs.values())) for runs in panel.conditions.values())]
+
+
 def gallery(data: Path, panel: Panel, most: int, budget: int, notes: list[str]) -> list[dict]:
-    """The first question of each group, under every input, with each policy's answer: none is picked for its looks."""
+    """The first question of each group, under every input, with answers of base and first runs: none is picked for its looks."""
     without_tags = lambda row: row["problem"].replace("<image>", " ").strip()
     firsts, entries = {q["group"]: i for i, q in reversed(list(enumerate(panel.questions)))}, []
     read = lambda name: prepare.read_questions(data / prepare.input_path(panel.source, name), "run 02_corrupt.py again")
@@ -1310,7 +1865,7 @@ def gallery(data: Path, panel: Panel, most: int, budget: int, notes: list[str]) 
             row = table[table["id"][:].index(question["id"])]
             shown.append({"name": name, "pictures": [Markup(small_copy(picture)) for picture in row["images"][:3]],
                           "text": text if (text := without_tags(row)) != without_tags(question) else "",
-                          "answers": {policy: rows[name][i] for policy, rows in panel.answers.items() if name in rows}})
+                          "answers": {policy: panel.answers[policy][name][i] for policy in galleried(panel) if name in panel.answers[policy]}})
         budget -= sum(len(uri) for each in shown for uri in each["pictures"])
         if budget < 0:
             notes.append(f"the gallery of {panel.source} ends after {len(entries)} questions: more pictures would make the page too large")
@@ -1378,8 +1933,7 @@ stroke-width:3px}svg .tick{fill:var(--soft);font-size:11px;
 text-anchor:middle}svg .end,svg .total{text-anchor:end}svg .name,svg .total{font-weight:600}.grid{stroke:var(--rule)}
 .zero{stroke:var(--soft)}
 .line{fill:none;stroke-width:2.2;stroke-linejoin:round}.band{opacity:.13}.whisker{stroke-width:2.5}.wide{stroke-width:10}
-.d1{stroke-dasharray:6 3}.d2{stroke-dasharray:2 3}
-.d3{stroke-dasharray:9 3 2 3}.legend{display:flex;flex-wrap:wrap;gap:4px 18px;margin:0 0 10px;padding:0;list-style:none;font-size:.875rem}
+.legend{display:flex;flex-wrap:wrap;gap:4px 18px;margin:0 0 10px;padding:0;list-style:none;font-size:.875rem}
 .legend svg{display:inline-block;width:26px;height:10px;margin-right:6px}details{margin:10px 0}summary{cursor:pointer;font-weight:600}
 .gallery :is(td,th){text-align:left;vertical-align:top;white-space:normal;min-width:132px;max-width:190px;overflow-wrap:anywhere}
 .gallery summary{font-weight:400}.gallery span[style]{background:color-mix(in oklab,var(--heat) calc(var(--v)*.5%),var(--card))}
@@ -1425,12 +1979,14 @@ survives without the picture ({{ bare }}){% elif survives.value is not none
 {% endfor %}</div>{% else %}{% set lead = depends|last %}<h1>{{ lead.name }} {{ lead.claim }} on {{ lead.source }}<small>{{ lead.text }}</small></h1>
 <ul>{% for x in depends if x != lead %}<li>{{ x.name }} {{ x.claim }} on {{ x.source }}. {{ x.text }}</li>{% endfor %}</ul>{% endif %}
 {% set check = r.instrument_check %}{% if check.passed %}<div class="box ok"><strong>✓ The instrument check passed.</strong>
-<span>{{ check.entries|selectattr("p", "undefined")|list|length }} measurements of simulated policies find the truth within the width of their
+<span>{{ check.entries|selectattr("p_holm", "undefined")|list|length }} measurements of simulated policies find the truth within the width of their
 interval{% if "shapes" in r.sources %}, and no limit that holds on shapes is shown to be exceeded{% else %}; no answers to shapes were there
 to test{% endif %}. <a href="#check">See them</a></span></div>{% else %}
 <div class="box bad" role="alert"><strong>✗ The instrument check did not pass: explain this before you believe the split.</strong><ul>
 {% for e in check.entries if not e.passed %}<li>{{ e.check }}: {{ number(e.truth) if e.unit else percent(e.truth) }}; found {{ number(e.value) if e.unit else percent(e.value) }}
 {{ interval(e.ci95, number if e.unit else percent) }}, n = {{ e.n }}</li>{% endfor %}</ul></div>{% endif %}
+{% if compared %}<ul>{% for x in compared %}<li><strong>{{ x.claim }}</strong>. {{ x.text }}</li>{% endfor %}</ul>{% endif %}
+<p class="soft">Fingerprint of the graded answers: {{ r.fingerprint[:16] }}; {{ same }}.</p>
 {% if r.notes %}<details open><summary>What is missing</summary><ul>{% for note in r.notes %}<li>{{ note }}</li>{% endfor %}</ul>
 </details>{% endif %}
 </header><main>
@@ -1440,22 +1996,29 @@ is there without the picture too: blank puts one colour in its place, removed as
 of practice, so that the two differ.</p><ul class="legend">
 {% for part, label in parts.items() %}{{ key("whisker wide " ~ part, label) }}
 {% endfor %}</ul>{% for source in r.sources %}<div class="charts"><figure><figcaption>{{ source }}: points of accuracy, 95% intervals,
-n = {{ r.sources[source].n }}</figcaption>{{ gain_charts[source] }}</figure><ul>{% for head in heads if head.source == source %}
+n = {{ r.sources[source].n }}</figcaption>{{ by_source[source].gain_chart }}</figure><ul>{% for head in heads if head.source == source %}
 <li>{{ head.text }}</li>
-{% endfor %}</ul></div>{{ table(gain_tables[source]) }}{% endfor %}</section>{% endif %}
+{% endfor %}</ul></div>{% for t in by_source[source].gain %}{{ table(t) }}{% endfor %}{% endfor %}</section>{% endif %}
 <section><h2>Trained on, asked about</h2>
 <p>Rows were trained differently, columns damage the question. Right is the intact question&rsquo;s answer, also
-where the picture was swapped.</p>{% for source in r.sources %}{{ table(matrices[source]) }}{% endfor %}</section>
-{% if r.tests %}<section><h2>Which differences exceed the choice of questions</h2><p>The same questions, two policies, clean input.</p>{{ table(tests) }}
+where the picture was swapped.</p>{% for source in r.sources %}{% for t in by_source[source].matrix %}{{ table(t) }}{% endfor %}{% endfor %}</section>
+{% if r.differences %}<section><h2>Which conditions differ</h2><p>Runs of one seed answer the same questions and were trained on the same draws:
+conditions are compared seed by seed. With several seeds interval and p cover the choice of questions and the luck of a run (a paired t
+test, widened by the choice of questions); with one seed that luck is not covered, and p is McNemar&rsquo;s where answers are right or wrong. p is
+corrected for the number of comparisons by the same measure (Holm). Seed by seed, shown in 80%: the smallest difference that 80 of 100
+studies of one such seed would show after this correction; none: so few answers differ that no difference would.</p>{% for source in r.sources %}{% for t in by_source[source].differences %}{{ table(t) }}{% endfor %}{% endfor %}
 </section>{% endif %}
 <section><h2>Do the answers depend on the picture?</h2>
 <p>Strict: right with the picture, and not right without it. Visual information: how much likelier
 the right answer is with the picture than without. Follows: answers that fit a swapped picture, less those that fit the picture not shown;
 who never looks
-gets 0.</p><ul>{% for x in depends %}<li>{{ x.name }} {{ x.claim }} on {{ x.source }}. {{ x.text }}</li>{% endfor %}</ul>{% for source, about in r.sources.items() %}{% for t in tables[source] %}{{ table(t) }}{% if loop.first %}{% if stress[source] %}
-{{ charts(stress[source], about.policies) }}{% endif %}<h3>What is answered, and what is right</h3><p class="soft caption">The most frequent right
+gets 0.</p><ul>{% for x in depends %}<li>{{ x.name }} {{ x.claim }} on {{ x.source }}. {{ x.text }}</li>{% endfor %}</ul>{% for source in r.sources %}{% set drawn = by_source[source] %}{% if drawn.runs %}<details><summary>Each run</summary><ul>
+{% for x in drawn.runs %}<li>{{ x.name }} {{ x.claim }} on {{ x.source }}. {{ x.text }}</li>{% endfor %}</ul></details>{% endif %}
+{{ table(drawn.looking) }}{% if drawn.stress %}{{ charts(drawn.stress, drawn.labels) }}{% endif %}
+<h3>What is answered, and what is right</h3><p class="soft caption">The most frequent right
 answers of the first eight groups, with the picture and without; n and intervals in the last table below.</p><div class="charts">{% for title, chart in
-answers_given[source] %}<figure><figcaption>{{ title }}</figcaption>{{ chart }}</figure>{% endfor %}</div>{% endif %}{% endfor %}{% endfor %}</section>
+drawn.answers %}<figure><figcaption>{{ title }}</figcaption>{{ chart }}</figure>{% endfor %}</div>
+{% for t in drawn.tables %}{{ table(t) }}{% endfor %}{% endfor %}</section>
 <section><h2>Do the benchmarks need the picture?</h2>
 <p>What blind answers are worth: a benchmark whose base does as well without the picture cannot show that anyone looks.</p>{{ table(card) }}
 </section>
@@ -1464,8 +2027,9 @@ run (below). The verdict is on this study&rsquo;s model and data. {{ protocol }}
 <details><summary>The tests</summary><ul>{% for id, test in tests_of.items() %}<li>{{ id }}: {{ test }}</li>{% endfor %}</ul></details></section>
 {% endif %}{% if training %}<section><h2>How training went</h2>
 <p>Means over the sampled completions of a step, on the questions as each policy saw them, smoothed
-over a twentieth of the steps: a record, not a measurement.</p>{{ charts(training, r.provenance.policies) }}</section>{% endif %}
-<section><h2>See for yourself</h2><p>The first questions of the first {{ most }} groups under everything that was done to them. Single cases illustrate; they
+over a twentieth of the steps, a line for each run: a record, not a measurement.</p>{{ charts(training, trained) }}</section>{% endif %}
+<section><h2>See for yourself</h2><p>The first questions of the first {{ most }} groups under everything that was done to them, as the base and
+the first run of each condition answered. Single cases illustrate; they
 prove nothing.
 </p>{% for source, entries in galleries.items() %}{% for entry in entries %}<details{{ " open" if loop.first }}>
 <summary>{{ source }}, {{ entry.question.group }}</summary><p><bdi dir="auto">{{ entry.text }}</bdi><br>
@@ -1474,7 +2038,7 @@ prove nothing.
 {% for shown in entry.shown %}
 <th scope="col">{% for uri in shown.pictures %}<img src="{{ uri }}" alt="{{ entry.question.id }}, {{ shown.name }}">{% else %}
 <span class="none">no picture</span>{% endfor %}{{ shown.name }}{% if shown.text %}<details><summary>its text</summary><bdi dir="auto">{{ shown.text|cut(300) }}</bdi></details>{% endif %}
-</th>{% endfor %}</tr></thead><tbody>{% for policy in r.sources[source].policies %}<tr><th scope="row">{{ policy }}</th>
+</th>{% endfor %}</tr></thead><tbody>{% for policy in galleried[source] %}<tr><th scope="row">{{ policy }}</th>
 {% for shown in entry.shown %}
 <td>{% set a = shown.answers[policy] %}{% if a %}
 <span class="{{ "ok" if a.correct else "bad" }}">{{ "✓ right" if a.correct else "✗ wrong" }}</span>:
@@ -1488,16 +2052,15 @@ table(checks) }}
 <details><summary>How each number is computed</summary>{% for name, text in how %}<h3>{{ name }}</h3><pre>{{ text }}</pre>{% endfor %}
 </details>
 <details><summary>Where it comes from: settings, versions, seeds, hashes</summary><pre>{{ provenance }}</pre></details></section></main>
-<footer><p class="soft">Intervals are at 95%. With one seed a policy they cover the choice of questions, not the luck of a training run;
-pooled over
-seeds, that too. All numbers: results.json. Tables to paste: tables.md.</p></footer></body></html>"""
+<footer><p class="soft">Intervals are at 95%. With one seed they cover the choice of questions, not the luck of a training run;
+with several, that too. All numbers: results.json. Tables to paste: tables.md.</p></footer></body></html>"""
 
-EXPLAINED = {"Intervals of shares": wilson, "Intervals of differences": estimate, "Several seeds": collect, "Paired tests": mcnemar,
+EXPLAINED = {"Intervals of shares": wilson, "Intervals of differences": estimate, "Several seeds, and conditions seed by seed": over_runs, "p over several seeds": p_over_runs, "Paired tests": mcnemar,
              "Many tests": holm, "Parts of a gain": split_gain, "The format part": form_part,
-             "Strict accuracy, visual information": measure, "How answers are distributed": distribution, "Distances between distributions": distance, "Entropies": corrected,
+             "Strict accuracy, visual information": observe, "How answers are distributed": distribution, "Distances between distributions": distance, "Entropies": corrected,
              "What n can show": detectable, "What a benchmark is like": card, "Claims and their verdicts": judge,
-             "Runs as clusters": Panel.drawn, "The majority's answer": Panel.majority,
-             "Follows a swapped picture": net_following, "Causal effect of an edit": causal_effect, "Words that come from the picture": token_measures,
+             "What is compared": compare, "The fingerprint": fingerprint, "The majority's answer": Panel.majority,
+             "Follows a swapped picture": net_following, "Causal effect of an edit": causal_effect, "Words that come from the picture": observe_tokens,
              "The strict subset": strict_subset, "Instrument check, simulated": check_measures,
              "Instrument check, on shapes": check_shapes}
 
@@ -1524,53 +2087,84 @@ def latex(t: Mapping) -> str:
 
 
 def render(data: Path, study: Mapping, panels: Sequence[Panel], r: dict, most: int) -> str:
-    look, heads = looks(sorted({policy for panel in panels for policy in panel.answers}, key=policy_order)), headlines(r)
-    drawn = {source: [head for head in heads if head["source"] == source and head["gain"].get("visual", {}).get("value") is not None]
-             for source in r["sources"]}
-    each = lambda function, *arguments: {source: function(r, source, *arguments) for source in r["sources"]}
     plain = lambda text: Markup.escape(visible(text))
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=lambda x: (
         visible(shorten(x, 600)) if isinstance(x, str) and not isinstance(x, Markup) else x))
     environment.filters["cut"] = shorten
+    look, heads, runs = looks(r), headlines(r), r["provenance"]["policies"]
     galleries = {panel.source: gallery(data, panel, most, GALLERY_CHARACTERS // len(panels), r["notes"]) for panel in panels}
+    by_source = {panel.source: drawn_of(r, panel, heads, look) for panel in panels}
     return environment.from_string(PAGE).render(
         most=most, css=Markup(environment.from_string(CSS).render(parts=PARTS)), r=r, study=study, heads=heads, parts=PARTS, look=look,
-        leads=[head for head in heads if set(head["runs"]) <= set(r["provenance"]["policies"])],
-        depends=r["dependence"],
-        galleries=galleries,
-        gain_charts={source: gain_chart(rows, source) if rows else "" for source, rows in drawn.items()}, gain_tables=each(gain_table),
-        matrices=each(matrix_table), tests=tests_table(r), tables=each(source_tables), stress=each(stress_charts, look),
-        answers_given={source: [(group, answer_chart(r, source, group)) for group in list(r["gold"]["base"][source])[:8]] for source in r["sources"]},
-        training=training_charts(data, look), claims=[claims_table(r, True), claims_table(r, False)], card=card_table(r), protocol=PROTOCOL,
-        tests_of={claim.id: test_of(claim) for claim in CLAIMS}, checks=check_table(r), shaded=shaded, number=number, percent=percent, points=points,
-        interval=interval, how=[(name, plain(inspect.getdoc(function))) for name, function in EXPLAINED.items()],
+        leads=[head for head in heads if set(head["runs"]) <= set(runs)], compared=comparisons(r), depends=r["dependence"],
+        by_source=by_source, galleries=galleries, galleried={panel.source: galleried(panel) for panel in panels},
+        trained=[condition for condition in r["pooled"] if any(family(run) == condition for run in runs)],
+        training=training_charts(data, sorted(runs, key=policy_order), look), claims=[claims_table(r, True), claims_table(r, False)],
+        card=card_table(r), protocol=PROTOCOL, tests_of={claim.id: test_of(claim) for claim in CLAIMS}, checks=check_table(r),
+        shaded=shaded, number=number, percent=percent, points=points, interval=interval, same=same_study(r["fingerprint"]),
+        how=[(name, plain(inspect.getdoc(function))) for name, function in EXPLAINED.items()],
         provenance=plain(json.dumps(r["provenance"], indent=1)))
+
+
+def drawn_of(r: Mapping, panel: Panel, heads: Sequence[Mapping], look: Mapping[str, str]) -> dict:
+    """Tables and charts of one source."""
+    source = panel.source
+    rows, runs = abouts(r, source), single_runs(r, source)
+    gains = {run: {"gains": about["gains"]} for run, about in runs.items()}
+    split = [head for head in heads if head["source"] == source and head["gain"].get("visual", {}).get("value") is not None]
+    folded = [matrix_table(r, source, runs, "Each run"), gain_table(r, source, gains, "Each run")] if runs else []
+    return {"labels": list(rows), "matrix": [matrix_table(r, source, rows), *folded[:1]],
+            "gain": [gain_table(r, source, rows), *folded[1:]], "gain_chart": gain_chart(split, source) if split else "",
+            "differences": [differences_table(r, source), seeds_table(r, source)] if len(rows) > 1 else [],
+            "looking": looking_table(r, source, rows), "tables": source_tables(r, source), "stress": stress_charts(r, source, look),
+            "runs": [dependence(name, source, about) for name, about in runs.items()],
+            "answers": [(group, answer_chart(r, source, group)) for group in list(r["gold"]["base"][source])[:8]]}
 
 
 def main(config: Config) -> dict:
     """Measure, draw and write; returns what results.json holds."""
-    data, notes, checked = Path(config.data), [], {}
+    data, notes, checked, lines = Path(config.data), [], {}, []
     prepare.check_least(config, 40, "resamples")  # for there to be a share of 2.5% at either end
     prepare.check_least(config, 0, "gallery")
     study = prepare.load_study(data)
-    panels = load_panels(data, study, config.resamples, notes, checked)
+    panels = load_panels(data, study, config.resamples, notes, checked, lines)
     runs = sorted({policy for panel in panels for policy in panel.answers if (data / "policies" / policy / "config.json").exists()},
                   key=policy_order)
-    results = collect(panels, study) | {"notes": notes, "provenance": {
+    results = collect(panels, study) | {"fingerprint": fingerprint(lines), "notes": notes, "provenance": {
         "study": study, "policies": {run: prepare.read_json(data / "policies" / run / "config.json", {}, "delete it and run 03_train_grpo.py again") for run in runs},
         "resamples": config.resamples, "versions": prepare.versions(), "inputs": dict(sorted(checked.items()))}}
-    results["dependence"] = [dependence(results, policy, source) for source, x in results["sources"].items() for policy in x["policies"]]
+    results["dependence"] = []
+    for source in results["sources"]:
+        results["dependence"] += [dependence(name, source, about) for name, about in abouts(results, source).items()]
     page = render(data, study, panels, results, config.gallery)
-    main_tables = [f(results, source) for source in results["sources"] for f in (matrix_table, gain_table, lambda *of: source_tables(*of)[0])]
-    tables = markdown([*main_tables, claims_table(results, True), card_table(results)])
-    tables += "\nFor LaTeX (booktabs, makecell):\n\n```latex\n" + "\n".join(map(latex, main_tables)) + "```\n"
     subsets = {f"strict-{source}.json": json.dumps({"source": source, "made_by": inspect.getdoc(strict_subset), "policies": results["sources"][source]["policies"],
                                                     **chosen}, indent=1) for source, chosen in results["strict_subset"].items()}
-    for name, text in {"index.html": page, "tables.md": tables, "results.json": json.dumps(results, indent=1), **subsets}.items():
-        with prepare.replacing(data / "report" / name) as part:
-            part.write_text(text, encoding="utf-8")
+    files = {"index.html": page, "tables.md": tables_to_paste(results), "results.json": json.dumps(results, indent=1), **subsets}
+    with prepare.locked(data / "report"):
+        for name, text in files.items():
+            with prepare.replacing(data / "report" / name) as part:
+                part.write_text(text, encoding="utf-8")
     print(f"{data / 'report' / 'index.html'}: {len(page) / 1e6:.1f} MB" + "".join(f"\nnote: {visible(note)}" for note in notes))
+    print(f"fingerprint {results['fingerprint'][:16]}: {same_study(results['fingerprint'])}")
     return results
+
+
+def tables_to_paste(r: Mapping) -> str:
+    """tables.md: the main tables, in Markdown and for LaTeX."""
+    main_tables, single = [], []
+    for source in r["sources"]:
+        rows, runs = abouts(r, source), single_runs(r, source)
+        main_tables += [matrix_table(r, source, rows), gain_table(r, source, rows)]
+        if r["differences"]:
+            main_tables.append(differences_table(r, source))
+        main_tables.append(looking_table(r, source, rows))
+        if runs:
+            single += [matrix_table(r, source, runs), gain_table(r, source, runs), looking_table(r, source, runs)]
+        if r["differences"]:
+            single.append(seeds_table(r, source))
+    text = f"Fingerprint {r['fingerprint'][:16]}: {same_study(r['fingerprint'])}.\n\n"
+    text += markdown([*main_tables, claims_table(r, True), card_table(r), *single])
+    return text + "\nFor LaTeX (booktabs, makecell):\n\n```latex\n" + "\n".join(map(latex, main_tables)) + "```\n"
 
 
 if __name__ == "__main__":

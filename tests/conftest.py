@@ -118,3 +118,18 @@ def study(tmp_path_factory, prepare, corrupt, train, evaluate, report):
         answers, results = run_stages(data, prepare, corrupt, train, evaluate, report)
     prepare.WARM_START.update(recipe)
     return data, answers, results
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="what takes minutes: simulated studies, an emulated processor")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: runs with --slow alone")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Either the tests of minutes or all the others."""
+    wanted = [item for item in items if config.getoption("--slow") == ("slow" in item.keywords)]
+    config.hook.pytest_deselected(items=[item for item in items if item not in wanted])
+    items[:] = wanted
