@@ -271,7 +271,12 @@ def deal_out(work: Callable, tasks: Mapping[str, tuple], workers: int,
         while waiting or busy:
             while waiting and idle:
                 pool, (name, task) = idle.pop(), waiting.pop(0)
-                busy[pool.submit(work, *task)] = name, pool
+                try:
+                    future = pool.submit(work, *task)
+                except BrokenProcessPool as error:  # killed while it waited for a task
+                    future = Future()
+                    future.set_exception(error)
+                busy[future] = name, pool
             done, _ = wait(busy, timeout=0.2, return_when=FIRST_COMPLETED)
             watch()
             for future in done:

@@ -115,7 +115,7 @@ def test_same_seed_same_question_whatever_came_before(corrupt, name):
 
 
 def test_other_processes_make_the_same_bytes(prepare, corrupt, tmp_path):
-    """Whatever a process has of its own, the seed of its hashes or the number of its threads, the files are the same."""
+    """However many processes there are, and whatever seed of hashes or number of threads they have, the files are the same."""
     written = []
     for process, threads in ("1", "1"), ("2", "2"):
         data = tmp_path / process
@@ -124,9 +124,9 @@ def test_other_processes_make_the_same_bytes(prepare, corrupt, tmp_path):
         (data / "study.json").write_text(json.dumps({"preset": "tiny", "model": "embedded", "model_files": {}, "max_pixels": 12544,
                                                      "versions": prepare.versions(), "seed": 0, "limit": 12,
                                                      "sources": {"train": "shapes", "benchmarks": ["shapes"]}, "artifacts": {"questions/shapes.parquet": digest}}))
-        subprocess.run([sys.executable, str(ROOT / "02_corrupt.py"), "--data", str(data), "--preview_rows", "1"], check=True,
+        subprocess.run([sys.executable, str(ROOT / "02_corrupt.py"), "--data", str(data), "--preview_rows", "1", "--workers", process], check=True,
                        capture_output=True, env=os.environ | {"PYTHONHASHSEED": process, "OMP_NUM_THREADS": threads})
-        written.append({path.name: path.read_bytes() for path in (data / "corrupted").rglob("*.*")})
+        written.append({path.name: path.read_bytes() for path in (data / "corrupted").rglob("*.*") if path.suffix != ".lock"})
     assert written[0] == written[1] and len(written[0]) == 16
 
 

@@ -1267,16 +1267,6 @@ def test_settings_that_cannot_work(train, prepare, study_folder, changes, says):
     assert not (study_folder / "policies").exists()
 
 
-def test_every_process_needs_a_question(train, prepare, monkeypatch):
-    config = train.Config(**STEP, steps=1, updates_per_batch=1, save_every=1)
-    for processes in (1, 4):
-        monkeypatch.setattr(train, "world", lambda: (0, processes))
-        train.check_config(config)
-    monkeypatch.setattr(train, "world", lambda: (0, 5))
-    with pytest.raises(prepare.UserError, match="prompts_per_step 4 is too small for 5 processes"):
-        train.check_config(config)
-
-
 def test_inputs_that_are_missing_or_stale(train, prepare, data, tmp_path):
     with pytest.raises(prepare.UserError, match=r"study\.json is missing: run 01_prepare\.py"):
         run(train, tmp_path / "nowhere")
