@@ -18,7 +18,8 @@ from PIL import Image, ImageDraw
 
 from conftest import ROOT
 
-NAMES = "blank noise blur occlude irrelevant removed misleading unsaid mismatch blur-0.05 occlude-0.25".split()
+NAMES = "blank noise blur occlude irrelevant removed told misleading unsaid textless mismatch blur-0.05 occlude-0.25".split()
+PICTURELESS = ("removed", "told")
 PICTURE_ONLY = "blank noise blur occlude irrelevant mismatch".split()
 
 
@@ -92,16 +93,16 @@ def test_any_question_stays_a_well_formed_prompt(corrupt, question):
         assert (
             after["problem"].count("<image>")
             == len(after["images"])
-            == (0 if name == "removed" else len(question["images"]))
+            == (0 if name in PICTURELESS else len(question["images"]))
         )
         kept = set(question) - {"problem", "images", "donor"}
         assert {key: after[key] for key in kept} == {key: question[key] for key in kept}
         assert all(image.mode == "RGB" for image in after["images"])
         if name in PICTURE_ONLY:
             assert after["problem"] == question["problem"]
-        if name not in ("removed", "mismatch"):
+        if name not in (*PICTURELESS, "mismatch"):
             assert [image.size for image in after["images"]] == [image.size for image in question["images"]]
-        if name != "removed" and question["problem"].replace("<image>", "").strip():
+        if name not in ("removed", "textless") and question["problem"].replace("<image>", "").strip():
             assert after["problem"].replace("<image>", "").strip()
 
 
@@ -124,10 +125,11 @@ def test_other_processes_make_the_same_bytes(prepare, corrupt, tmp_path):
         (data / "study.json").write_text(json.dumps({"preset": "tiny", "model": "embedded", "model_files": {}, "max_pixels": 12544,
                                                      "versions": prepare.versions(), "seed": 0, "limit": 12,
                                                      "sources": {"train": "shapes", "benchmarks": ["shapes"]}, "artifacts": {"questions/shapes.parquet": digest}}))
-        subprocess.run([sys.executable, str(ROOT / "02_corrupt.py"), "--data", str(data), "--preview_rows", "1", "--workers", process], check=True,
+        subprocess.run([sys.executable, str(ROOT / "02_corrupt.py"), "--data", str(data), "--preview_rows", "1", "--workers", process,
+                        "--corruptions", *corrupt.CORRUPTIONS], check=True,
                        capture_output=True, env=os.environ | {"PYTHONHASHSEED": process, "OMP_NUM_THREADS": threads})
         written.append({path.name: path.read_bytes() for path in (data / "corrupted").rglob("*.*") if path.suffix != ".lock"})
-    assert written[0] == written[1] and len(written[0]) == 16
+    assert written[0] == written[1] and len(written[0]) == 1 + len(corrupt.CORRUPTIONS)
 
 
 @pytest.mark.parametrize("name", ["noise", "irrelevant"])
@@ -220,6 +222,21 @@ def test_removed_leaves_no_trace_of_the_picture(corrupt):
     after = corrupt.corrupt(question, None, 0, "removed")
     assert after["images"] == [] and "<image>" not in after["problem"]
     assert after["problem"] == "As shown in, it turns.\nWhich is it?\n(A)\n(B) a b"
+
+
+def test_told_says_that_there_is_no_picture_and_is_removed_otherwise(corrupt):
+    question = make(problem="<image>How many?", images=[scene(0)])
+    bare, told = (corrupt.corrupt(question, None, 0, name) for name in ("removed", "told"))
+    assert told["images"] == [] and told["problem"].removeprefix(bare["problem"]).strip() == corrupt.GUESS
+
+
+@pytest.mark.parametrize("problem, tags", [
+    ("<image>If $AB=5$, find $x$.\n(A) 1\n(B) 2", 1), ("As in <image> and <image>: which?", 2), ("No picture. Why?", 0)])
+def test_textless_leaves_the_pictures_and_nothing_of_the_text(corrupt, problem, tags):
+    """The paper's third corruption: what remains is the picture, and the instruction that every prompt ends with."""
+    question = make(problem=problem, images=[scene(i) for i in range(tags)])
+    after = corrupt.corrupt(question, None, 0, "textless")
+    assert after["problem"].split() == ["<image>"] * tags and content(after)["images"] == content(question)["images"]
 
 
 # misleading
