@@ -1762,7 +1762,7 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{% for part in message.content %}"
     "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}"
     "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-WARM_START = {"scenes": 2400, "blanks": 200, "vision_steps": 40, "first_steps": 300, "reasoned_steps": 450, "styled_steps": 150,
+WARM_START = {"scenes": 2400, "blanks": 200, "vision_steps": 40, "first_steps": 200, "reasoned_steps": 300, "styled_steps": 100,
               "batch": 32, "learning_rate": 2e-3}
 
 

@@ -1,16 +1,24 @@
 # SPDX-License-Identifier: MIT
-"""A stage as its command line runs it, but the hash of a response is its verdict: random weights never answer right.
+"""Stages as their command lines run them, but with a short warm start, and the hash of a response is
+its verdict: a model of a few steps never answers right.
 
-    python tests/stage_by_hash.py 03_train_grpo --data DIR ...
+    python tests/stage_by_hash.py 03_train_grpo --data DIR ... [AND 04_evaluate --data DIR ...]
 """
 import importlib
 import sys
 
 from conftest import hashed_grade
+from stage import WARM_START
 
 prepare = importlib.import_module("01_prepare")
 prepare.grade = hashed_grade  # in the worker processes too: they import this file
+prepare.WARM_START.update(WARM_START)
 
 if __name__ == "__main__":
-    stage = importlib.import_module(sys.argv.pop(1))
-    prepare.run(stage.main, stage.Config, stage.__doc__)
+    arguments = sys.argv[1:]
+    while arguments:
+        end = arguments.index("AND") if "AND" in arguments else len(arguments)
+        name, *sys.argv[1:] = arguments[:end]
+        stage = importlib.import_module(name)
+        prepare.run(stage.main, stage.Config, stage.__doc__)
+        arguments = arguments[end + 1:]
