@@ -46,8 +46,6 @@ run     python 03_train_grpo.py                # three conditions, seeds 0 to 4:
         python 03_train_grpo.py --conditions hallucination --corruption blank misleading --seeds 0 1
 The same command continues a run that was ended; a finished run is kept.
 """
-from __future__ import annotations
-
 import hashlib
 import importlib
 import json
@@ -56,17 +54,15 @@ import math
 import multiprocessing
 import os
 import random
-import re
 import shutil
 import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -83,16 +79,15 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 from torch.nn.functional import linear
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
 from transformers import (
-    AttentionInterface, AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig, DynamicCache,
+    AttentionInterface, AutoModelForImageTextToText, BitsAndBytesConfig, DynamicCache,
 )
 
-Prompt, Question, UserError = prepare.Prompt, prepare.Question, prepare.UserError
-option = prepare.option
+UserError, option = prepare.UserError, prepare.option
 
 # ------------------------------------------------------------------------------------------ config
 
@@ -173,14 +168,12 @@ class Config:
     save_every: int = option(
         None, "steps between checkpoints of three adapters' size: a kill costs the steps since, "
         "Ctrl-C none [preset]")
-    sample_every: int = option(
-        20, "steps between two completions shown on the terminal; rollouts.jsonl has all")
 
 
 # -------------------------------------------------------------------------------------------- runs
 
 
-def main(config: Config) -> list[dict]:
+def main(config):
     """Train every condition with every seed; returns the config.json of each run."""
     study = prepare.load_study(Path(config.data))
     for name, value in PRESETS[study["preset"]].items():
@@ -189,64 +182,58 @@ def main(config: Config) -> list[dict]:
             setattr(config, name, value)
     check_config(config)
 
-    tasks, folders = {}, {}
+    tasks = {}
     for seed in config.seeds:
         for condition in config.conditions:
             run = run_name(condition, seed, config)
-            tasks[run] = (study, condition, seed, config)
-            folders[run] = Path(config.data) / "policies" / run
+            tasks[run] = study, condition, seed, config
     workers = prepare.count_workers(config.workers, len(tasks), prepare.worker_bytes(study))
-    progress = Progress(folders, config)
-    if workers == 1:  # then the run is trained in this process, and nobody else watches
-        tasks = {run: (*task, progress.show) for run, task in tasks.items()}
     results = {}
-    with progress.bar:
-        prepare.deal_out(train_run, tasks, workers, results.__setitem__, progress.show)
+    prepare.deal_out(train_run, tasks, workers, results.__setitem__)
     return [results[run] for run in tasks]
 
 
-def train_run(study: dict, condition: str, seed: int, config: Config,
-              after_step: Callable[[], None] | None = None) -> dict:
+def train_run(study, condition, seed, config):
     """Train one condition with one seed, or continue it; returns its config.json."""
-    questions = Questions(study, condition, seed, config)
-    settings = run_settings(study, questions, config)
     run = run_name(condition, seed, config)
     folder = Path(config.data) / "policies" / run
+    questions = Questions(study, condition, seed, config)
+    settings = run_settings(study, questions, config)
     with prepare.locked(folder):
         if (folder / "config.json").exists():
-            return keep_finished(folder, settings | {"steps": config.steps})
+            print(f"{run} is finished: kept", flush=True)
+            return read_finished(folder, settings | {"steps": config.steps})
 
         policy = load_policy(prepare.model_path(Path(config.data), study), study["max_pixels"],
                              lora_rank=config.lora_rank, seed=seed)
-        # fused: the other forms take a square root that differs between processors
-        optimizer = torch.optim.AdamW(
-            policy.trainable(), lr=config.learning_rate, weight_decay=0.0, fused=True)
-        rows = resume(folder, policy, optimizer, settings, config.steps)  # of the steps so far
-        config = plan(policy, config, PRESETS[study["preset"]],
-                      questions.longest()["prompt_tokens"])
-        config = preflight(policy, questions, config)
+        optimizer = make_optimizer(policy, config)
+        done = resume(folder, policy, optimizer, settings, config)  # steps that were made before
+        longest = questions.longest()
+        config = plan(policy, config, PRESETS[study["preset"]], longest["prompt_tokens"])
+        config = preflight(policy, longest, questions.grounded, config)
 
         with stopping() as stop_asked:
-            for step in range(len(rows) + 1, config.steps + 1):
+            skipped = 0  # steps in a row
+            for step in range(done + 1, config.steps + 1):
                 row, samples = train_step(policy, optimizer, questions, step, config)
-                rows.append(row)
-                log_step(folder, row, samples)
-                if after_step:
-                    after_step()
-                check_skipped(folder, rows)
+                log_step(folder, row, samples, config)
+                skipped = skipped + 1 if row["skipped"] else 0
+                if skipped == 3:
+                    raise UserError(f"{run} skipped three steps in a row, because a reward or a "
+                                    f"gradient is not finite: look into {folder}/rollouts.jsonl, "
+                                    "delete that folder, and lower --learning_rate")
                 if stop_asked or step % config.save_every == 0:
-                    save_checkpoint(folder / "checkpoint", policy, optimizer, step, settings)
+                    save_checkpoint(folder, policy, optimizer, step, settings)
                 if stop_asked:
                     raise KeyboardInterrupt
-            return finish(folder, policy, rows, study["model"], settings)
+            return finish(folder, policy, study["model"], settings | {"steps": config.steps})
 
 
 # ------------------------------------------------------------------------------- one step of GRPO
 # P questions, G completions of each, R = P * G rows, T tokens of the longest completion.
 
 
-def train_step(policy: Policy, optimizer: torch.optim.Optimizer, questions: Questions, step: int,
-               config: Config) -> tuple[dict, list[dict]]:
+def train_step(policy, optimizer, questions, step, config):
     """Roll out and update once; returns a row of train.jsonl and samples for rollouts.jsonl."""
     asked = questions.at(step - 1, config.prompts_per_step)
     damaged = ()
@@ -259,39 +246,37 @@ def train_step(policy: Policy, optimizer: torch.optim.Optimizer, questions: Ques
 
 
 @dataclass
-class Batch:
-    """The completions of P questions, and what the loss needs of them."""
-    prompts: list[Prompt]
-    images: list[list[ImageFeatures]]  # per prompt, per picture
-    completions: Completions
-    advantages: torch.Tensor           # (R,)
-    correct: torch.Tensor              # (R,), 1 or 0
-    reference: torch.Tensor | None = None  # (R, T) log-probabilities under the base, for --kl
-    # condition grounded: the same prompts damaged, and the features of their pictures
-    damaged: tuple[list[Prompt], list[list[ImageFeatures]]] | None = None
-
-    @property
-    def group_size(self) -> int:
-        return len(self.advantages) // len(self.prompts)
-
-
-@dataclass
 class Completions:
-    tokens: torch.Tensor    # (R, T), padded on the right; row r belongs to prompt r // G
-    logprobs: torch.Tensor  # (R, T), in nats, as seen while sampling
-    entropy: torch.Tensor   # (R, T), in nats, of the distribution that each token was drawn from
-    lengths: torch.Tensor   # (R,), in tokens, the end-of-sequence token included
-    finished: torch.Tensor  # (R,), False where max_new_tokens cut the completion
+    tokens: Tensor    # (R, T), padded on the right; row r belongs to prompt r // G
+    logprobs: Tensor  # (R, T), in nats, as seen while sampling
+    entropy: Tensor   # (R, T), in nats, of the distribution that each token was drawn from
+    lengths: Tensor   # (R,), in tokens, the end-of-sequence token included
+    finished: Tensor  # (R,), False where max_new_tokens cut the completion
 
     @property
-    def mask(self) -> torch.Tensor:
+    def mask(self):
         """(R, T), True where a token counts."""
         places = torch.arange(self.tokens.shape[1], device=self.tokens.device)
         return places < self.lengths[:, None]
 
 
-def roll_out(policy: Policy, questions: Sequence[Question], step: int, seed: int, config: Config,
-             damaged: Sequence[Question] = ()) -> tuple[Batch, dict, list[dict]]:
+@dataclass
+class Batch:
+    """The completions of P questions, and what the loss needs of them."""
+    prompts: list                 # P
+    images: list                  # per prompt, per picture, its features: `encode_images`
+    completions: Completions      # R
+    advantages: Tensor            # (R,)
+    correct: Tensor               # (R,), 1 or 0
+    reference: Tensor = None      # (R, T), for --kl: log-probabilities under the base
+    damaged: tuple = None         # for grounded: prompts and images of the damaged questions
+
+    @property
+    def group_size(self):
+        return len(self.advantages) // len(self.prompts)
+
+
+def roll_out(policy, questions, step, seed, config, damaged=()):
     """Sample a step's completions and reward them: a batch to learn from, log row, samples."""
     start = time.perf_counter()
     prompts = [policy.encode(question) for question in questions]
@@ -309,8 +294,8 @@ def roll_out(policy: Policy, questions: Sequence[Question], step: int, seed: int
     if config.kl:  # the base is the policy with its adapter off: no second copy of the model
         batch.reference = base_logprobs(policy, batch, config)
     if damaged:
-        others = [policy.encode(question) for question in damaged]
-        batch.damaged = others, encode_images(policy, others)
+        damaged_prompts = [policy.encode(question) for question in damaged]
+        batch.damaged = damaged_prompts, encode_images(policy, damaged_prompts)
 
     row = rollout_log(rewards, grades, completions)
     row["rollout_s"] = time.perf_counter() - start
@@ -319,14 +304,12 @@ def roll_out(policy: Policy, questions: Sequence[Question], step: int, seed: int
         first = p * config.group_size
         samples.append({
             "step": step, "id": question["id"], "response": texts[first],
-            "answer": grades[first].answer, "gold": question["answer"],
-            "reward": round(reward(grades[first]), 3),
+            "gold": question["answer"], "reward": round(rewards[p, 0].item(), 3),
         })
     return batch, row, samples
 
 
-def completion_draws(questions: Sequence[Question], step: int, seed: int,
-                     config: Config) -> torch.Tensor:
+def completion_draws(questions, step, seed, config):
     """The numbers that decide each token of a step: (R, T), uniform in [0, 1).
 
     A token is the inverse of the cumulative distribution at its number (`generate`), which is
@@ -342,15 +325,14 @@ def completion_draws(questions: Sequence[Question], step: int, seed: int,
     return torch.from_numpy(np.stack(draws))
 
 
-def uniforms(seed: int, step: int, question_id: str, completion: int, n: int) -> np.ndarray:
+def uniforms(seed, step, question_id, completion, n):
     """n numbers in [0, 1) that depend on their arguments alone, not on what was drawn before."""
     key = hashlib.sha256(f"{seed}|{step}|{question_id}|{completion}".encode()).digest()
     generator = np.random.Philox(key=int.from_bytes(key[:16], "little"))
     return np.random.Generator(generator).random(n)
 
 
-def grade_completions(policy: Policy, questions: Sequence[Question], completions: Completions,
-                      box_only: bool = True) -> tuple[list[str], list[prepare.Grade]]:
+def grade_completions(policy, questions, completions, box_only=True):
     """Decoded completions and their grades, R of each.
 
     Training reads the box alone; without `box_only` the benchmark's own rule applies.
@@ -366,12 +348,12 @@ def grade_completions(policy: Policy, questions: Sequence[Question], completions
     return texts, grades
 
 
-def reward(grade: prepare.Grade) -> float:
+def reward(grade):
     """What a completion earns, 0 to 1: a term of your own goes here."""
     return 0.9 * grade.correct + 0.1 * grade.well_formed
 
 
-def group_advantages(rewards: torch.Tensor, scale: bool) -> torch.Tensor:
+def group_advantages(rewards, scale):
     """(r - mean of its group) / (std of its group + 1e-4): (P, G) -> (P, G).
 
     arXiv 2402.03300, section 4.1.2. Without `scale` the division is left out, as Dr. GRPO does
@@ -387,7 +369,7 @@ def group_advantages(rewards: torch.Tensor, scale: bool) -> torch.Tensor:
     return centred
 
 
-def token_weights(lengths: torch.Tensor, loss: str, max_new_tokens: int) -> torch.Tensor:
+def token_weights(lengths, loss, max_new_tokens):
     """Weight of each token of each completion in the step's loss: (R,) lengths -> (R,) weights.
 
     Known before the first micro-batch, over all completions of the step, so that how the step is
@@ -404,8 +386,7 @@ def token_weights(lengths: torch.Tensor, loss: str, max_new_tokens: int) -> torc
     return torch.ones_like(lengths) / (len(lengths) * max_new_tokens)
 
 
-def token_loss(logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor,
-               reference: torch.Tensor | None, config: Config) -> tuple[torch.Tensor, ...]:
+def token_loss(logprobs, old_logprobs, advantages, reference, config):
     """The loss of each token, where the clip acted, and k3: all (R, T); advantages (R, 1).
 
         -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) + kl * k3
@@ -429,8 +410,7 @@ def token_loss(logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: t
 ENTROPY_GUARD = 2.0  # nats of a token: as if seven words were equally likely
 
 
-def grounding_bonus(divergence: torch.Tensor, entropy: torch.Tensor, correct: torch.Tensor,
-                    bound: float) -> torch.Tensor:
+def grounding_bonus(divergence, entropy, correct, bound):
     """What condition `grounded` pays for each token, in nats: (R, T), (R, T), (R,) -> (R, T).
 
         correct * [H(p) < 2] * min(KL(p || q), bound)
@@ -452,8 +432,22 @@ def grounding_bonus(divergence: torch.Tensor, entropy: torch.Tensor, correct: to
     return correct[:, None] * (entropy < ENTROPY_GUARD) * divergence.clamp(max=bound)
 
 
-def accumulate_gradients(policy: Policy, batch: Batch, config: Config) -> dict[str, float]:
-    """Add the gradient of the step's loss to the adapter's `.grad`; returns sums over tokens.
+def accumulate_gradients(policy, batch, config):
+    """Add the gradient of the step's loss to the adapter's `.grad`; returns sums over tokens."""
+    weights = token_weights(batch.completions.lengths, config.loss, config.max_new_tokens)
+    chosen, sums = prompts_to_learn_from(batch), Counter()
+    with dequantized(policy):
+        for rows, owner, prompts, damaged in shared_prompts(policy, batch, chosen, config):
+            losses, log = completion_losses(policy, batch, rows, owner, prompts, damaged, config)
+            log["loss"] = losses * weights[rows, None]
+            (log["loss"] * log["tokens"]).sum().backward()
+            for name, value in log.items():
+                sums[name] += (value.detach() * log["tokens"]).sum().item()
+    return sums
+
+
+def shared_prompts(policy, batch, chosen, config):
+    """Encode the `chosen` prompts of a batch once each, and hand out their completions.
 
     The gradient of a shared prompt. A prompt acts on its completions only through the keys K and
     values V of its tokens in each layer, and the last hidden state z, which predicts their first
@@ -463,35 +457,34 @@ def accumulate_gradients(policy: Policy, batch: Batch, config: Config) -> dict[s
         df/d(adapter)  +  df/d(K, V, z) * d(K, V, z)/d(adapter)
 
     The second begins with df/d(K, V, z), which is a sum over the completions: it can be added up
-    first, and go through the prompt once.
+    first, and go through the prompt once. This is exact, not an approximation.
+
+    Yields micro-batches: rows of the batch, the place of each one's prompt among those that are
+    encoded, these prompts, and for condition grounded the same prompts damaged.
     """
+    group, most = batch.group_size, config.micro_batch_tokens
     prompt_lengths = [len(prompt.input_ids) for prompt in batch.prompts]
-    weights = token_weights(batch.completions.lengths, config.loss, config.max_new_tokens)
-    sums = dict.fromkeys(("loss", "kl", "clipped", "grounding", "tokens"), 0.0)
-    chosen = prompts_to_learn_from(batch)
-    with dequantized(policy):
-        for some in micro_batches(chosen, prompt_lengths, config.micro_batch_tokens):
-            # 1. encode some prompts once, with their graph; `leaves` has the same K, V, z, cut off
-            prompts = encode_prompts(policy, [batch.prompts[p] for p in some],
-                                     [batch.images[p] for p in some], config.checkpoint)
-            leaves = prompts.as_leaves()
-            damaged = encode_damaged(policy, batch, some)
-            padded = prompts.length + (damaged.length if damaged else 0)
-            # 2. each micro-batch of completions goes backward as far as the leaves: the first part
-            # arrives in the adapter's .grad, and df/d(K, V, z) adds up in the leaves' .grad
-            for rows, owner in completion_batches(batch, some, padded, config.micro_batch_tokens):
-                losses, log = completion_losses(policy, batch, rows, owner, leaves, damaged, config)
-                mask = log["tokens"]
-                (losses * weights[rows, None] * mask).sum().backward()
-                log["loss"] = losses * weights[rows, None]
-                for name, value in log.items():
-                    sums[name] += (value.detach() * mask).sum().item()
-            # 3. the second part: once backward through the prompts, from what the leaves collected
-            backward_through(prompts.tensors(), leaves.tensors())
-    return sums
+    for some in micro_batches(chosen, prompt_lengths, most):
+        # 1. encode some prompts once, with their graph; `leaves` has the same K, V, z, cut off
+        prompts = encode_some(policy, batch.prompts, batch.images, some, config.checkpoint)
+        leaves, damaged, length = prompts.as_leaves(), None, prompts.length
+        if batch.damaged:
+            with torch.no_grad():  # nothing is learnt through the damaged prompts
+                damaged = encode_some(policy, *batch.damaged, some)
+            length += damaged.length
+        # 2. each micro-batch of completions goes backward as far as the leaves: the first part
+        # arrives in the adapter's .grad, and df/d(K, V, z) adds up in the leaves' .grad. A row
+        # counts with the padded prompt before it, whose keys and values are copied for it
+        lengths = (length + batch.completions.lengths).tolist()
+        groups = torch.tensor(some)[:, None] * group + torch.arange(group)  # (prompts, G)
+        for rows in micro_batches(groups.flatten().tolist(), lengths, most):
+            owner = [some.index(row // group) for row in rows]
+            yield rows, torch.tensor(owner, device=policy.device), leaves, damaged
+        # 3. the second part: once backward through the prompts, from what the leaves collected
+        backward_through(prompts.tensors(), leaves.tensors())
 
 
-def prompts_to_learn_from(batch: Batch) -> list[int]:
+def prompts_to_learn_from(batch):
     """Places of the prompts whose completions have a gradient at all.
 
     In a group of equal reward all advantages are 0: nothing to learn, but for a KL term, which
@@ -505,9 +498,7 @@ def prompts_to_learn_from(batch: Batch) -> list[int]:
     return learn.nonzero()[:, 0].tolist()
 
 
-def completion_losses(policy: Policy, batch: Batch, rows: list[int], owner: torch.Tensor,
-                      leaves: PromptCache, damaged: PromptCache | None,
-                      config: Config) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def completion_losses(policy, batch, rows, owner, leaves, damaged, config):
     """Loss of each token of the completions `rows`, (len(rows), T), and what is logged of each.
 
     owner: (len(rows),), the place of each one's prompt in `leaves` and `damaged`.
@@ -536,7 +527,7 @@ def completion_losses(policy: Policy, batch: Batch, rows: list[int], owner: torc
     return losses, log
 
 
-def update(policy: Policy, optimizer: torch.optim.Optimizer, batch: Batch, config: Config) -> dict:
+def update(policy, optimizer, batch, config):
     """`updates_per_batch` optimizer steps on a batch; returns its part of the log row."""
     start = time.perf_counter()
     for _ in range(config.updates_per_batch):
@@ -552,23 +543,22 @@ def update(policy: Policy, optimizer: torch.optim.Optimizer, batch: Batch, confi
     row = {"loss": sums["loss"], "grad_norm": norm, "clip_ratio": sums["clipped"] / tokens}
     row["kl"] = sums["kl"] / tokens if config.kl else None
     row["grounding"] = sums["grounding"] / tokens if batch.damaged else None
-    for name, value in row.items():  # JSON has no nan
-        if value is not None and not math.isfinite(value):
-            row[name] = None
+    if skipped:  # JSON has no nan
+        row = dict.fromkeys(row)
     return row | {"skipped": skipped, "update_s": time.perf_counter() - start}
 
 
 # ----------------------------------------------------- conditions: which questions, damaged or not
 
 
-def damaged_share(condition: str, config: Config) -> float:
+def damaged_share(condition, config):
     """The share of its questions that a condition damages: all in which conditions differ."""
     shares = {"standard": 0.0, "hallucination": 1.0, "mixed": config.mixed_fraction,
               "grounded": 0.0}
     return shares[condition]
 
 
-def corruptions_of(condition: str, config: Config) -> list[str]:
+def corruptions_of(condition, config):
     """What damages the questions of a condition: blank pictures, as in the paper.
 
     `grounded` compares with another question's picture, see `grounding_bonus`.
@@ -580,7 +570,7 @@ def corruptions_of(condition: str, config: Config) -> list[str]:
     return ["mismatch"] if condition == "grounded" else ["blank"]
 
 
-def run_name(condition: str, seed: int, config: Config) -> str:
+def run_name(condition, seed, config):
     """standard-s0, hallucination-blank-s0, mixed-blank+removed-s1, ..."""
     corruptions = "+".join(corruptions_of(condition, config))
     return f"{condition}-{corruptions}-s{seed}" if corruptions else f"{condition}-s{seed}"
@@ -589,27 +579,22 @@ def run_name(condition: str, seed: int, config: Config) -> str:
 class Questions:
     """The training questions of one run, clean or damaged as its condition says."""
 
-    def __init__(self, study: dict, condition: str, seed: int, config: Config):
-        data, source = Path(config.data), study["sources"]["train"]
+    def __init__(self, study, condition, seed, config):
         self.condition, self.seed = condition, seed
         self.corruptions = corruptions_of(condition, config)
         self.damaged_share = damaged_share(condition, config)
         self.grounded = condition == "grounded" and config.grounding_weight > 0
-        names = self.corruptions
-        if self.damaged_share < 1:
-            names = ["clean", *names]
-        self.tables, self.made_from = {}, {}
-        for name in names:  # the same questions in the same order in each
+        self.tables, self.made_from = {}, {}  # of each input the same questions in the same order
+        data, source = Path(config.data), study["sources"]["train"]
+        for name in ["clean", *self.corruptions]:
             self.made_from |= prepare.check_input(data, study, source, name)
             path = data / prepare.input_path(source, name)
-            self.tables[name] = prepare.read_questions(path, "run 01_prepare.py")
-        splits, ids = self.tables[names[0]]["split"][:], self.tables[names[0]]["id"][:]
-        self.rows = [row for row, split in enumerate(splits) if split == "train"]
-        self.ids = [ids[row] for row in self.rows]
-        if not self.rows:
-            raise UserError(f"{path} has no training questions: run 01_prepare.py --train SOURCE")
+            table = prepare.read_questions(path, "run 01_prepare.py")
+            train = [row for row, split in enumerate(table["split"]) if split == "train"]
+            self.tables[name] = table.select(train)
+        self.ids = self.tables["clean"]["id"][:]
 
-    def at(self, step: int, count: int, damaged: bool = False) -> list[Question]:
+    def at(self, step, count, damaged=False):
         """The questions of a step (from 0) as the condition says, or all of them damaged."""
         chosen, asked = [], Counter()
         for index in schedule(len(self.ids), self.seed, step, count):
@@ -620,21 +605,18 @@ class Questions:
             table = "clean"
             if damaged or rng.random() < self.damaged_share:
                 table = rng.choice(self.corruptions)
-            chosen.append(self.tables[table][self.rows[index]])
+            chosen.append(self.tables[table][index])
         return chosen
 
-    def longest(self) -> Question:
+    def longest(self):
         """The one of most tokens, under any of its inputs."""
-        longest = None
+        longest = []
         for table in self.tables.values():
-            lengths = table["prompt_tokens"][:]
-            row = max(self.rows, key=lengths.__getitem__)
-            if longest is None or lengths[row] > longest["prompt_tokens"]:
-                longest = table[row]
-        return longest
+            longest.append(table[int(np.argmax(table["prompt_tokens"][:]))])
+        return max(longest, key=lambda question: question["prompt_tokens"])
 
 
-def schedule(questions: int, seed: int, step: int, count: int) -> list[int]:
+def schedule(questions, seed, step, count):
     """Which questions a step asks: epochs of seeded shuffles, a function of the step alone."""
     chosen = []
     for k in range(step * count, (step + 1) * count):
@@ -648,8 +630,7 @@ def schedule(questions: int, seed: int, step: int, count: int) -> list[int]:
 # --------------------------------------------------------------------- logging: a row for each step
 
 
-def rollout_log(rewards: torch.Tensor, grades: Sequence[prepare.Grade],
-                completions: Completions) -> dict[str, float]:
+def rollout_log(rewards, grades, completions):
     """What train.jsonl says of a rollout; names are TRL's where the quantity is TRL's."""
     rewards = rewards.nan_to_num(0.0, 0.0, 0.0)  # the gradient sees it, and the step is skipped
     tokens = int(completions.lengths.sum())
@@ -667,64 +648,35 @@ def rollout_log(rewards: torch.Tensor, grades: Sequence[prepare.Grade],
     }
 
 
-def log_step(folder: Path, row: dict, samples: list[dict]):
-    """Samples first: a row says that its step is whole."""
+STEP_LINE = ("reward", "correct", "well_formed", "frac_reward_zero_std", "completion_length",
+             "clipped_ratio", "entropy", "kl", "grounding", "grad_norm", "peak_gb")
+
+
+def log_step(folder, row, samples, config):
+    """Write a step down, its samples first: a row says that its step is whole."""
     prepare.append_jsonl(folder / "rollouts.jsonl", samples)
     prepare.append_jsonl(folder / "train.jsonl", [row])
-
-
-def step_line(run: str, row: dict, steps: int) -> str:
-    """A step on the terminal."""
-    seconds = row["rollout_s"] + row["update_s"]
-    parts = [f"{run} {row['step']:4d}/{steps}"]
-    for name in ("reward", "correct", "well_formed", "frac_reward_zero_std", "completion_length",
-                 "clipped_ratio", "entropy", "kl", "grounding", "clip_ratio", "grad_norm"):
+    parts = [f"{folder.name} {row['step']:4d}/{config.steps}"]
+    for name in STEP_LINE:
         if row[name] is not None:
             parts.append(f"{name} {row[name]:.3g}")
     if row["skipped"]:
         parts.append("skipped: a reward or gradient is not finite")
-    parts.append(f"{seconds:.2f} s")
-    parts.append(f"{row['num_tokens'] / seconds:,.0f} tok/s")
-    parts.append(f"{row['peak_gb']:.2f} GB")
-    return "  ".join(parts)
-
-
-class Progress:
-    """One bar over all runs, and a line for each step of each: read from what the runs log."""
-
-    def __init__(self, folders: Mapping[str, Path], config: Config):
-        self.folders, self.config = folders, config
-        self.shown = {run: len(read_log(folder)) for run, folder in folders.items()}
-        self.bar = tqdm(total=config.steps * len(folders), initial=sum(self.shown.values()),
-                        desc="steps", disable=None)  # None: no bar where there is no terminal
-
-    def show(self):
-        """What is new since the last call."""
-        for run, folder in self.folders.items():
-            rows = read_log(folder)
-            for row in rows[self.shown[run]:]:
-                tqdm.write(step_line(run, row, self.config.steps))
-                if self.config.sample_every and row["step"] % self.config.sample_every == 0:
-                    self.show_sample(folder, row["step"])
-            self.bar.update(len(rows) - self.shown[run])
-            self.shown[run] = len(rows)  # fewer where a run goes back to its checkpoint
-
-    def show_sample(self, folder: Path, step: int):
-        for sample in prepare.read_jsonl(folder / "rollouts.jsonl"):
-            if sample["step"] == step:
-                tqdm.write(f"  {sample['id']}: {sample['response']!r}, gold {sample['gold']!r}, "
-                           f"reward {sample['reward']}")
-                return
+    seconds = row["rollout_s"] + row["update_s"]
+    parts.append(f"{seconds:.2f} s, {row['num_tokens'] / seconds:,.0f} tok/s")
+    print("  ".join(parts), flush=True)
 
 
 # ==================================================================================================
 # Below: the machine room. You can fork this kit without reading on.
 # ==================================================================================================
 
-# ---------------------------------------------------------------------------- options that can't work
+# -------------------------------------------------------------------------- options and files
+# Arguments are called as above: policy, config, prompts (what a prompt leaves behind), tokens, ...
+# and have the same types; docstrings give shapes and units.
 
 
-def check_config(config: Config):
+def check_config(config):
     """One sentence for what cannot work."""
     for condition in config.conditions:
         if condition not in CONDITIONS:
@@ -738,8 +690,8 @@ def check_config(config: Config):
     prepare.check_least(config, 1, "steps", "workers", "prompts_per_step", "max_new_tokens",
                         "lora_rank", "micro_batch_tokens", "updates_per_batch", "save_every")
     prepare.check_least(config, 1e-9, "learning_rate", "max_grad_norm", "memory_gb", "cache_gb")
-    prepare.check_least(config, 0, "kl", "clip_low", "clip_high", "sample_every",
-                        "grounding_weight", "grounding_bound")
+    prepare.check_least(config, 0, "kl", "clip_low", "clip_high", "grounding_weight",
+                        "grounding_bound")
     if "clean" in config.corruption:
         raise UserError("--corruption clean damages nothing: for clean questions use "
                         "--conditions standard")
@@ -769,24 +721,24 @@ class Policy:
     dequantize: bool = True  # whether memory holds 4-bit weights as plain ones while in use
 
     @property
-    def full(self) -> torch.nn.Module:
+    def full(self):
         """The model of transformers, without PEFT around it."""
         if isinstance(self.model, PeftModel):
             return self.model.get_base_model()
         return self.model
 
     @property
-    def device(self) -> torch.device:
+    def device(self):
         return self.banned.device
 
     @property
-    def dtype(self) -> torch.dtype:
+    def dtype(self):
         return self.full.get_input_embeddings().weight.dtype
 
-    def trainable(self) -> list[torch.nn.Parameter]:
+    def trainable(self):
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
-    def use(self, adapter: str | None):
+    def use(self, adapter):
         """Answer as the policy of that adapter from now on; None: as the base."""
         if adapter is not None:
             self.model.set_adapter(module_name(adapter))
@@ -794,11 +746,11 @@ class Policy:
         elif isinstance(self.model, PeftModel):
             self.model.disable_adapter_layers()
 
-    def encode(self, question: Question) -> Prompt:
+    def encode(self, question):
         return prepare.encode(question, self.tokenizer, self.image_processor)
 
 
-def compute_dtype(device: torch.device) -> torch.dtype:
+def compute_dtype(device):
     """bf16 on cards that compute in it; else fp32, in full.
 
     With bf16, fp32 products, which are the adapter's alone, are in TF32: it has 10 bits where bf16
@@ -811,17 +763,12 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
-def load_policy(model: str, max_pixels: int, adapters: Mapping[str, Path] = {},
-                lora_rank: int = 0, seed: int = 0) -> Policy:
+def load_policy(model, max_pixels, adapters={}, lora_rank=0, seed=0):
     """The base in NF4 with saved adapters, with a fresh one of `lora_rank`, or (neither) alone.
 
     Vision tower and lm_head stay as they are: quantising them saves little and costs accuracy.
     Weights come from safetensors only, code never from the model's folder.
     """
-    kind = AutoConfig.from_pretrained(model, trust_remote_code=False).model_type
-    if kind not in prepare.FAMILIES:
-        raise UserError(f"{model} is a {kind} model: this kit trains "
-                        f"{', '.join(prepare.FAMILIES)}")
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
@@ -837,8 +784,7 @@ def load_policy(model: str, max_pixels: int, adapters: Mapping[str, Path] = {},
     return make_policy(full, tokenizer, image_processor, adapters, lora_rank, seed)
 
 
-def make_policy(full: torch.nn.Module, tokenizer, image_processor,
-                adapters: Mapping[str, Path] = {}, lora_rank: int = 0, seed: int = 0) -> Policy:
+def make_policy(full, tokenizer, image_processor, adapters={}, lora_rank=0, seed=0):
     """A loaded base as a policy, with adapters as `load_policy` says.
 
     The model stays in train mode, with all dropout 0, because bitsandbytes repacks the 4-bit
@@ -848,9 +794,9 @@ def make_policy(full: torch.nn.Module, tokenizer, image_processor,
     as_product(full.model.visual.patch_embed.proj)
     for name, folder in adapters.items():
         if model is full:
-            model = PeftModel.from_pretrained(full, folder, adapter_name=module_name(name))
+            model = PeftModel.from_pretrained(full, folder, module_name(name))
         else:
-            model.load_adapter(folder, adapter_name=module_name(name))
+            model.load_adapter(folder, module_name(name))
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):  # of an adapter from elsewhere
             module.p = 0.0
@@ -871,15 +817,15 @@ def make_policy(full: torch.nn.Module, tokenizer, image_processor,
                   torch.tensor(banned, device=device))
 
 
-def module_name(adapter: str) -> str:
+def module_name(adapter):
     """How torch may call an adapter: `hallucination-blur-0.05-s0` has a point, which separates
     modules, and a folder may be called `train`, which modules have already."""
     return "policy_" + adapter.replace(".", "%2E")
 
 
-def as_product(patches: torch.nn.Conv3d):
+def as_product(patches):
     """A convolution whose windows do not overlap is a product, and twice as fast as one."""
-    def forward(pixels: torch.Tensor) -> torch.Tensor:
+    def forward(pixels):
         return linear(pixels.flatten(1), patches.weight.flatten(1), patches.bias)
 
     patches.forward = forward
@@ -892,7 +838,7 @@ def as_product(patches: torch.nn.Conv3d):
 
 
 @contextmanager
-def dequantized(policy: Policy):
+def dequantized(policy):
     """The 4-bit weights as plain ones for a while, if memory holds them.
 
     In fp32 the adapter is added to them, W + s B A: one product per layer instead of three. The
@@ -902,64 +848,59 @@ def dequantized(policy: Policy):
     """
     changed, sums, leaves, merged = [], [], [], set()
     in_fp32 = policy.dtype == torch.float32
+    for module in policy.full.modules():  # a layer with an adapter comes before its base layer
+        adapted = isinstance(module, LoraLayer) and not module.disable_adapters
+        if adapted and in_fp32 and policy.dequantize:
+            base, (up, down) = module.base_layer, lora_matrices(module)
+            whole = plain_weight(base) + up @ down
+            leaf = whole.detach().requires_grad_(whole.requires_grad)
+            module.forward = partial(linear, weight=leaf, bias=base.bias)
+            sums.append(whole)
+            leaves.append(leaf)
+            merged.add(base)
+        elif adapted and not in_fp32 and not torch.is_grad_enabled():
+            up, down = lora_matrices(module)
+            module.forward = partial(lora_forward, module.base_layer, up.to(policy.dtype),
+                                     down.to(policy.dtype))
+        elif is_packed(module) and policy.dequantize and module not in merged:
+            module.forward = partial(linear, weight=plain_weight(module), bias=module.bias)
+        else:
+            continue
+        changed.append(module)
     try:
-        for module in policy.full.modules():  # a layer's adapter comes before its base layer
-            if isinstance(module, LoraLayer) and not module.disable_adapters:
-                base = module.base_layer
-                if in_fp32 and policy.dequantize:
-                    whole = plain_weight(base) + lora_product(module)
-                    leaf = whole.detach().requires_grad_(whole.requires_grad)
-                    module.forward = partial(linear, weight=leaf, bias=base.bias)
-                    sums.append(whole)
-                    leaves.append(leaf)
-                    merged.add(base)
-                    changed.append(module)
-                elif not in_fp32 and not torch.is_grad_enabled():
-                    name = module.active_adapters[0]
-                    down = module.lora_A[name].weight.to(policy.dtype)
-                    up = (module.scaling[name] * module.lora_B[name].weight).to(policy.dtype)
-                    module.forward = partial(lora_forward, base, down, up)
-                    changed.append(module)
-            elif is_packed(module) and policy.dequantize and module not in merged:
-                module.forward = partial(linear, weight=plain_weight(module), bias=module.bias)
-                changed.append(module)
         yield
         backward_through(sums, leaves)
     finally:
         for module in changed:
-            del module.forward  # what the class has
+            del module.forward  # from now on that of its class
 
 
-def is_packed(module: torch.nn.Module) -> bool:
+def is_packed(module):
     return isinstance(module, bnb.nn.Linear4bit)
 
 
-def plain_weight(base: torch.nn.Module) -> torch.Tensor:
+def plain_weight(base):
     if is_packed(base):
         return bnb.functional.dequantize_4bit(base.weight.data, base.weight.quant_state)
     return base.weight
 
 
-def lora_product(layer: LoraLayer) -> torch.Tensor:
-    """s B A of the adapter in use: (out, in)."""
+def lora_matrices(layer):
+    """s B (out, rank) and A (rank, in) of the adapter in use."""
     name = layer.active_adapters[0]
-    return layer.scaling[name] * (layer.lora_B[name].weight @ layer.lora_A[name].weight)
+    return layer.scaling[name] * layer.lora_B[name].weight, layer.lora_A[name].weight
 
 
-def lora_forward(base: torch.nn.Module, down: torch.Tensor, up: torch.Tensor,
-                 x: torch.Tensor) -> torch.Tensor:
+def lora_forward(base, up, down, x):
     return base(x) + linear(linear(x, down), up)
 
 
-def backward_through(roots: Sequence[torch.Tensor], leaves: Sequence[torch.Tensor]):
+def backward_through(roots, leaves):
     """Carry the gradients that gathered in `leaves` into the graphs that their values came from."""
-    reached, gradients = [], []
-    for root, leaf in zip(roots, leaves):
-        if root.requires_grad and leaf.grad is not None:
-            reached.append(root)
-            gradients.append(leaf.grad)
-    if reached:
-        torch.autograd.backward(reached, gradients)
+    pairs = zip(roots, leaves)
+    pairs = [(root, leaf.grad) for root, leaf in pairs if root.requires_grad and leaf.grad is not None]
+    if pairs:
+        torch.autograd.backward(*zip(*pairs))
 
 
 # ---------------------------------------------------------------------------- encoding, or prefill
@@ -967,106 +908,87 @@ def backward_through(roots: Sequence[torch.Tensor], leaves: Sequence[torch.Tenso
 # group. What a prompt leaves behind, a PromptCache, is all that sampling and scoring need of it.
 
 
-@dataclass
-class ImageFeatures:
-    tokens: torch.Tensor           # (image tokens, hidden): stand in the places of the placeholders
-    deepstack: list[torch.Tensor]  # the same shape, added after the first layers of a Qwen3-VL
-
-
 @torch.no_grad()
-def encode_images(policy: Policy, prompts: Sequence[Prompt]) -> list[list[ImageFeatures]]:
-    """Features of every picture, from the frozen vision tower: per prompt, per picture."""
-    shown = [prompt for prompt in prompts if prompt.pixel_values is not None]
-    features = []
+def encode_images(policy, prompts):
+    """What the frozen vision tower sees: per prompt, per picture, a tuple of tensors.
+
+    The first, (image tokens, hidden), stands in the places of the picture's placeholders; a
+    Qwen3-VL adds the others, of the same shape, after its first layers.
+    """
+    shown = [prompt for prompt in prompts if prompt.pictures]
+    features = iter(())
     if shown:
         pixels = torch.cat([prompt.pixel_values for prompt in shown]).to(policy.device)
         grids = torch.cat([prompt.image_grid_thw for prompt in shown]).to(policy.device)
         output = policy.full.get_image_features(pixels, grids, return_dict=True)
-        levels = output.get("deepstack_features") or []
-        for i, tokens in enumerate(output.pooler_output):
-            features.append(ImageFeatures(tokens, [level[i] for level in levels]))
-    remaining = iter(features)
-    return [list(islice(remaining, prompt.pictures)) for prompt in prompts]
+        features = zip(output.pooler_output, *(output.get("deepstack_features") or []))
+    return [list(islice(features, prompt.pictures)) for prompt in prompts]
 
 
 @dataclass
 class PromptCache:
     """All that completions need of P encoded prompts, padded on the left to a common length L."""
-    keys_values: list[tuple[torch.Tensor, torch.Tensor]]  # per layer, (P, kv heads, L, head dim)
-    last_hidden: torch.Tensor    # (P, hidden): predicts the first completion token
-    mask: torch.Tensor           # (P, L), 1 where a prompt token stands
-    next_position: torch.Tensor  # (P,), of the first completion token, the same on all three axes
+    keys_values: list      # per layer K and V, each (P, kv heads, L, head dim)
+    last_hidden: Tensor    # (P, hidden): predicts the first completion token
+    mask: Tensor           # (P, L), 1 where a prompt token stands
+    next_position: Tensor  # (P,), of the first completion token, the same on all three axes
 
     @property
-    def length(self) -> int:
+    def length(self):
         return self.mask.shape[1]
 
     @cached_property
-    def bias(self) -> torch.Tensor:
+    def bias(self):
         """(P, 1, 1, L): what a score of attention gets where padding stands."""
-        zeros = torch.zeros_like(self.mask, dtype=self.last_hidden.dtype)
-        return zeros.masked_fill(self.mask == 0, -torch.inf)[:, None, None]
+        return minus_infinity(self.mask == 0, self.last_hidden.dtype)[:, None, None]
 
-    def tensors(self) -> list[torch.Tensor]:
+    def tensors(self):
         """K and V of each layer, and z."""
-        tensors = [self.last_hidden]
-        for keys, values in self.keys_values:
-            tensors += [keys, values]
-        return tensors
+        return [self.last_hidden, *chain(*self.keys_values)]
 
-    def as_leaves(self) -> PromptCache:
+    def as_leaves(self):
         """The same values, cut off from the prompt's graph; gradients gather in their `.grad`."""
-        keys_values = []
-        for keys, values in self.keys_values:
-            keys_values.append((keys.detach().requires_grad_(), values.detach().requires_grad_()))
-        return replace(self, keys_values=keys_values,
-                       last_hidden=self.last_hidden.detach().requires_grad_())
+        last_hidden, *keys_values = [x.detach().requires_grad_() for x in self.tensors()]
+        pairs = list(zip(keys_values[::2], keys_values[1::2]))
+        return replace(self, keys_values=pairs, last_hidden=last_hidden)
 
 
-def encode_prompts(policy: Policy, prompts: Sequence[Prompt],
-                   images: Sequence[list[ImageFeatures]],
-                   checkpoint_layers: bool = False) -> PromptCache:
+def minus_infinity(where, dtype):
+    """-inf where a score of attention must not count, else 0."""
+    return torch.zeros_like(where, dtype=dtype).masked_fill(where, -torch.inf)
+
+
+def encode_prompts(policy, prompts, images, checkpoint_layers=False):
     """Run P prompts once. With gradients enabled the result carries the graph of the prompts."""
     core, device = policy.full.model, policy.device
     rows = [torch.tensor(prompt.input_ids) for prompt in prompts]
-    ids = pad_sequence(rows, batch_first=True, padding_value=policy.tokenizer.pad_token_id,
-                       padding_side="left")                                          # (P, L)
-    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True,
-                        padding_side="left")                                         # (P, L)
-    grids = [prompt.image_grid_thw for prompt in prompts if prompt.image_grid_thw is not None]
+    pad_left = partial(pad_sequence, batch_first=True, padding_side="left")
+    ids = pad_left(rows, padding_value=policy.tokenizer.pad_token_id)             # (P, L)
+    mask = pad_left([torch.ones_like(row) for row in rows])                       # (P, L)
+    grids, pictures = None, None
+    if any(images):  # in the form in which transformers takes features instead of pixels
+        grids = torch.cat([prompt.image_grid_thw for prompt in prompts if prompt.pictures])
+        tokens, *levels = zip(*chain(*images))
+        pictures = {"image": SimpleNamespace(pooler_output=tokens, deepstack_features=levels)}
     # positions are computed here: left alone, the model takes them from an earlier call
     positions, _ = core.get_rope_index(
-        ids, mm_token_type_ids=(ids == core.config.image_token_id).int(),
-        image_grid_thw=torch.cat(grids) if grids else None, attention_mask=mask)    # (3, P, L)
+        ids, mm_token_type_ids=(ids == core.config.image_token_id).int(), image_grid_thw=grids,
+        attention_mask=mask)                                                      # (3, P, L)
     cache = DynamicCache()
     with checkpointed(policy, cache) if checkpoint_layers else nullcontext():
         hidden = core(
             input_ids=ids.to(device), attention_mask=mask.to(device),
-            position_ids=positions.to(device), mm_encoder_outputs=as_encoder_outputs(images),
-            past_key_values=cache, use_cache=True).last_hidden_state
-    next_position = positions.masked_fill(mask == 0, -1).amax(dim=(0, 2)) + 1
+            position_ids=positions.to(device), mm_encoder_outputs=pictures,
+            past_key_values=cache, use_cache=True).last_hidden_state              # (P, L, hidden)
+    next_position = positions.amax(dim=(0, 2)) + 1  # padding has position 1
     keys_values = [(layer.keys, layer.values) for layer in cache.layers]
     return PromptCache(keys_values, hidden[:, -1], mask.to(device), next_position.to(device))
 
 
-def as_encoder_outputs(images: Sequence[list[ImageFeatures]]) -> dict | None:
-    """Features of pictures in the form in which transformers takes them instead of pixels."""
-    shown = [picture for pictures in images for picture in pictures]
-    if not shown:
-        return None
-    levels = [list(level) for level in zip(*(picture.deepstack for picture in shown))]
-    output = SimpleNamespace(pooler_output=[picture.tokens for picture in shown],
-                             deepstack_features=levels)
-    return {"image": output}
-
-
-@torch.no_grad()
-def encode_damaged(policy: Policy, batch: Batch, some: Sequence[int]) -> PromptCache | None:
-    """For condition grounded: the damaged twins of some prompts; nothing is learnt through them."""
-    if batch.damaged is None:
-        return None
-    prompts, images = batch.damaged
-    return encode_prompts(policy, [prompts[p] for p in some], [images[p] for p in some])
+def encode_some(policy, prompts, images, some, checkpoint_layers=False):
+    """The prompts at the places `some`."""
+    return encode_prompts(policy, [prompts[p] for p in some], [images[p] for p in some],
+                          checkpoint_layers)
 
 
 # --------------------------------------------------------------------------- scoring completions
@@ -1077,7 +999,7 @@ def encode_damaged(policy: Policy, batch: Batch, some: Sequence[int]) -> PromptC
 CHUNK_BYTES = 2**26  # of logits in fp32: 110 positions of a vocabulary of 151,936
 
 
-def micro_batches(rows: Sequence[int], lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
+def micro_batches(rows, lengths, tokens):
     """Rows in order of falling length, cut so that each part has at most that many tokens with its
     padding, or is one row."""
     rows = sorted(rows, key=lambda row: -lengths[row])
@@ -1087,41 +1009,26 @@ def micro_batches(rows: Sequence[int], lengths: Sequence[int], tokens: int) -> I
         rows = rows[count:]
 
 
-def completion_batches(batch: Batch, some: Sequence[int], prompt_length: int,
-                       tokens: int) -> Iterator[tuple[list[int], torch.Tensor]]:
-    """The completions of some prompts in micro-batches: rows, and the place in `some` of each one's
-    prompt. Each counts with the padded prompt before it, whose keys and values are copied for it.
-    """
-    group, device = batch.group_size, batch.advantages.device
-    lengths = (prompt_length + batch.completions.lengths).tolist()
-    rows = torch.tensor(some)[:, None] * group + torch.arange(group)  # (prompts, G)
-    for part in micro_batches(rows.flatten().tolist(), lengths, tokens):
-        owner = [some.index(row // group) for row in part]
-        yield part, torch.tensor(owner, device=device)
-
-
-def next_logprobs(policy: Policy, hidden: torch.Tensor) -> torch.Tensor:
+def next_logprobs(policy, hidden):
     """log p(next token | ...) in fp32 over the tokens that may be sampled, in nats:
     (..., hidden) -> (..., vocabulary)."""
     logits = policy.full.lm_head(hidden).float()
     return logits.index_fill(-1, policy.banned, -torch.inf).log_softmax(-1)
 
 
-def score_tokens(policy: Policy, prompts: PromptCache, owner: torch.Tensor, tokens: torch.Tensor,
-                 checkpoint_layers: bool = False) -> torch.Tensor:
+def score_tokens(policy, prompts, owner, tokens, checkpoint_layers=False):
     """log p, in nats, of each token of completions (R, T) of the prompts `owner` (R,): (R, T)."""
-    def logprobs_of(targets: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    def logprobs_of(targets, hidden):
         return next_logprobs(policy, hidden).gather(1, targets[:, None])[:, 0]
 
     hidden = completion_hidden(policy, prompts, owner, tokens, checkpoint_layers)
     return in_chunks(policy, logprobs_of, tokens, hidden)
 
 
-def score_against(policy: Policy, prompts: PromptCache, damaged: PromptCache, owner: torch.Tensor,
-                  tokens: torch.Tensor, checkpoint_layers: bool = False) -> torch.Tensor:
+def score_against(policy, prompts, damaged, owner, tokens, checkpoint_layers=False):
     """As `score_tokens`, and of the distribution p that each token comes from KL(p || q) to the q
     given the damaged prompt, through which no gradient flows, and p's entropy: (3, R, T)."""
-    def scores_of(targets: torch.Tensor, hidden: torch.Tensor, other: torch.Tensor):
+    def scores_of(targets, hidden, other):
         logprobs = next_logprobs(policy, hidden)
         own = logprobs.gather(1, targets[:, None])[:, 0]
         p = logprobs.exp()
@@ -1138,7 +1045,7 @@ def score_against(policy: Policy, prompts: PromptCache, damaged: PromptCache, ow
     return in_chunks(policy, scores_of, tokens, hidden, other)
 
 
-def in_chunks(policy: Policy, function: Callable, *inputs: torch.Tensor) -> torch.Tensor:
+def in_chunks(policy, function, *inputs):
     """Apply a function of (positions, ...) to inputs (R, T, ...), one chunk of positions at a time.
 
     It makes logits, which so exist for one chunk only; the backward pass makes them again.
@@ -1146,25 +1053,21 @@ def in_chunks(policy: Policy, function: Callable, *inputs: torch.Tensor) -> torc
     vocabulary = policy.full.get_input_embeddings().num_embeddings
     size = max(1, CHUNK_BYTES // (4 * vocabulary))
     chunks = list(zip(*(tensor.flatten(0, 1).split(size) for tensor in inputs)))
-    if len(chunks) == 1:
-        outputs = [function(*chunks[0])]
-    else:
-        outputs = [checkpoint(function, *chunk, use_reentrant=False) for chunk in chunks]
+    if len(chunks) > 1:
+        function = partial(checkpoint, function, use_reentrant=False)
+    outputs = [function(*chunk) for chunk in chunks]
     return torch.cat(outputs, -1).unflatten(-1, inputs[0].shape[:2])
 
 
-def completion_hidden(policy: Policy, prompts: PromptCache, owner: torch.Tensor,
-                      tokens: torch.Tensor, checkpoint_layers: bool = False) -> torch.Tensor:
+def completion_hidden(policy, prompts, owner, tokens, checkpoint_layers=False):
     """Hidden states (R, T, hidden), of which the one at t predicts token t of (R, T) tokens."""
     # index_select: the backward pass of plain indexing adds up in the order in which threads arrive
     first = prompts.last_hidden.index_select(0, owner)[:, None]  # (R, 1, hidden)
     known = tokens[:, :-1]
     if not known.shape[1]:
         return first
-    keys_values = []
-    for pair in prompts.keys_values:
-        keys_values.append([tensor.index_select(0, owner) for tensor in pair])
-    cache = DynamicCache(keys_values)
+    cache = DynamicCache([(keys.index_select(0, owner), values.index_select(0, owner))
+                          for keys, values in prompts.keys_values])
     mask = torch.cat([prompts.mask[owner], torch.ones_like(known)], 1)
     places = torch.arange(known.shape[1], device=tokens.device)
     positions = prompts.next_position[owner, None] + places
@@ -1176,20 +1079,14 @@ def completion_hidden(policy: Policy, prompts: PromptCache, owner: torch.Tensor,
 
 
 @torch.no_grad()
-def base_logprobs(policy: Policy, batch: Batch, config: Config) -> torch.Tensor:
+def base_logprobs(policy, batch, config):
     """log p of each token (R, T) under the base, which is the policy with its adapter off."""
-    logprobs = torch.zeros_like(batch.completions.logprobs)
-    prompt_lengths = [len(prompt.input_ids) for prompt in batch.prompts]
+    logprobs, chosen = torch.zeros_like(batch.completions.logprobs), range(len(batch.prompts))
     with policy.model.disable_adapter(), dequantized(policy):
-        for some in micro_batches(range(len(prompt_lengths)), prompt_lengths,
-                                  config.micro_batch_tokens):
-            prompts = encode_prompts(policy, [batch.prompts[p] for p in some],
-                                     [batch.images[p] for p in some])
-            for rows, owner in completion_batches(batch, some, prompts.length,
-                                                  config.micro_batch_tokens):
-                length = int(batch.completions.lengths[rows].max())
-                tokens = batch.completions.tokens[rows, :length]
-                logprobs[rows, :length] = score_tokens(policy, prompts, owner, tokens)
+        for rows, owner, prompts, _ in shared_prompts(policy, batch, chosen, config):
+            length = int(batch.completions.lengths[rows].max())
+            tokens = batch.completions.tokens[rows, :length]
+            logprobs[rows, :length] = score_tokens(policy, prompts, owner, tokens)
     return logprobs
 
 
@@ -1199,38 +1096,24 @@ def base_logprobs(policy: Policy, batch: Batch, config: Config) -> torch.Tensor:
 # layer that runs again would append to it again; the shared prompt needs both.
 
 
-class LayerCache:
-    """Keys and values of one layer: those before, and the new ones behind them."""
-
-    def __init__(self, before: Sequence[torch.Tensor]):
-        self.keys_values = before
-
-    def update(self, keys, values, *_, **__):
-        """As transformers calls it: all keys and values so far, each (R, kv heads, n, head dim)."""
-        if self.keys_values:
-            keys = torch.cat([self.keys_values[0], keys], 2)
-            values = torch.cat([self.keys_values[1], values], 2)
-        self.keys_values = keys, values
-        return self.keys_values
-
-
 @contextmanager
-def checkpointed(policy: Policy, cache: DynamicCache):
+def checkpointed(policy, cache):
     """Each run of a layer has a cache that begins with what was there before, and what it appended
     is a result of the layer, through which gradients flow."""
     layers = policy.full.model.language_model.layers
 
-    def run(number: int, forward: Callable, hidden: torch.Tensor, **rest) -> torch.Tensor:
-        def again(hidden: torch.Tensor, *before: torch.Tensor):
-            own = LayerCache(before)
-            output = forward(hidden, **rest | {"past_key_values": own})
-            return output, *own.keys_values
+    def run(number, forward, hidden, **rest):
+        before = [(layer.keys, layer.values) for layer in cache.layers[number:number + 1]]
 
-        before = ()
-        if cache.get_seq_length(number):
-            before = cache.layers[number].keys, cache.layers[number].values
-        output, keys, values = checkpoint(again, hidden, *before, use_reentrant=False)
-        cache.layers[number:number + 1] = DynamicCache([(keys, values)]).layers
+        def again(hidden, *before):
+            own = DynamicCache()
+            if before:
+                own.update(*before, number)
+            output = forward(hidden, **rest | {"past_key_values": own})
+            return output, own.layers[number].keys, own.layers[number].values
+
+        output, *keys_values = checkpoint(again, hidden, *chain(*before), use_reentrant=False)
+        cache.layers[number:number + 1] = DynamicCache([keys_values]).layers
         return output
 
     for number, layer in enumerate(layers):
@@ -1250,28 +1133,19 @@ def checkpointed(policy: Policy, cache: DynamicCache):
 STRETCH = 128  # tokens that a captured step is replayed for: a capture takes as long as a few steps
 
 
-def sample(policy: Policy, prompts: Sequence[Prompt], images: Sequence[list[ImageFeatures]],
-           draws: torch.Tensor, config: Config) -> Completions:
+def sample(policy, prompts, images, draws, config):
     """G completions of each prompt, as many prompts at a time as `cache_gb` holds."""
-    lengths, parts = [len(prompt.input_ids) for prompt in prompts], []
+    lengths, parts, group = [len(prompt.input_ids) for prompt in prompts], [], config.group_size
     with torch.no_grad(), dequantized(policy):
-        for some in rollout_batches(policy, lengths, config.group_size, config.max_new_tokens,
+        for some in rollout_batches(policy, lengths, group, config.max_new_tokens,
                                     config.cache_gb):
-            rows = slice(some.start * config.group_size, some.stop * config.group_size)
             cache = encode_prompts(policy, prompts[some], images[some])
-            parts.append(generate(policy, cache, config.max_new_tokens,
-                                  draws[rows].to(policy.device)))
-    whole = {}
-    for field in fields(Completions):
-        whole[field.name] = torch.cat([getattr(part, field.name) for part in parts])
-    longest = int(whole["lengths"].max())
-    for name in ("tokens", "logprobs", "entropy"):
-        whole[name] = whole[name][:, :longest]
-    return Completions(**whole)
+            numbers = draws[some.start * group:some.stop * group].to(policy.device)
+            parts.append(generate(policy, cache, config.max_new_tokens, numbers))
+    return Completions(*map(torch.cat, zip(*(vars(part).values() for part in parts))))
 
 
-def rollout_batches(policy: Policy, lengths: Sequence[int], group: int, max_new_tokens: int,
-                    cache_gb: float) -> Iterator[slice]:
+def rollout_batches(policy, lengths, group, max_new_tokens, cache_gb):
     """Runs of prompts of these lengths, in order, that can be sampled together, `group` completions
     of each; at least one prompt."""
     start, longest = 0, 0
@@ -1291,12 +1165,12 @@ class CompletionCache:
     `column`, says where the next is written, as a captured step needs it.
     """
 
-    def __init__(self, places: int, column: torch.Tensor):
+    def __init__(self, places, column):
         self.places, self.column = places, column
         self.layers = []  # each (2, R, kv heads, places, head dim)
         self.seen = 1     # the places, from the first, that attention looks at
 
-    def update(self, keys, values, layer: int, *_, **__):
+    def update(self, keys, values, layer, *_, **__):
         """As transformers calls it: (R, kv heads, 1, head dim) -> (R, kv heads, seen, head dim)."""
         if layer == len(self.layers):
             rows, heads, _, size = keys.shape
@@ -1306,16 +1180,15 @@ class CompletionCache:
         store[1].index_copy_(2, self.column, values)
         return store[:, :, :, :self.seen].unbind()
 
-    def bias(self, dtype: torch.dtype) -> torch.Tensor:
+    def bias(self, dtype):
         """(seen,): what a score of attention gets at the places that are not written yet."""
         places = torch.arange(self.seen, device=self.column.device)
-        zeros = torch.zeros(self.seen, dtype=dtype, device=self.column.device)
-        return zeros.masked_fill(places > self.column, -torch.inf)
+        return minus_infinity(places > self.column, dtype)
 
-    def get_seq_length(self, *_) -> int:
+    def get_seq_length(self, *_):
         return self.seen
 
-    def keep(self, rows: torch.Tensor):
+    def keep(self, rows):
         for number, store in enumerate(self.layers):  # twice the memory of one layer, not of all
             self.layers[number] = store[:, rows]
 
@@ -1323,12 +1196,12 @@ class CompletionCache:
 @dataclass
 class GroupLayout:
     """Which of R rows belong to which of P prompts, with S places for each prompt."""
-    table: torch.Tensor  # (P, S): the rows of each prompt, then any row
-    place: torch.Tensor  # (R,): where a row stands in the flattened table
-    full: bool           # every prompt has S rows: the table is the rows in order
+    table: Tensor  # (P, S): the rows of each prompt, then any row
+    place: Tensor  # (R,): where a row stands in the flattened table
+    full: bool     # every prompt has S rows: the table is the rows in order
 
     @classmethod
-    def of(cls, owner: torch.Tensor, prompts: int) -> GroupLayout:
+    def of(cls, owner, prompts):
         """owner: (R,), the prompt of each row, in rising order."""
         rows = torch.arange(len(owner), device=owner.device)
         counts = torch.bincount(owner, minlength=prompts)  # (P,)
@@ -1338,19 +1211,18 @@ class GroupLayout:
         table = rows.new_zeros(prompts * most).scatter(0, place, rows)
         return cls(table.view(prompts, most), place, len(owner) == prompts * most)
 
-    def gather(self, rows: torch.Tensor) -> torch.Tensor:
+    def gather(self, rows):
         """(R, heads, n, size) -> (P, heads, S * n, size): what meets a prompt's keys or values."""
         grouped = rows.unflatten(0, self.table.shape) if self.full else rows[self.table]
         return grouped.transpose(1, 2).flatten(2, 3)
 
-    def scatter(self, grouped: torch.Tensor) -> torch.Tensor:
+    def scatter(self, grouped):
         """Back again."""
         places = grouped.unflatten(2, (self.table.shape[1], -1)).transpose(1, 2).flatten(0, 1)
         return places if self.full else places[self.place]
 
 
-def attend(module, query, key, value, mask, scaling: float, prompts: PromptCache,
-           layout: GroupLayout, bias: torch.Tensor, **_):
+def attend(module, query, key, value, mask, scaling, prompts, layout, bias, **_):
     """Attention of one new token per row to its prompt and its own completion.
 
     query (R, heads, 1, d), key and value (R, kv heads, t, d), of the completion so far.
@@ -1372,8 +1244,7 @@ def attend(module, query, key, value, mask, scaling: float, prompts: PromptCache
 AttentionInterface.register("shared_prompt", attend)
 
 
-def decode_step(policy: Policy, prompts: PromptCache, layout: GroupLayout, cache: CompletionCache,
-                tokens: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+def decode_step(policy, prompts, layout, cache, tokens, position):
     """Hidden states (R, hidden) of one more token (R, 1) in each row, at `position` (R,)."""
     text = policy.full.model.language_model
     usual = text.config._attn_implementation
@@ -1388,7 +1259,7 @@ def decode_step(policy: Policy, prompts: PromptCache, layout: GroupLayout, cache
     return hidden[:, 0]
 
 
-def captured(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
+def captured(step, device):
     """On a card the same step as a CUDA graph: its kernels, some thousand, then wait for one
     launch, not each for Python."""
     if device.type != "cuda":
@@ -1400,8 +1271,7 @@ def captured(step: Callable[[], None], device: torch.device) -> Callable[[], Non
 
 
 @torch.no_grad()
-def generate(policy: Policy, prompts: PromptCache, max_new_tokens: int,
-             draws: torch.Tensor | None = None, stretch: int | None = None) -> Completions:
+def generate(policy, prompts, max_new_tokens, draws=None, stretch=None):
     """Complete every prompt G times in one batch.
 
     `draws` (P * G, max_new_tokens), uniform in [0, 1), picks each token by the inverse of the
@@ -1423,7 +1293,7 @@ def generate(policy: Policy, prompts: PromptCache, max_new_tokens: int,
     column = torch.zeros(1, dtype=torch.long, device=device)  # of the newest token
     layout, cache = GroupLayout.of(owner, count), CompletionCache(max_new_tokens, column)
 
-    def draw(hidden: torch.Tensor):
+    def draw(hidden):
         logp = next_logprobs(policy, hidden)
         probabilities = logp.exp()
         if draws is None:
@@ -1462,8 +1332,7 @@ def generate(policy: Policy, prompts: PromptCache, max_new_tokens: int,
     return until_end(policy, tokens, logprobs, entropy)
 
 
-def until_end(policy: Policy, tokens: torch.Tensor, logprobs: torch.Tensor,
-              entropy: torch.Tensor) -> Completions:
+def until_end(policy, tokens, logprobs, entropy):
     """All (R, T), without what was drawn behind the first end-of-sequence token."""
     most = tokens.shape[1]
     ends = torch.isin(tokens, policy.eos)
@@ -1481,7 +1350,7 @@ def until_end(policy: Policy, tokens: torch.Tensor, logprobs: torch.Tensor,
 # largest step there can be before step 1, and cutting it smaller where it does not fit.
 
 
-def token_bytes(policy: Policy) -> tuple[int, int, int]:
+def token_bytes(policy):
     """Of a token: keys and values in all layers, the inputs of all layers, and a number in the
     widest place of a layer.
 
@@ -1495,7 +1364,7 @@ def token_bytes(policy: Policy) -> tuple[int, int, int]:
     return cached, text.num_hidden_layers * text.hidden_size * size, text.intermediate_size
 
 
-def question_bytes(policy: Policy, length: int, group: int, max_new_tokens: int) -> int:
+def question_bytes(policy, length, group, max_new_tokens):
     """What a question adds to the peak of sampling, with a prompt of that length: while it is
     encoded, or completed `group` times."""
     cached, _, width = token_bytes(policy)
@@ -1504,16 +1373,7 @@ def question_bytes(policy: Policy, length: int, group: int, max_new_tokens: int)
     return length * cached + max(length * 16 * width, group * (max_new_tokens * cached + drawing))
 
 
-def plain_bytes(policy: Policy) -> int:
-    """What the 4-bit weights take as plain ones; in fp32 with the adapter added, and its gradient.
-    """
-    copies = 1 if policy.dtype == torch.bfloat16 else 3
-    packed = [module for module in policy.full.modules() if is_packed(module)]
-    numbers = sum(math.prod(module.weight.quant_state.shape) for module in packed)
-    return copies * policy.dtype.itemsize * numbers
-
-
-def plan(policy: Policy, config: Config, preset: Mapping, longest: int) -> Config:
+def plan(policy, config, preset, longest):
     """The config with `cache_gb` and `micro_batch_tokens` where they are not given.
 
     They are what memory leaves; without a card and without --memory_gb, the preset's. Also decides
@@ -1523,11 +1383,16 @@ def plan(policy: Policy, config: Config, preset: Mapping, longest: int) -> Confi
     if card and memory_gb is None:
         free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
         memory_gb = 0.95 * free / 1e9  # a rest for gaps between tensors
+    # dequantized; in fp32 also with the adapter added, and the gradient of that
+    copies = 1 if policy.dtype == torch.bfloat16 else 3
+    packed = [module for module in policy.full.modules() if is_packed(module)]
+    numbers = sum(math.prod(module.weight.quant_state.shape) for module in packed)
+    plain_bytes = copies * policy.dtype.itemsize * numbers
     if memory_gb is None:
-        policy.dequantize = 2 * plain_bytes(policy) < psutil.virtual_memory().available
+        policy.dequantize = 2 * plain_bytes < psutil.virtual_memory().available
         cache_gb, tokens = preset["cache_gb"], preset["micro_batch_tokens"]
     else:
-        cache_gb, tokens = divide_memory(policy, config, memory_gb, longest)
+        cache_gb, tokens = divide_memory(policy, config, memory_gb, longest, plain_bytes)
     if card:  # beyond it torch says that memory is out
         share = 1e9 * memory_gb / torch.cuda.mem_get_info()[1]
         torch.cuda.set_per_process_memory_fraction(min(1.0, share))
@@ -1535,8 +1400,7 @@ def plan(policy: Policy, config: Config, preset: Mapping, longest: int) -> Confi
                    micro_batch_tokens=config.micro_batch_tokens or tokens)
 
 
-def divide_memory(policy: Policy, config: Config, memory_gb: float,
-                  longest: int) -> tuple[float, int]:
+def divide_memory(policy, config, memory_gb, longest, plain_bytes):
     """GB for sampling and tokens of a micro-batch that fit into that memory.
 
     It first goes to weights, gradients, Adam's two averages and some chunks of logits, then to
@@ -1544,19 +1408,16 @@ def divide_memory(policy: Policy, config: Config, memory_gb: float,
     of prompts as of completions: of each token keys and values twice (with gradients, or as a row's
     copies), each layer's input, and one layer at work [without --checkpoint all of them].
     """
-    held = 6 * CHUNK_BYTES
-    for parameter in policy.model.parameters():
-        held += parameter.nbytes * (4 if parameter.requires_grad else 1)
+    held = 6 * CHUNK_BYTES + sum(parameter.nbytes for parameter in policy.model.parameters())
+    held += 3 * sum(parameter.nbytes for parameter in policy.trainable())
     left = 1e9 * memory_gb - held
-    policy.dequantize = 2 * plain_bytes(policy) < left
+    policy.dequantize = 2 * plain_bytes < left
     if policy.dequantize:
-        left -= plain_bytes(policy)
-
+        left -= plain_bytes
     cached, inputs, width = token_bytes(policy)
-    if config.checkpoint:
-        token = 4 * cached + 2 * inputs + 30 * width
-    else:
-        token = 4 * cached + 2 * policy.full.config.text_config.num_hidden_layers * 30 * width
+    token = 4 * cached + 2 * inputs + 30 * width
+    if not config.checkpoint:
+        token = 4 * cached + 60 * width * policy.full.config.text_config.num_hidden_layers
     sampling = question_bytes(policy, longest, config.group_size, config.max_new_tokens)
     needed = max(sampling, (longest + config.max_new_tokens) * token)
     if left < needed:
@@ -1567,91 +1428,69 @@ def divide_memory(policy: Policy, config: Config, memory_gb: float,
     return left / 1e9, int(left // token)
 
 
-def preflight(policy: Policy, questions: Questions, config: Config) -> Config:
+def preflight(policy, longest, grounded, config):
     """A step of the worst size before step 1: the longest prompt each time, completions that never
-    end.
+    end, and no optimizer.
 
     It shows what memory and time a step can take at most. Where a card's memory does not hold it,
     it is cut smaller: the config with which it went through returns.
     """
-    worst = [questions.longest()] * config.prompts_per_step
-    length = len(policy.encode(worst[0]).input_ids)
+    worst = [longest] * config.prompts_per_step
+    endless = replace(policy, eos=torch.full_like(policy.eos, -1))
     while True:
         start = time.perf_counter()
-        at_a_time = next(rollout_batches(policy, [length] * len(worst), config.group_size,
-                                         config.max_new_tokens, config.cache_gb)).stop
-        rows = config.micro_batch_tokens // (length + config.max_new_tokens)
-        rows = min(max(1, rows), len(worst) * config.group_size)
         try:
-            rehearse(policy, worst, questions.grounded, config)
+            batch, _, _ = roll_out(endless, worst, 0, 0, config, worst if grounded else ())
+            # whatever they earned, each group has something to learn
+            batch.advantages = torch.linspace(-1, 1, len(batch.advantages), device=policy.device)
+            accumulate_gradients(endless, batch, config)
             break
         except torch.OutOfMemoryError as error:
-            if at_a_time * rows == 1:
+            if config.micro_batch_tokens < longest["prompt_tokens"]:  # one row at a time already
                 raise UserError(
                     "a step of the largest size does not fit into memory "
                     f"({str(error).splitlines()[0]}): lower --group_size, --max_new_tokens or "
                     "--prompts_per_step, or 01_prepare.py --max_pixels") from error
         finally:
             policy.model.zero_grad(set_to_none=True)
+        batch = None  # its memory is wanted
         config = replace(config, cache_gb=config.cache_gb / 2,
-                         micro_batch_tokens=max(1, config.micro_batch_tokens // 2))
+                         micro_batch_tokens=config.micro_batch_tokens // 2)
     trainable = sum(parameter.numel() for parameter in policy.trainable())
-    says = (f"preflight: {trainable / 1e6:.2f} M trainable parameters, longest prompt {length} "
-            f"tokens; the largest step samples {at_a_time * config.group_size} completions at a "
-            f"time, learns from {rows} at a time, and takes {time.perf_counter() - start:.1f} s "
-            f"and {peak_gb(policy):.2f} GB")
-    if config.memory_gb:
-        says += f" of {config.memory_gb:.2f}"
-    if not policy.dequantize:
-        says += "; 4-bit weights stay packed"
-    tqdm.write(says)
+    print(f"preflight: {trainable / 1e6:.2f} M trainable parameters; a step of prompts of "
+          f"{longest['prompt_tokens']} tokens, in micro-batches of {config.micro_batch_tokens} "
+          f"tokens, takes {time.perf_counter() - start:.1f} s and {peak_gb(policy):.2f} GB"
+          f"{'' if policy.dequantize else '; 4-bit weights stay packed'}", flush=True)
     return config
 
 
-def rehearse(policy: Policy, questions: list[Question], grounded: bool, config: Config):
-    """A whole step without the optimizer."""
-    endless = replace(policy, eos=torch.full_like(policy.eos, -1))
-    batch, _, _ = roll_out(endless, questions, 0, 0, config, questions if grounded else ())
-    # whatever they earned, each group has something to learn
-    batch.advantages = torch.linspace(-1, 1, len(batch.advantages), device=policy.device)
-    accumulate_gradients(endless, batch, config)
-
-
-def peak_gb(policy: Policy) -> float:
+def peak_gb(policy):
     """Most memory held so far, in GB: of the card, or without one of the process."""
     if policy.device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
-    status = Path("/proc/self/status")
-    if status.exists():  # Linux
-        kb = re.search(r"VmHWM:\s+(\d+) kB", status.read_text(encoding="utf-8"))[1]
-        return int(kb) * 1024 / 1e9
     memory = psutil.Process().memory_info()
-    return getattr(memory, "peak_wset", memory.rss) / 1e9  # Windows; macOS tells what is held now
+    return getattr(memory, "peak_wset", memory.rss) / 1e9  # but on Windows what is held now
 
 
 # ---------------------------------------------------------------- the files of a run, and its end
-# A run is a folder. While it runs it has its log and the newest two checkpoints, each a safetensors
-# file that is moved into place whole; config.json comes last and says that the run is finished. So
-# a kill at any moment costs the steps since a checkpoint, and the continued run is the same, byte
-# for byte.
+# A run is a folder. While it runs it has its log and a checkpoint, which is moved into place whole;
+# config.json comes last and says that the run is finished. So a kill at any moment costs the steps
+# since the checkpoint, and the continued run is the same, byte for byte.
 
 # options that choose runs, or change rounding alone: a run may continue under others
-NOT_SETTINGS = {"data", "conditions", "seeds", "steps", "workers", "sample_every", "memory_gb",
+NOT_SETTINGS = {"data", "conditions", "seeds", "steps", "workers", "memory_gb",
                 "micro_batch_tokens", "cache_gb", "checkpoint", "save_every"}
+CHECKPOINT = "checkpoint.safetensors"
 STOPPING = b"stopping after this step; once more stops at once\n"
 
 
-def run_settings(study: dict, questions: Questions, config: Config) -> dict:
+def run_settings(study, questions, config):
     """What decides a run's numbers: it continues, and counts as finished, only under the same."""
-    settings = {"condition": questions.condition, "seed": questions.seed, "model": study["model"],
-                "made_from": questions.made_from | study["model_files"], **prepare.versions()}
-    for field in fields(Config):
-        if field.name not in NOT_SETTINGS:
-            settings[field.name] = getattr(config, field.name)
-    settings["corruption"] = questions.corruptions
+    settings = {name: value for name, value in vars(config).items() if name not in NOT_SETTINGS}
+    settings |= {"condition": questions.condition, "seed": questions.seed,
+                 "corruption": questions.corruptions, "model": study["model"],
+                 "made_from": questions.made_from | study["model_files"], **prepare.versions()}
     # what another condition's settings are must not matter
-    if questions.condition == "standard":
-        del settings["corruption"]
     if questions.condition != "mixed":
         del settings["mixed_fraction"]
     if questions.condition != "grounded":
@@ -1659,175 +1498,109 @@ def run_settings(study: dict, questions: Questions, config: Config) -> dict:
     return settings
 
 
-def check_settings(folder: Path, old: dict, new: dict):
+def check_settings(folder, old, new):
     """Stop where a run began with other settings, and say which."""
-    changed = []
-    for key in {**old, **new}:
-        if key == "made_from":
-            for name in {**old[key], **new[key]}:
-                if old[key].get(name) != new[key].get(name):
-                    changed.append(f"another {name}")
-        elif old.get(key) != new.get(key):
-            changed.append(f"{key} was {old.get(key)}, is {new.get(key)}")
+    changed = [f"{key} was {old.get(key)}, is {new.get(key)}"
+               for key in {**old, **new} if old.get(key) != new.get(key)]
     if changed:
         raise UserError(f"{folder} was made with other settings ({'; '.join(changed)}): delete "
                         "that folder, or choose another --data")
 
 
-def resume(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, settings: dict,
-           steps: int) -> list[dict]:
-    """Restore the newest checkpoint, if there is one; returns the log rows of its steps."""
-    rows = read_log(folder)
-    finished = load_checkpoint(folder / "checkpoint", policy, optimizer, settings, len(rows))
-    if finished > steps:
-        raise UserError(f"{folder} has already made {finished} steps, not {steps}: delete that "
-                        "folder, or ask for more --steps")
-    # rows of later steps are about to be made again
-    for name in ("train.jsonl", "rollouts.jsonl"):
-        kept = [row for row in read_log(folder, name) if row["step"] <= finished]
-        prepare.write_jsonl(folder / name, kept)
-    if finished:
-        tqdm.write(f"{folder.name} continues after step {finished}")
-    return rows[:finished]
+def make_optimizer(policy, config):
+    """AdamW; its state begins with zeros, so that a checkpoint has something to be copied into."""
+    # fused: the other forms take a square root that differs between processors
+    optimizer = torch.optim.AdamW(
+        policy.trainable(), lr=config.learning_rate, weight_decay=0.0, fused=True)
+    for parameter in policy.trainable():
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), device=policy.device),
+            "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
+    return optimizer
 
 
-def read_log(folder: Path, name: str = "train.jsonl") -> list[dict]:
-    """The rows that a run has written so far."""
-    path = folder / name
-    return prepare.read_jsonl(path) if path.exists() else []
-
-
-def save_checkpoint(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, step: int,
-                    settings: dict):
-    """Adapter, optimizer state and the number of finished steps; of earlier ones the last stays."""
-    tensors = {}
+def run_state(policy, optimizer):
+    """All that a step changes: adapter and optimizer."""
+    state = {}
     for name, parameter in policy.model.named_parameters():
         if parameter.requires_grad:
-            tensors[f"adapter.{name}"] = parameter.detach()
-            for key, value in optimizer.state[parameter].items():  # step, exp_avg, exp_avg_sq
-                tensors[f"{key}.{name}"] = value
-    meta = {"step": str(step), "settings": json.dumps(settings), "sha256": digest(tensors)}
-    path = folder / f"{step:06d}.safetensors"
-    with prepare.replacing(path) as part:
-        save_file(tensors, part, metadata=meta)
-    earlier = sorted(other for other in folder.glob("*.safetensors") if other.name < path.name)
-    for other in folder.iterdir():
-        if other not in (path, *earlier[-1:]):
-            other.unlink()
+            state[f"adapter.{name}"] = parameter.detach()
+            for key, value in optimizer.state[parameter].items():
+                state[f"{key}.{name}"] = value
+    return state
 
 
-def digest(tensors: Mapping[str, torch.Tensor]) -> str:
-    """sha256 of names and values: a file may have its length and yet not its content."""
-    total = hashlib.sha256()
-    for name in sorted(tensors):
-        total.update(name.encode())
-        total.update(tensors[name].cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return total.hexdigest()
+def save_checkpoint(folder, policy, optimizer, step, settings):
+    """State, settings and the number of finished steps, in place of the checkpoint before."""
+    meta = {"step": str(step), "settings": json.dumps(settings)}
+    with prepare.replacing(folder / CHECKPOINT) as part:
+        save_file(run_state(policy, optimizer), part, metadata=meta)
 
 
-def read_checkpoint(path: Path) -> tuple[int, dict, dict[str, torch.Tensor]]:
-    """Steps, settings and tensors of a checkpoint; ValueError if it is damaged."""
-    try:
-        with safe_open(path, "pt") as file:
-            meta, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
-        if digest(tensors) != meta["sha256"]:
-            raise ValueError("its content is not what was written")
-        return int(meta["step"]), json.loads(meta["settings"]), tensors
-    except (OSError, SafetensorError, KeyError, TypeError) as error:
-        raise ValueError(str(error)) from error
-
-
-def load_checkpoint(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, settings: dict,
-                    logged: int) -> int:
-    """Restore the newest whole checkpoint whose steps are all among the `logged` ones; returns the
-    number of its steps, 0 without any."""
-    paths = sorted(folder.glob("*.safetensors"))
-    while paths:
-        path = paths.pop()
+def resume(folder, policy, optimizer, settings, config):
+    """Restore the checkpoint, if there is one; returns the number of its steps."""
+    step, path = 0, folder / CHECKPOINT
+    if path.exists():
         try:
-            step, old_settings, tensors = read_checkpoint(path)
-            if step > logged:
-                raise ValueError("train.jsonl lacks its steps")
-        except ValueError as error:
-            next_try = f"back to {paths[-1].name}" if paths else "starting again"
-            print(f"{path} is damaged ({error}): {next_try}")
-            continue
-        check_settings(folder.parent, old_settings, settings)
-        for name, parameter in policy.model.named_parameters():
-            if not parameter.requires_grad:
-                continue
-            parameter.data.copy_(tensors[f"adapter.{name}"])
-            for key in ("step", "exp_avg", "exp_avg_sq"):
-                if f"{key}.{name}" in tensors:  # not if each step so far was skipped
-                    value = tensors[f"{key}.{name}"].to(policy.device, copy=True)
-                    optimizer.state[parameter][key] = value
-        return step
-    return 0
+            with safe_open(path, "pt") as file:
+                step = int(file.metadata()["step"])
+                check_settings(folder, json.loads(file.metadata()["settings"]), settings)
+                for name, value in run_state(policy, optimizer).items():
+                    value.copy_(file.get_tensor(name))
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path} is damaged ({error}): delete {folder}") from error
+        print(f"{folder.name} continues after step {step}", flush=True)
+    for name in ("train.jsonl", "rollouts.jsonl"):
+        rows = prepare.read_jsonl(folder / name) if (folder / name).exists() else []
+        # later steps are about to be made again
+        prepare.write_jsonl(folder / name, [row for row in rows if row["step"] <= step])
+    if step > config.steps:
+        raise UserError(f"{folder} has already made {step} steps, not {config.steps}: delete that "
+                        "folder, or ask for more --steps")
+    return step
 
 
-def check_skipped(folder: Path, rows: Sequence[dict]):
-    """Three steps in a row without a finite gradient: nothing will get better by itself."""
-    if len(rows) >= 3 and all(row["skipped"] for row in rows[-3:]):
-        last = rows[-1]["step"]
-        raise UserError(
-            f"{folder.name} skipped steps {last - 2} to {last}, because a reward or a gradient is "
-            f"not finite: look into {folder / 'rollouts.jsonl'}, delete {folder}, and lower "
-            "--learning_rate")
-
-
-def finish(folder: Path, policy: Policy, rows: Sequence[dict], model: str, settings: dict) -> dict:
-    """Adapter, then config.json: it says that the run is whole; returns it."""
+def finish(folder, policy, model, settings):
+    """The adapter as PEFT writes it, then config.json, which says that the run is whole."""
     save_adapter(folder, policy, model)
-    device = "cpu"
-    if policy.device.type == "cuda":
-        device = torch.cuda.get_device_name()
-    seconds = sum(row["rollout_s"] + row["update_s"] for row in rows)
-    result = {
-        "policy": folder.name, "settings": settings | {"steps": len(rows)}, "device": device,
-        "dequantized": policy.dequantize, "skipped": sum(row["skipped"] for row in rows),
-        "peak_gb": max(row["peak_gb"] for row in rows), "seconds": round(seconds, 1),
-    }
+    device = torch.cuda.get_device_name() if policy.device.type == "cuda" else "cpu"
+    result = {"policy": folder.name, "settings": settings, "device": device}
     with prepare.replacing(folder / "config.json") as part:
         part.write_text(json.dumps(result, indent=1), encoding="utf-8")
-    shutil.rmtree(folder / "checkpoint", ignore_errors=True)
-    return result
+    return read_finished(folder, settings)
 
 
-def save_adapter(folder: Path, policy: Policy, model: str):
-    """adapter_model.safetensors and adapter_config.json as PEFT writes them, of the base `model`."""
+def save_adapter(folder, policy, model):
+    """adapter_model.safetensors and adapter_config.json, of the base called `model`."""
     settings = policy.model.peft_config["default"]
     settings.base_model_name_or_path = model  # not where this machine keeps it
     settings.target_modules = sorted(settings.target_modules)  # a set has no order of its own
     whole = folder / ".adapter.part"
-    prepare.remove(whole)  # of a process that was killed
-    try:
-        # not "auto": it asks the hub whether embeddings changed
-        policy.model.save_pretrained(whole, save_embedding_layers=False)
-        for name in ("adapter_config.json", "adapter_model.safetensors"):
-            with prepare.replacing(folder / name) as part:
-                (whole / name).replace(part)
-    finally:
-        prepare.remove(whole)
+    # not "auto", which asks the hub whether embeddings changed
+    policy.model.save_pretrained(whole, save_embedding_layers=False)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        with prepare.replacing(folder / name) as part:
+            (whole / name).replace(part)
+    prepare.remove(whole)
 
 
-def read_run(folder: Path) -> dict:
+def read_run(folder):
     """config.json of a finished run."""
     shape = {"settings": {"made_from": dict, "max_new_tokens": int}}
     return prepare.read_json(folder / "config.json", shape,
                              f"delete {folder} and run 03_train_grpo.py again")
 
 
-def keep_finished(folder: Path, settings: dict) -> dict:
-    """config.json of a run that is finished, if these are its settings."""
+def read_finished(folder, settings):
+    """The same, if these are its settings; what a run needs on its way goes."""
     result = read_run(folder)
     check_settings(folder, result["settings"], settings)
-    shutil.rmtree(folder / "checkpoint", ignore_errors=True)  # of a kill between the two
-    tqdm.write(f"{folder.name} is finished: kept")
+    (folder / CHECKPOINT).unlink(missing_ok=True)
     return result
 
 
 @contextmanager
-def stopping() -> Iterator[list[int]]:
+def stopping():
     """Collects Ctrl-C, and SIGTERM as schedulers and stage 3 itself send it, so that the step under
     way can end; a second one ends at once.
 
@@ -1835,7 +1608,7 @@ def stopping() -> Iterator[list[int]]:
     """
     asked, usual = [], {}
 
-    def ask(number: int, _):
+    def ask(number, _):
         asked.append(number)
         for each in usual:
             signal.signal(each, signal.default_int_handler)
