@@ -286,8 +286,8 @@ def roll_out(policy, questions, step, seed, config, damaged=()):
 
     texts, grades = grade_completions(policy, questions, completions)
     rewards = torch.tensor([reward(grade) for grade in grades], device=policy.device)
-    rewards = rewards.view(len(questions), config.group_size)                # (P, G)
-    advantages = group_advantages(rewards, scale=config.loss != "dr_grpo")   # (P, G)
+    rewards = rewards.view(len(questions), config.group_size)               # (P, G)
+    advantages = group_advantages(rewards, scale=config.loss != "dr_grpo")  # (P, G)
     correct = torch.tensor([float(grade.correct) for grade in grades], device=policy.device)
     batch = Batch(prompts, images, completions, advantages.flatten(), correct)
 
@@ -297,6 +297,8 @@ def roll_out(policy, questions, step, seed, config, damaged=()):
         damaged_prompts = [policy.encode(question) for question in damaged]
         batch.damaged = damaged_prompts, encode_images(policy, damaged_prompts)
 
+    # a reward that is no number still reaches the gradient, and the step is skipped
+    rewards = rewards.nan_to_num(0.0, 0.0, 0.0)
     row = rollout_log(rewards, grades, completions)
     row["rollout_s"] = time.perf_counter() - start
     samples = []
@@ -632,7 +634,6 @@ def schedule(questions, seed, step, count):
 
 def rollout_log(rewards, grades, completions):
     """What train.jsonl says of a rollout; names are TRL's where the quantity is TRL's."""
-    rewards = rewards.nan_to_num(0.0, 0.0, 0.0)  # the gradient sees it, and the step is skipped
     tokens = int(completions.lengths.sum())
     return {
         "reward": rewards.mean().item(),
@@ -649,31 +650,26 @@ def rollout_log(rewards, grades, completions):
 
 
 STEP_LINE = ("reward", "correct", "well_formed", "frac_reward_zero_std", "completion_length",
-             "clipped_ratio", "entropy", "kl", "grounding", "grad_norm", "peak_gb")
+             "clipped_ratio", "entropy", "kl", "grounding", "grad_norm", "rollout_s", "update_s",
+             "peak_gb")
 
 
 def log_step(folder, row, samples, config):
     """Write a step down, its samples first: a row says that its step is whole."""
     prepare.append_jsonl(folder / "rollouts.jsonl", samples)
     prepare.append_jsonl(folder / "train.jsonl", [row])
-    parts = [f"{folder.name} {row['step']:4d}/{config.steps}"]
-    for name in STEP_LINE:
-        if row[name] is not None:
-            parts.append(f"{name} {row[name]:.3g}")
+    shown = [f"{folder.name} {row['step']:4d}/{config.steps}"]
+    shown += [f"{name} {row[name]:.3g}" for name in STEP_LINE if row[name] is not None]
     if row["skipped"]:
-        parts.append("skipped: a reward or gradient is not finite")
-    seconds = row["rollout_s"] + row["update_s"]
-    parts.append(f"{seconds:.2f} s, {row['num_tokens'] / seconds:,.0f} tok/s")
-    print("  ".join(parts), flush=True)
+        shown.append("skipped: a reward or gradient is not finite")
+    print("  ".join(shown), flush=True)
 
 
 # ==================================================================================================
 # Below: the machine room. You can fork this kit without reading on.
 # ==================================================================================================
 
-# -------------------------------------------------------------------------- options and files
-# Arguments are called as above: policy, config, prompts (what a prompt leaves behind), tokens, ...
-# and have the same types; docstrings give shapes and units.
+# ---------------------------------------------------------------- options that cannot work
 
 
 def check_config(config):
@@ -713,11 +709,11 @@ VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|imag
 
 @dataclass
 class Policy:
-    model: torch.nn.Module  # PeftModel, or the bare base
+    model: torch.nn.Module   # PeftModel, or the bare base
     tokenizer: object
     image_processor: object
-    eos: torch.Tensor       # ids that end a completion
-    banned: torch.Tensor    # ids never sampled: vision tokens, and ids that no token has
+    eos: Tensor              # ids that end a completion
+    banned: Tensor           # ids never sampled: vision tokens, and ids that no token has
     dequantize: bool = True  # whether memory holds 4-bit weights as plain ones while in use
 
     @property
@@ -897,10 +893,10 @@ def lora_forward(base, up, down, x):
 
 def backward_through(roots, leaves):
     """Carry the gradients that gathered in `leaves` into the graphs that their values came from."""
-    pairs = zip(roots, leaves)
-    pairs = [(root, leaf.grad) for root, leaf in pairs if root.requires_grad and leaf.grad is not None]
-    if pairs:
-        torch.autograd.backward(*zip(*pairs))
+    # a leaf that nothing depended on has none, as keys and values if completions are one token long
+    reached = [(root, leaf) for root, leaf in zip(roots, leaves) if leaf.grad is not None]
+    if reached:
+        torch.autograd.backward([root for root, _ in reached], [leaf.grad for _, leaf in reached])
 
 
 # ---------------------------------------------------------------------------- encoding, or prefill
@@ -1135,14 +1131,16 @@ STRETCH = 128  # tokens that a captured step is replayed for: a capture takes as
 
 def sample(policy, prompts, images, draws, config):
     """G completions of each prompt, as many prompts at a time as `cache_gb` holds."""
-    lengths, parts, group = [len(prompt.input_ids) for prompt in prompts], [], config.group_size
+    lengths, parts = [len(prompt.input_ids) for prompt in prompts], []
+    draws = draws.view(len(prompts), config.group_size, -1)  # (P, G, T)
     with torch.no_grad(), dequantized(policy):
-        for some in rollout_batches(policy, lengths, group, config.max_new_tokens,
+        for some in rollout_batches(policy, lengths, config.group_size, config.max_new_tokens,
                                     config.cache_gb):
             cache = encode_prompts(policy, prompts[some], images[some])
-            numbers = draws[some.start * group:some.stop * group].to(policy.device)
+            numbers = draws[some].flatten(0, 1).to(policy.device)
             parts.append(generate(policy, cache, config.max_new_tokens, numbers))
-    return Completions(*map(torch.cat, zip(*(vars(part).values() for part in parts))))
+    columns = zip(*(vars(part).values() for part in parts))
+    return Completions(*map(torch.cat, columns))
 
 
 def rollout_batches(policy, lengths, group, max_new_tokens, cache_gb):
@@ -1436,32 +1434,34 @@ def preflight(policy, longest, grounded, config):
     it is cut smaller: the config with which it went through returns.
     """
     worst = [longest] * config.prompts_per_step
-    endless = replace(policy, eos=torch.full_like(policy.eos, -1))
     while True:
         start = time.perf_counter()
         try:
-            batch, _, _ = roll_out(endless, worst, 0, 0, config, worst if grounded else ())
-            # whatever they earned, each group has something to learn
-            batch.advantages = torch.linspace(-1, 1, len(batch.advantages), device=policy.device)
-            accumulate_gradients(endless, batch, config)
+            rehearse(policy, worst, grounded, config)
             break
         except torch.OutOfMemoryError as error:
-            if config.micro_batch_tokens < longest["prompt_tokens"]:  # one row at a time already
+            if config.micro_batch_tokens < longest["prompt_tokens"]:  # a row at a time already
                 raise UserError(
                     "a step of the largest size does not fit into memory "
                     f"({str(error).splitlines()[0]}): lower --group_size, --max_new_tokens or "
                     "--prompts_per_step, or 01_prepare.py --max_pixels") from error
         finally:
             policy.model.zero_grad(set_to_none=True)
-        batch = None  # its memory is wanted
         config = replace(config, cache_gb=config.cache_gb / 2,
                          micro_batch_tokens=config.micro_batch_tokens // 2)
-    trainable = sum(parameter.numel() for parameter in policy.trainable())
-    print(f"preflight: {trainable / 1e6:.2f} M trainable parameters; a step of prompts of "
-          f"{longest['prompt_tokens']} tokens, in micro-batches of {config.micro_batch_tokens} "
-          f"tokens, takes {time.perf_counter() - start:.1f} s and {peak_gb(policy):.2f} GB"
-          f"{'' if policy.dequantize else '; 4-bit weights stay packed'}", flush=True)
+    print(f"preflight: the largest step takes {time.perf_counter() - start:.1f} s and "
+          f"{peak_gb(policy):.2f} GB, in micro-batches of {config.micro_batch_tokens} tokens and "
+          f"with {config.cache_gb:.2f} GB to sample in", flush=True)
     return config
+
+
+def rehearse(policy, questions, grounded, config):
+    """A whole step without the optimizer."""
+    endless = replace(policy, eos=torch.full_like(policy.eos, -1))
+    batch, _, _ = roll_out(endless, questions, 0, 0, config, questions if grounded else ())
+    # whatever they earned, each group has something to learn
+    batch.advantages = torch.linspace(-1, 1, len(batch.advantages), device=policy.device)
+    accumulate_gradients(endless, batch, config)
 
 
 def peak_gb(policy):

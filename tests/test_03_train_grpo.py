@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_leaves
 from conftest import VISION, hashed_grade, tiny_model
 
 KINDS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
-STEP = dict(prompts_per_step=4, group_size=4, max_new_tokens=12, tokens_per_pass=96, cache_gb=1.0, lora_rank=4, learning_rate=1e-2)
+STEP = dict(prompts_per_step=4, group_size=4, max_new_tokens=12, micro_batch_tokens=96, cache_gb=1.0, lora_rank=4, learning_rate=1e-2)
 RUN = {"steps": 4, "seeds": [0], "workers": 1, "conditions": ["mixed"], "corruption": ["blank", "removed"]}  # some prompts of a step have no picture
 
 
@@ -68,15 +68,10 @@ def policies(prepare, train, tokenizer, base_folder):
         if kind == "nf4" and kind not in made:
             made[kind] = stir(train.load_policy(str(base_folder), 112 * 112, lora_rank=4, seed=0))
         elif kind not in made:
-            model = tiny_model(kind, tokenizer).requires_grad_(False)
-            torch.manual_seed(0)
-            lora = train.LoraConfig(r=4, lora_alpha=8, target_modules=train.LANGUAGE_LINEARS, task_type="CAUSAL_LM")
-            model = train.get_peft_model(model, lora).train()
-            patch = model.get_base_model().config.vision_config.patch_size
+            model = tiny_model(kind, tokenizer)
+            patch = model.config.vision_config.patch_size
             processor = prepare.Qwen2VLImageProcessorPil(patch_size=patch, size={"shortest_edge": 56 * 56, "longest_edge": 128 * 128})
-            banned = [*tokenizer.convert_tokens_to_ids(list(VISION)), *range(len(tokenizer), 576)]
-            eos = torch.tensor([tokenizer.eos_token_id])
-            made[kind] = stir(train.Policy(model, tokenizer, processor, eos, torch.tensor(banned)))
+            made[kind] = stir(train.make_policy(model, tokenizer, processor, lora_rank=4))
         return made[kind]
 
     return get
@@ -174,7 +169,7 @@ def hand_made_batch(train, policy, group=3, longest=7):
     prompts = [policy.encode(q) for q in QUESTIONS]
     done = train.Completions(tokens, torch.zeros(tokens.shape), torch.zeros(tokens.shape), lengths, lengths % 2 == 1)
     advantages = torch.tensor(rng.standard_normal(len(completions)), dtype=torch.float32)
-    return completions, train.Batch(prompts, train.look(policy, prompts), done, advantages, None, torch.zeros_like(advantages))
+    return completions, train.Batch(prompts, train.encode_images(policy, prompts), done, advantages, torch.zeros_like(advantages))
 
 
 def padded(rows, width):
@@ -203,9 +198,9 @@ def test_gradient_of_the_shared_prompt_is_that_of_whole_sequences(train, policie
             loss_value = paper_loss(config, logprobs, old, batch.advantages, reference if kl else None)
             truth = dict(zip(trainable(policy), torch.autograd.grad(loss_value, list(trainable(policy).values()), retain_graph=True)))
             step, first = dataclasses.replace(batch, reference=padded(reference, 7) if kl else None), None
-            for config.tokens_per_pass, config.checkpoint, chunk in cuts:
+            for config.micro_batch_tokens, config.checkpoint, chunk in cuts:
                 monkeypatch.setattr(train, "CHUNK_BYTES", chunk)
-                gradient, sums = shared_gradient(train, dataclasses.replace(policy, unpack=next(unpack)), step, config)
+                gradient, sums = shared_gradient(train, dataclasses.replace(policy, dequantize=next(unpack)), step, config)
                 worst, first = max(worst, largest_error(gradient, truth)), first or gradient
                 spread = max(spread, largest_error(gradient, first))
                 assert sums["loss"] == pytest.approx(loss_value.item(), rel=1e-4)
@@ -237,8 +232,8 @@ def test_gradient_of_looking_is_that_of_whole_sequences(train, policies, kind, l
     with torch.no_grad(), policy.model.disable_adapter():
         reference = [plain_logprobs(policy, *pair) for pair in zip(prompts, completions)] if kl else None
     batch.completions.logprobs = padded([row.detach() for row in logprobs], 7)
-    step = dataclasses.replace(batch, correct=correct, damaged=(blank, train.look(policy, blank)), reference=padded(reference, 7) if kl else None)
-    config = train.Config(loss=loss, kl=kl, max_new_tokens=10, looking_weight=0.7, looking_bound=0.5)
+    step = dataclasses.replace(batch, correct=correct, damaged=(blank, train.encode_images(policy, blank)), reference=padded(reference, 7) if kl else None)
+    config = train.Config(loss=loss, kl=kl, max_new_tokens=10, grounding_weight=0.7, grounding_bound=0.5)
     monkeypatch.setattr(train, "ENTROPY_GUARD", 3.0)
     value, bounded, spread = paper_loss(config, logprobs, [row.detach() for row in logprobs], batch.advantages, reference), 0, 0
     for i, tokens in enumerate(completions):
@@ -254,7 +249,7 @@ def test_gradient_of_looking_is_that_of_whole_sequences(train, policies, kind, l
             value = value - 0.7 * correct[i] * (entropy < 3.0) * torch.clip(divergence, max=0.5) * weight
     assert all(0 < some < sum(map(len, completions)) for some in (bounded, spread))
     truth = dict(zip(trainable(policy), torch.autograd.grad(value, list(trainable(policy).values()))))
-    for config.tokens_per_pass, config.checkpoint, chunk in ((1, False, 2**26), (120, True, 2**26), (2000, False, 4 * 576 * 5)):
+    for config.micro_batch_tokens, config.checkpoint, chunk in ((1, False, 2**26), (120, True, 2**26), (2000, False, 4 * 576 * 5)):
         monkeypatch.setattr(train, "CHUNK_BYTES", chunk)
         gradient, sums = shared_gradient(train, policy, step, config)
         assert largest_error(gradient, truth) < 1e-4
@@ -269,8 +264,8 @@ def test_the_gradient_is_the_same_to_the_bit_each_time(train, policies):
     tokens = torch.from_numpy(rng.choice(allowed, (64, 24)))
     done = train.Completions(tokens, torch.full(tokens.shape, -6.0), torch.ones(tokens.shape),
                              torch.from_numpy(rng.integers(1, 25, 64)), torch.ones(64, dtype=torch.bool))
-    batch = train.Batch(prompts, train.look(policy, prompts), done, torch.from_numpy(rng.standard_normal(64)).float(), None, torch.zeros(64))
-    gradients = [shared_gradient(train, policy, batch, train.Config(tokens_per_pass=4096, max_new_tokens=24))[0] for _ in range(6)]
+    batch = train.Batch(prompts, train.encode_images(policy, prompts), done, torch.from_numpy(rng.standard_normal(64)).float(), torch.zeros(64))
+    gradients = [shared_gradient(train, policy, batch, train.Config(micro_batch_tokens=4096, max_new_tokens=24))[0] for _ in range(6)]
     assert all(torch.equal(gradients[0][name], again[name]) for again in gradients[1:] for name in again)
 
 
@@ -279,7 +274,7 @@ def test_what_stands_behind_the_end_of_sequence_is_not_trained(train, policies):
     completions, batch = hand_made_batch(train, policy)
     batch.completions.logprobs = torch.full_like(batch.completions.logprobs, -5.0)
     batch.reference = torch.full_like(batch.completions.logprobs, -6.0)
-    config = train.Config(kl=0.1, tokens_per_pass=80, max_new_tokens=10)
+    config = train.Config(kl=0.1, micro_batch_tokens=80, max_new_tokens=10)
     gradient, sums = shared_gradient(train, policy, batch, config)
     done = batch.completions
     behind = ~done.mask
@@ -299,8 +294,8 @@ def test_the_end_of_sequence_is_trained(train, policies):
     _, batch = hand_made_batch(train, policy)
     eos = policy.eos[:1, None]
     done = train.Completions(eos, torch.full((1, 1), -5.0), torch.ones(1, 1), torch.ones(1, dtype=torch.long), torch.ones(1, dtype=torch.bool))
-    batch = train.Batch(batch.prompts[:1], batch.features[:1], done, torch.ones(1), None, torch.zeros(1))
-    gradient, _ = shared_gradient(train, policy, batch, train.Config(tokens_per_pass=1, max_new_tokens=10, clip_high=1e9))
+    batch = train.Batch(batch.prompts[:1], batch.images[:1], done, torch.ones(1), torch.zeros(1))
+    gradient, _ = shared_gradient(train, policy, batch, train.Config(micro_batch_tokens=1, max_new_tokens=10, clip_high=1e9))
     before = plain_logprobs(policy, batch.prompts[0], eos[0].tolist()).item()
     with torch.no_grad():
         for name, parameter in trainable(policy).items():
@@ -332,7 +327,7 @@ def test_logits_never_take_more_than_a_chunk(train, policies, monkeypatch, posit
     tokens = torch.randint(20, 200, (4, 20), generator=torch.Generator().manual_seed(0))
     for chunk in (4 * 576 * positions, 2**26):
         monkeypatch.setattr(train, "CHUNK_BYTES", chunk)
-        prefix = train.encode_prompts(policy, prompts, train.look(policy, prompts))
+        prefix = train.encode_prompts(policy, prompts, train.encode_images(policy, prompts))
         with Logits(policy.full.lm_head.weight) as logits:
             logprobs = train.score_tokens(policy, prefix, torch.tensor([0, 0, 1, 1]), tokens)
             gradient = torch.autograd.grad(logprobs.sum(), list(trainable(policy).values()))
@@ -349,7 +344,7 @@ def test_equal_rewards_cost_nothing(train, policies, monkeypatch):
     batch.advantages[3:9] = 0
     encoded, encode = [], train.encode_prompts
     monkeypatch.setattr(train, "encode_prompts", lambda policy, prompts, *rest: encoded.extend(prompts) or encode(policy, prompts, *rest))
-    config = train.Config(tokens_per_pass=80, max_new_tokens=10, loss="grpo")
+    config = train.Config(micro_batch_tokens=80, max_new_tokens=10, loss="grpo")
     gradient, sums = shared_gradient(train, policy, batch, config)
     assert encoded == [batch.prompts[3], batch.prompts[0]]  # the longer first
     assert sums["tokens"] == sum(map(len, completions[:3] + completions[9:]))
@@ -381,10 +376,10 @@ def often_ending(policies):
 def test_sampled_tokens_and_their_logprobs_are_those_of_a_plain_forward(train, policies, kind):
     """Each token is where its number falls in the cumulative distribution; its log-probability is the training forward's."""
     policy = dataclasses.replace(policies(kind), eos=torch.arange(100, 160))
-    config = train.Config(group_size=5, max_new_tokens=6, tokens_per_pass=24, cache_gb=1.0, kl=0.1)
+    config = train.Config(group_size=5, max_new_tokens=6, micro_batch_tokens=24, cache_gb=1.0, kl=0.1)
     batch, row, _ = train.roll_out(policy, QUESTIONS, 5, 3, config)
     done, worst = batch.completions, 0.0
-    prefix = train.encode_prompts(policy, batch.prompts, batch.features)
+    prefix = train.encode_prompts(policy, batch.prompts, batch.images)
     trained = train.score_tokens(policy, prefix, torch.arange(4).repeat_interleave(5), done.tokens)
     entropies = []
     for r, length in enumerate(done.lengths.tolist()):
@@ -405,9 +400,9 @@ def test_sampled_tokens_and_their_logprobs_are_those_of_a_plain_forward(train, p
         assert not any(ends[:-1]) and ends[-1] == done.finished[r].item() and (ends[-1] or length == 6)
     print(f"{kind}: largest error of a log-probability {worst:.1e}")
     assert worst < 1e-4
-    assert len(set(done.lengths.tolist())) > 2 and 0 < row["truncated"] < 1
-    assert row["truncated"] == pytest.approx(1 - done.finished.float().mean().item())
-    assert row["length"] == pytest.approx(done.lengths.float().mean().item())
+    assert len(set(done.lengths.tolist())) > 2 and 0 < row["clipped_ratio"] < 1
+    assert row["clipped_ratio"] == pytest.approx(1 - done.finished.float().mean().item())
+    assert row["completion_length"] == pytest.approx(done.lengths.float().mean().item())
     assert row["entropy"] == pytest.approx(statistics.mean(entropies), rel=1e-4)
 
 
@@ -453,7 +448,7 @@ class Recorded(TorchDispatchMode):
 @pytest.mark.parametrize("kind", [*KINDS, "nf4"])
 def test_a_replayed_step_draws_what_steps_one_by_one_draw(train, policies, monkeypatch, kind):
     """Whatever the stretch, with rows that end inside it; nothing in a step waits for the device, which a captured graph cannot."""
-    policy, recorded = dataclasses.replace(policies(kind), eos=torch.arange(100, 130), unpack=kind != "nf4"), []
+    policy, recorded = dataclasses.replace(policies(kind), eos=torch.arange(100, 130), dequantize=kind != "nf4"), []
     prompts = [policy.encode(q) for q in QUESTIONS]
     draws = torch.from_numpy(np.stack([train.uniforms(0, 4, "q", i, 21) for i in range(16)]))
 
@@ -462,8 +457,8 @@ def test_a_replayed_step_draws_what_steps_one_by_one_draw(train, policies, monke
         return recorded[-1].replay
 
     monkeypatch.setattr(train, "captured", record)
-    with torch.no_grad(), train.unpacked(policy):
-        prefix = train.encode_prompts(policy, prompts, train.look(policy, prompts))
+    with torch.no_grad(), train.dequantized(policy):
+        prefix = train.encode_prompts(policy, prompts, train.encode_images(policy, prompts))
         for some in (draws, None):
             truth = train.generate(policy, prefix, 21, some)
             assert not recorded and len(set(truth.lengths.tolist())) > (3 if some is not None else 0)
@@ -490,7 +485,7 @@ def test_a_question_asked_twice_in_a_step_is_completed_anew(train, often_ending)
     assert [sample["completion"] for sample in samples] == [0, 0, 4, 8]
     draws = [train.uniforms(0, 2, "one", i, 1)[0] for i in range(12)]
     first = torch.cat([done.tokens[4 * p:4 * p + 4, 0] for p in (0, 2, 3)])
-    again = train.generate(often_ending, train.encode_prompts(often_ending, batch.prompts[:1], batch.features[:1]), 1, torch.tensor(draws)[:, None])
+    again = train.generate(often_ending, train.encode_prompts(often_ending, batch.prompts[:1], batch.images[:1]), 1, torch.tensor(draws)[:, None])
     assert first.tolist() == again.tokens[:, 0].tolist()
 
 
@@ -501,7 +496,7 @@ def test_waves_hold_every_prompt_once_and_keep_the_ceiling(train, policies, leng
     text = policies("qwen2_5_vl").full.config.text_config
     cached = 2 * 3 * 2 * 16 * 4  # keys and values, layers, kv heads, head dim, bytes
     cost = lambda some: len(some) * (max(some) * cached + max(max(some) * 16 * text.intermediate_size, group * (new * cached + 28 * 576)))
-    found = list(train.waves(policies("qwen2_5_vl"), lengths, group, new, cache_gb))
+    found = list(train.rollout_batches(policies("qwen2_5_vl"), lengths, group, new, cache_gb))
     assert [n for wave in found for n in range(len(lengths))[wave]] == [*range(len(lengths))]
     for wave in found:
         assert wave.stop - wave.start == 1 or cost(lengths[wave]) <= cache_gb * 1e9
@@ -510,7 +505,7 @@ def test_waves_hold_every_prompt_once_and_keep_the_ceiling(train, policies, leng
 
 @given(lengths=st.lists(st.integers(1, 60), min_size=1, max_size=30), tokens=st.integers(1, 400))
 def test_passes_hold_every_row_once_and_keep_the_budget(train, lengths, tokens):
-    found = list(train.passes(range(len(lengths)), lengths, tokens))
+    found = list(train.micro_batches(range(len(lengths)), lengths, tokens))
     assert sorted(row for rows in found for row in rows) == [*range(len(lengths))]
     for rows in found:
         assert len(rows) == 1 or len(rows) * max(lengths[row] for row in rows) <= tokens
@@ -531,7 +526,7 @@ def test_first_tokens_are_distributed_like_the_softmax(train, policies):
     policy, n = policies("qwen2_5_vl"), 6000
     prompts = [policy.encode(QUESTIONS[0])]
     with torch.no_grad():
-        prefix = train.encode_prompts(policy, prompts, train.look(policy, prompts))
+        prefix = train.encode_prompts(policy, prompts, train.encode_images(policy, prompts))
         expected = n * plain_forward(policy, prompts[0], [0])[0].double().exp().numpy()
     draws = torch.from_numpy(np.stack([train.uniforms(0, 1, "one", i, 1) for i in range(n)]))
     tokens = train.generate(policy, prefix, 1, draws).tokens[:, 0]
@@ -557,7 +552,7 @@ def test_greedy_is_what_transformers_generates(train, policies, kind):
     policy = policies(kind)
     prompts = [policy.encode(q) for q in QUESTIONS]
     with torch.no_grad():
-        prefix = train.encode_prompts(policy, prompts, train.look(policy, prompts))
+        prefix = train.encode_prompts(policy, prompts, train.encode_images(policy, prompts))
         free = train.generate(policy, prefix, 16)
         ending = dataclasses.replace(policy, eos=free.tokens[:2, 5].sort().values)  # then these two end, at the latest there
         done = train.generate(ending, prefix, 16)
@@ -582,7 +577,7 @@ def test_vision_tokens_and_unused_rows_are_never_sampled(train, prepare, policie
     numbers = torch.rand(40, 6, dtype=torch.double, generator=torch.Generator().manual_seed(0))
     numbers[::10], numbers[1::10] = 0.0, 1 - 2.0**-53
     with torch.no_grad():
-        prefix = train.encode_prompts(policy, prompts, train.look(policy, prompts))
+        prefix = train.encode_prompts(policy, prompts, train.encode_images(policy, prompts))
         assert np.isin(biased(prefix.last_hidden).argmax(-1), forbidden).all()  # it does want them
         for draws in (None, numbers):
             done = train.generate(policy, prefix, 6, draws)
@@ -701,7 +696,7 @@ def test_a_step_changes_the_adapter_and_nothing_else(train, prepare, base_folder
     optimizer = torch.optim.AdamW(trainable(policy).values(), lr=1e-2, weight_decay=0.0)
     config = train.Config(**STEP, kl=0.05, updates_per_batch=2)
     batch, _, _ = train.roll_out(policy, QUESTIONS, 1, 0, config)
-    row = train.learn(policy, optimizer, batch, config)
+    row = train.update(policy, optimizer, batch, config)
     after = state_hashes(policy.model)
     changed = {name for name in before if before[name] != after[name]}
     assert changed == {name for name in before if "lora_" in name} and set(before) == set(after)
@@ -720,9 +715,9 @@ def test_saved_adapter_is_plain_peft(train, base_folder, policies, tmp_path):
     assert not trainable(ours)
     prompts = [ours.encode(q) for q in QUESTIONS]
     with torch.no_grad():
-        done = train.generate(ours, train.encode_prompts(ours, prompts, train.look(ours, prompts)), 12)
+        done = train.generate(ours, train.encode_prompts(ours, prompts, train.encode_images(ours, prompts)), 12)
         bare = train.load_policy(str(base_folder), 112 * 112)
-        without = train.generate(bare, train.encode_prompts(bare, prompts, train.look(bare, prompts)), 12)
+        without = train.generate(bare, train.encode_prompts(bare, prompts, train.encode_images(bare, prompts)), 12)
     assert without.tokens.tolist() != done.tokens.tolist()
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
                              bnb_4bit_compute_dtype=torch.float32, llm_int8_skip_modules=["model.visual", "lm_head"])
@@ -741,15 +736,15 @@ def test_the_adapter_in_16_bits_beside_16_bit_weights(train, tokenizer, policies
     half.model.load_state_dict(policy.model.state_dict())
     for name, parameter in half.model.named_parameters():
         parameter.data = parameter.data if "lora" in name else parameter.data.bfloat16()
-    scored = lambda policy: train.score_tokens(policy, train.encode_prompts(policy, prompts, train.look(policy, prompts)), rows, tokens)
+    scored = lambda policy: train.score_tokens(policy, train.encode_prompts(policy, prompts, train.encode_images(policy, prompts)), rows, tokens)
     with torch.no_grad():
         truth, peft = scored(policy), scored(half)
-        with train.unpacked(half):
+        with train.dequantized(half):
             ours = scored(half)
         assert torch.equal(scored(half), peft) and not torch.equal(ours, peft)
-    with train.unpacked(half):
+    with train.dequantized(half):
         assert torch.equal(scored(half), peft)
-    with torch.no_grad(), half.model.disable_adapter(), train.unpacked(half):
+    with torch.no_grad(), half.model.disable_adapter(), train.dequantized(half):
         assert (scored(half) - truth).abs().mean() > 5 * (peft - truth).abs().mean()  # the adapter does something
     assert (ours - truth).abs().mean() < 1.2 * (peft - truth).abs().mean()
 
@@ -758,11 +753,11 @@ def test_the_adapter_in_16_bits_beside_16_bit_weights(train, tokenizer, policies
 def test_sampled_logprobs_are_the_training_forwards_on_a_card(train, base_folder):
     """The kernels of rollout and update differ, and compute in 16 bits: a ratio off by a few per cent stays inside the clip."""
     policy = stir(train.load_policy(str(base_folder), 112 * 112, lora_rank=4))
-    config = train.Config(group_size=4, max_new_tokens=12, tokens_per_pass=48, cache_gb=1.0)
+    config = train.Config(group_size=4, max_new_tokens=12, micro_batch_tokens=48, cache_gb=1.0)
     batch, _, _ = train.roll_out(policy, QUESTIONS, 1, 0, config)
     owners = torch.arange(4, device=policy.device).repeat_interleave(4)
     with torch.no_grad():
-        prefix = train.encode_prompts(policy, batch.prompts, batch.features)
+        prefix = train.encode_prompts(policy, batch.prompts, batch.images)
         trained = train.score_tokens(policy, prefix, owners, batch.completions.tokens)
     assert ((trained - batch.completions.logprobs) * batch.completions.mask).abs().max() < 0.1
     batch.advantages = torch.linspace(-1, 1, 16, device=policy.device)
@@ -775,11 +770,11 @@ def test_sampled_logprobs_are_the_training_forwards_on_a_card(train, base_folder
 def test_a_captured_step_draws_what_the_same_step_draws_on_a_card(train, base_folder, monkeypatch, unpack):
     """To the token, over three captures; against steps of other shapes log-probabilities are equal up to rounding, until a token differs."""
     policy = stir(train.load_policy(str(base_folder), 112 * 112, lora_rank=4))
-    policy = dataclasses.replace(policy, unpack=unpack, eos=torch.arange(100, 110, device=policy.device))
+    policy = dataclasses.replace(policy, dequantize=unpack, eos=torch.arange(100, 110, device=policy.device))
     prompts = [policy.encode(q) for q in QUESTIONS]
     draws = torch.from_numpy(np.stack([train.uniforms(0, 4, "q", i, 24) for i in range(16)])).to(policy.device)
-    with torch.no_grad(), train.unpacked(policy):
-        prefix = train.encode_prompts(policy, prompts, train.look(policy, prompts))
+    with torch.no_grad(), train.dequantized(policy):
+        prefix = train.encode_prompts(policy, prompts, train.encode_images(policy, prompts))
         replayed, single = (train.generate(policy, prefix, 24, draws, stretch) for stretch in (8, 1))
         monkeypatch.setattr(train, "captured", lambda step, device: step)
         stepped = train.generate(policy, prefix, 24, draws, 8)
@@ -819,9 +814,9 @@ def uninterrupted(train, prepare, study_folder, tmp_path_factory):
 def test_looking_that_weighs_nothing_is_standard_training(train, data, monkeypatch):
     monkeypatch.setattr(train.prepare, "grade", hashed_grade)
     train.main(train.Config(data=str(data), **STEP, steps=2, seeds=[0], workers=1, conditions=["standard", "grounded"], corruption=["blank"],
-                            looking_weight=0.0))
+                            grounding_weight=0.0))
     train.main(train.Config(data=str(data), **STEP, steps=2, seeds=[0], workers=1, conditions=["grounded"], corruption=["removed"],
-                            looking_weight=0.5))
+                            grounding_weight=0.5))
     standard, without, looking = ((data / "policies" / run / "adapter_model.safetensors").read_bytes()
                                   for run in ("standard-s0", "grounded-blank-s0", "grounded-removed-s0"))
     assert standard == without != looking
@@ -831,7 +826,7 @@ def test_two_runs_are_byte_identical(train, prepare, data, uninterrupted, monkey
     grade_by_hash(prepare, monkeypatch)
     adapter, rows, samples, _ = uninterrupted[1]
     assert run(train, data, kl=0.02)[:3] == (adapter, rows, samples)
-    assert [row["step"] for row in rows] == [1, 2, 3, 4] and all(row["gradient_norm"] > 0 for row in rows)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4] and all(row["grad_norm"] > 0 for row in rows)
     assert len(samples.splitlines()) == 4 * STEP["prompts_per_step"]
     assert run(train, data, seeds=[1], kl=0.02, steps=1)[2] != "".join(samples.splitlines(True)[:STEP["prompts_per_step"]])
 
@@ -988,7 +983,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(train, prepare, data, 
     assert [row["skipped"] for row in rows] == [False, True, False, False] and out.count("skipped: a reward or gradient is not finite") == 1
     assert weights[1] == weights[2] != weights[3] and "NaN" not in samples and "Infinity" not in samples
     assert all(math.isfinite(row[key]) for row in rows for key in ("reward", "correct", "well_formed", "length", "entropy"))
-    assert rows[1]["loss"] is None and rows[1]["gradient_norm"] is None
+    assert rows[1]["loss"] is None and rows[1]["grad_norm"] is None
     assert json.loads((data / "policies" / NAME / "config.json").read_text())["skipped"] == 1
     shutil.rmtree(data / "policies")
     steps += [3, 4]
@@ -1031,10 +1026,10 @@ def test_steps_show_what_they_do(train, prepare, data, monkeypatch):
     for words in ("preflight: ", "M trainable parameters", "of the picture", "learns from", "standard-s0    1/1  reward", "tok/s"):
         assert words in out
     assert set(rows[0]) >= {
-        "reward", "correct", "well_formed", "equal_groups", "length", "truncated", "entropy", "kl", "clipped", "gradient_norm"}
+        "reward", "correct", "well_formed", "frac_reward_zero_std", "length", "truncated", "entropy", "kl", "clipped", "grad_norm"}
     monkeypatch.setattr(prepare, "grade", lambda text, question, *_: prepare.Grade(correct=False, well_formed=True, answer=None))
     adapter, rows, samples, out = run(train, data, steps=2, conditions=["standard"], seeds=[1], group_size=8)
-    assert [row["equal_groups"] for row in rows] == [1.0, 1.0] and [row["gradient_norm"] for row in rows] == [0.0, 0.0]
+    assert [row["frac_reward_zero_std"] for row in rows] == [1.0, 1.0] and [row["grad_norm"] for row in rows] == [0.0, 0.0]
     assert all(row["reward"] == pytest.approx(0.1) and row["correct"] == 0 and row["well_formed"] == 1 for row in rows)
     weights = safetensors.torch.load(adapter)  # not even by rounding errors, of which Adam would make whole steps
     assert len(weights) == 56 and not any(value.any() for name, value in weights.items() if "lora_B" in name)
@@ -1046,7 +1041,7 @@ def test_share_of_equal_groups(train, prepare, policies, monkeypatch):
     monkeypatch.setattr(prepare, "grade", lambda text, q, *_: prepare.Grade(
         correct=q["id"] in ("one", "two") and next(seen) % 2 == 0, well_formed=True, answer=None))
     batch, row, _ = train.roll_out(policies("qwen2_5_vl"), QUESTIONS, 1, 0, train.Config(group_size=3, max_new_tokens=3, cache_gb=1.0))
-    assert row["equal_groups"] == 0.5
+    assert row["frac_reward_zero_std"] == 0.5
     assert [bool(group.any()) for group in batch.advantages.view(4, 3)] == [True, False, True, False]
 
 
@@ -1085,13 +1080,13 @@ def test_preflight_takes_the_worst_question_and_leaves_nothing(train, prepare, p
         longest = staticmethod(lambda: QUESTIONS[1])
 
     before = state_hashes(policy.model)
-    train.preflight(policy, Fixed, train.Config(prompts_per_step=3, group_size=4, max_new_tokens=8, tokens_per_pass=150, cache_gb=1.0, kl=0.1, loss="grpo"))
+    train.preflight(policy, Fixed, train.Config(prompts_per_step=3, group_size=4, max_new_tokens=8, micro_batch_tokens=150, cache_gb=1.0, kl=0.1, loss="grpo"))
     assert all(parameter.grad is None for parameter in policy.model.parameters()) and state_hashes(policy.model) == before
     prompt, count = policy.encode(QUESTIONS[1]), sum(p.numel() for p in trainable(policy).values())
     tokens = prompt.input_ids.count(policy.full.config.image_token_id)
     says = f"{count / 1e6:.2f} M trainable parameters, longest prompt {len(prompt.input_ids)} tokens ({tokens} of the picture)"
     assert f"{says}; the largest step samples 12 completions at a time, learns from 2 at a time, and takes " in capsys.readouterr().out
-    train.preflight(policy, Fixed, train.Config(prompts_per_step=3, group_size=4, max_new_tokens=8, tokens_per_pass=4, cache_gb=1e-9))
+    train.preflight(policy, Fixed, train.Config(prompts_per_step=3, group_size=4, max_new_tokens=8, micro_batch_tokens=4, cache_gb=1e-9))
     assert "samples 4 completions at a time, learns from 1 at a time," in capsys.readouterr().out
 
 
@@ -1104,16 +1099,16 @@ def test_preflight_cuts_a_step_that_memory_does_not_hold(train, prepare, policie
     policy, real, seen, holds = policies("qwen2_5_vl"), train.accumulate_gradients, [], 300
 
     def learn(policy, batch, config):
-        seen.append((config.tokens_per_pass, config.cache_gb))
+        seen.append((config.micro_batch_tokens, config.cache_gb))
         sums = real(policy, batch, config)
-        if config.tokens_per_pass > holds:
+        if config.micro_batch_tokens > holds:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore about it.")
         return sums
 
     monkeypatch.setattr(train, "accumulate_gradients", learn)
-    config = train.Config(prompts_per_step=2, group_size=2, max_new_tokens=4, tokens_per_pass=1000, cache_gb=1.0)
+    config = train.Config(prompts_per_step=2, group_size=2, max_new_tokens=4, micro_batch_tokens=1000, cache_gb=1.0)
     fit = train.preflight(policy, Fixed, config)
-    assert seen == [(1000, 1.0), (500, 0.5), (250, 0.25)] and fit == dataclasses.replace(config, tokens_per_pass=250, cache_gb=0.25)
+    assert seen == [(1000, 1.0), (500, 0.5), (250, 0.25)] and fit == dataclasses.replace(config, micro_batch_tokens=250, cache_gb=0.25)
     length = len(policy.encode(QUESTIONS[1]).input_ids)
     assert f"learns from {250 // (length + 4)} at a time" in capsys.readouterr().out
     assert all(parameter.grad is None for parameter in policy.model.parameters())
@@ -1125,12 +1120,12 @@ def test_preflight_cuts_a_step_that_memory_does_not_hold(train, prepare, policie
 def test_a_run_in_a_given_memory(train, prepare, data, monkeypatch):
     """The sizes follow from it and are said; the run is the same up to rounding, and continues with another memory."""
     grade_by_hash(prepare, monkeypatch)
-    _, rows, samples, out = run(train, data, steps=1, conditions=["standard"], memory_gb=0.5, tokens_per_pass=None, cache_gb=None)
+    _, rows, samples, out = run(train, data, steps=1, conditions=["standard"], memory_gb=0.5, micro_batch_tokens=None, cache_gb=None)
     assert " GB of 0.50\n" in out
     again = run(train, data, steps=1, conditions=["standard"])
     assert "is finished: kept" in again[3] and again[2] == samples
     with pytest.raises(prepare.UserError, match="0.2 GB of memory are too little: 0.4 GB are held all the time, and one question takes up to 0.0"):
-        run(train, data, steps=1, conditions=["standard"], seeds=[1], memory_gb=0.2, tokens_per_pass=None, cache_gb=None)
+        run(train, data, steps=1, conditions=["standard"], seeds=[1], memory_gb=0.2, micro_batch_tokens=None, cache_gb=None)
 
 
 def test_preflight_refuses_what_would_fail_later(train, prepare, policies, monkeypatch):
@@ -1138,7 +1133,7 @@ def test_preflight_refuses_what_would_fail_later(train, prepare, policies, monke
         paid = False
         longest = staticmethod(lambda: QUESTIONS[1])
 
-    config = train.Config(prompts_per_step=2, group_size=2, max_new_tokens=2, tokens_per_pass=8, cache_gb=1.0)
+    config = train.Config(prompts_per_step=2, group_size=2, max_new_tokens=2, micro_batch_tokens=8, cache_gb=1.0)
     policy, encode = policies("qwen2_5_vl"), prepare.encode
 
     def short(*arguments):
@@ -1252,7 +1247,7 @@ def test_longest_question_is_the_one_of_most_tokens(train, policies, study_folde
     ({"mixed_fraction": 0.0}, "mixed_fraction 0.0"),
     ({"mixed_fraction": 1.0}, "mixed_fraction 1.0"),
     ({"steps": 0}, "steps 0"), ({"save_every": 0}, "save_every 0"),
-    ({"tokens_per_pass": -1}, "tokens_per_pass -1"),
+    ({"micro_batch_tokens": -1}, "micro_batch_tokens -1"),
     ({"updates_per_batch": 0}, "updates_per_batch 0"),
     ({"learning_rate": 0.0}, "learning_rate 0.0"),
     ({"max_grad_norm": math.nan}, "max_grad_norm nan"),

@@ -121,7 +121,7 @@ def test_image_tokens_equal_image_features(prepare, train, family_folder, kind, 
             refused.append((size, str(error)))
             continue
         prompt = policy.encode(question("<image>How many?", [picture]))
-        ((features,),) = train.look(policy, [prompt])
+        ((features,),) = train.encode_images(policy, [prompt])
         tokens = prompt.input_ids.count(policy.full.config.image_token_id)
         assert tokens == len(features.tokens) == policy.image_processor.get_number_of_image_patches(picture.height, picture.width) // 4
         assert 0 < tokens <= 100  # the budget
