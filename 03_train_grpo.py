@@ -58,6 +58,7 @@ import shutil
 import signal
 import sys
 import time
+import zlib
 from collections import Counter
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
@@ -1144,16 +1145,11 @@ def sample(policy, prompts, images, draws, config):
 
 
 def rollout_batches(policy, lengths, group, max_new_tokens, cache_gb):
-    """Runs of prompts of these lengths, in order, that can be sampled together, `group` completions
-    of each; at least one prompt."""
-    start, longest = 0, 0
-    for stop, length in enumerate(lengths):
-        longest = max(longest, length)
-        needed = (stop + 1 - start) * question_bytes(policy, longest, group, max_new_tokens)
-        if stop > start and needed > cache_gb * 1e9:
-            yield slice(start, stop)
-            start, longest = stop, length
-    yield slice(start, len(lengths))
+    """Slices of prompts of these lengths that are sampled together, `group` completions of each: as
+    many as memory holds if all were as long as the longest, at least one."""
+    size = 1e9 * cache_gb // question_bytes(policy, max(lengths), group, max_new_tokens)
+    size = max(1, int(size))
+    return [slice(start, start + size) for start in range(0, len(lengths), size)]
 
 
 class CompletionCache:
@@ -1332,14 +1328,11 @@ def generate(policy, prompts, max_new_tokens, draws=None, stretch=None):
 
 def until_end(policy, tokens, logprobs, entropy):
     """All (R, T), without what was drawn behind the first end-of-sequence token."""
-    most = tokens.shape[1]
     ends = torch.isin(tokens, policy.eos)
-    finished = ends.any(1)
-    lengths = torch.where(finished, ends.int().argmax(1) + 1, most)  # argmax: of several the first
-    behind = torch.arange(most, device=tokens.device) >= lengths[:, None]
+    behind = ends.cumsum(1) > ends.long()
     return Completions(
         tokens.masked_fill(behind, policy.tokenizer.pad_token_id), logprobs.masked_fill(behind, 0),
-        entropy.masked_fill(behind, 0), lengths, finished)
+        entropy.masked_fill(behind, 0), (~behind).sum(1), ends.any(1))
 
 
 # ------------------------------------------------------------------- memory: a plan and a preflight
@@ -1530,33 +1523,41 @@ def run_state(policy, optimizer):
     return state
 
 
+def checksum(state):
+    """Differs if any bit does: of what lies on a disk for days."""
+    return str(sum(zlib.crc32(value.cpu().numpy()) for value in state.values()))
+
+
 def save_checkpoint(folder, policy, optimizer, step, settings):
     """State, settings and the number of finished steps, in place of the checkpoint before."""
-    meta = {"step": str(step), "settings": json.dumps(settings)}
+    state = run_state(policy, optimizer)
+    meta = {"step": str(step), "settings": json.dumps(settings), "checksum": checksum(state)}
     with prepare.replacing(folder / CHECKPOINT) as part:
-        save_file(run_state(policy, optimizer), part, metadata=meta)
+        save_file(state, part, metadata=meta)
 
 
 def resume(folder, policy, optimizer, settings, config):
     """Restore the checkpoint, if there is one; returns the number of its steps."""
-    step, path = 0, folder / CHECKPOINT
+    step, path, state = 0, folder / CHECKPOINT, run_state(policy, optimizer)
     if path.exists():
         try:
             with safe_open(path, "pt") as file:
-                step = int(file.metadata()["step"])
-                check_settings(folder, json.loads(file.metadata()["settings"]), settings)
-                for name, value in run_state(policy, optimizer).items():
-                    value.copy_(file.get_tensor(name))
+                meta, saved = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
+            if checksum(saved) != meta["checksum"]:
+                raise OSError("its content is not what was written")
         except (OSError, SafetensorError) as error:
             raise UserError(f"{path} is damaged ({error}): delete {folder}") from error
+        check_settings(folder, json.loads(meta["settings"]), settings)
+        for name, value in state.items():
+            value.copy_(saved[name])
+        step = int(meta["step"])
         print(f"{folder.name} continues after step {step}", flush=True)
-    for name in ("train.jsonl", "rollouts.jsonl"):
-        rows = prepare.read_jsonl(folder / name) if (folder / name).exists() else []
-        # later steps are about to be made again
-        prepare.write_jsonl(folder / name, [row for row in rows if row["step"] <= step])
     if step > config.steps:
         raise UserError(f"{folder} has already made {step} steps, not {config.steps}: delete that "
                         "folder, or ask for more --steps")
+    for name in ("train.jsonl", "rollouts.jsonl"):  # later steps are about to be made again
+        rows = prepare.read_jsonl(folder / name) if (folder / name).exists() else []
+        prepare.write_jsonl(folder / name, [row for row in rows if row["step"] <= step])
     return step
 
 

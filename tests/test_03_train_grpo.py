@@ -16,6 +16,8 @@ import os
 import shutil
 import signal
 import statistics
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -27,7 +29,7 @@ from scipy.stats import chisquare
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from conftest import VISION, hashed_grade, tiny_model
+from conftest import ROOT, VISION, hashed_grade, tiny_model
 
 KINDS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 STEP = dict(prompts_per_step=4, group_size=4, max_new_tokens=12, micro_batch_tokens=96, cache_gb=1.0, lora_rank=4, learning_rate=1e-2)
@@ -218,7 +220,7 @@ def test_gradient_of_the_shared_prompt_is_that_of_whole_sequences(train, policie
 
 @pytest.mark.parametrize("kind", [*KINDS, "nf4"])
 @pytest.mark.parametrize("loss, kl", [("dapo", 0.0), ("grpo", 0.1), ("dr_grpo", 0.0)])
-def test_gradient_of_looking_is_that_of_whole_sequences(train, policies, kind, loss, kl, monkeypatch):
+def test_gradient_of_grounding_is_that_of_whole_sequences(train, policies, kind, loss, kl, monkeypatch):
     """What `grounded` adds: KL to the distribution given a blank picture, bounded, of tokens with little entropy, on right completions alone;
     weighed like any token of the step's loss, however it is cut."""
     policy = policies(kind)
@@ -482,7 +484,6 @@ def test_a_question_asked_twice_in_a_step_is_completed_anew(train, often_ending)
     done = batch.completions
     assert [texts(done, p) for p in (0, 1)] == [texts(once, p) for p in (0, 1)]
     assert len({str(tokens) for p in (0, 2, 3) for tokens in texts(done, p)}) == 12
-    assert [sample["completion"] for sample in samples] == [0, 0, 4, 8]
     draws = [train.uniforms(0, 2, "one", i, 1)[0] for i in range(12)]
     first = torch.cat([done.tokens[4 * p:4 * p + 4, 0] for p in (0, 2, 3)])
     again = train.generate(often_ending, train.encode_prompts(often_ending, batch.prompts[:1], batch.images[:1]), 1, torch.tensor(draws)[:, None])
@@ -491,20 +492,20 @@ def test_a_question_asked_twice_in_a_step_is_completed_anew(train, often_ending)
 
 @given(lengths=st.lists(st.integers(1, 300), min_size=1, max_size=20), group=st.integers(1, 8), new=st.integers(1, 50), cache_gb=st.floats(1e-9, 0.05))
 @settings(max_examples=100, deadline=None)
-def test_waves_hold_every_prompt_once_and_keep_the_ceiling(train, policies, lengths, group, new, cache_gb):
-    """Each is as long as it can be: one prompt more would not fit."""
+def test_rollout_batches_hold_every_prompt_once_and_keep_the_ceiling(train, policies, lengths, group, new, cache_gb):
+    """Each is as large as it can be at the longest prompt: one more would not fit."""
     text = policies("qwen2_5_vl").full.config.text_config
     cached = 2 * 3 * 2 * 16 * 4  # keys and values, layers, kv heads, head dim, bytes
-    cost = lambda some: len(some) * (max(some) * cached + max(max(some) * 16 * text.intermediate_size, group * (new * cached + 28 * 576)))
-    found = list(train.rollout_batches(policies("qwen2_5_vl"), lengths, group, new, cache_gb))
-    assert [n for wave in found for n in range(len(lengths))[wave]] == [*range(len(lengths))]
-    for wave in found:
-        assert wave.stop - wave.start == 1 or cost(lengths[wave]) <= cache_gb * 1e9
-        assert wave.stop == len(lengths) or cost(lengths[wave.start:wave.stop + 1]) > cache_gb * 1e9
+    cost = max(lengths) * cached + max(max(lengths) * 16 * text.intermediate_size, group * (new * cached + 28 * 576))
+    found = train.rollout_batches(policies("qwen2_5_vl"), lengths, group, new, cache_gb)
+    sizes = [len(lengths[some]) for some in found]
+    assert [n for some in found for n in range(len(lengths))[some]] == [*range(len(lengths))]
+    assert all(size == 1 or size * cost <= cache_gb * 1e9 for size in sizes) and min(sizes) > 0
+    assert all((size + 1) * cost > cache_gb * 1e9 for size in sizes[:-1])
 
 
 @given(lengths=st.lists(st.integers(1, 60), min_size=1, max_size=30), tokens=st.integers(1, 400))
-def test_passes_hold_every_row_once_and_keep_the_budget(train, lengths, tokens):
+def test_micro_batches_hold_every_row_once_and_keep_the_budget(train, lengths, tokens):
     found = list(train.micro_batches(range(len(lengths)), lengths, tokens))
     assert sorted(row for rows in found for row in rows) == [*range(len(lengths))]
     for rows in found:
@@ -683,6 +684,41 @@ def test_the_adapter_finds_every_linear_layer_of_each_family(train, policies, ki
     assert adapted == {name for name in linears if "language_model" in name} and len(adapted) == 21
 
 
+def test_adapter_config_is_the_same_bytes_whatever_the_seed_of_hashes(base_folder, tmp_path):
+    """PEFT keeps the names of the modules as a set, whose order differs between processes; a list of suffixes is what servers take."""
+    script = """if True:
+        import importlib, pathlib, sys
+        train = importlib.import_module("03_train_grpo")
+        train.save_adapter(pathlib.Path(sys.argv[2]), train.load_policy(sys.argv[1], 112 * 112, lora_rank=4), "the base")"""
+    contents = []
+    for seed in ("1", "2", "3"):
+        folder = tmp_path / seed
+        folder.mkdir()
+        subprocess.run([sys.executable, "-c", script, str(base_folder), str(folder)], check=True, cwd=ROOT,
+                       env=os.environ | {"PYTHONHASHSEED": seed, "CUDA_VISIBLE_DEVICES": ""})
+        contents.append((folder / "adapter_config.json").read_bytes())
+    assert contents[0] == contents[1] == contents[2]
+    settings = json.loads(contents[0])
+    assert settings["target_modules"] == sorted(["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
+    assert settings["exclude_modules"] == ".*visual.*" and settings["base_model_name_or_path"] == "the base"
+
+
+@pytest.mark.parametrize("name", ["train", "eval", "half", "type", "keys", "forward", "default", "policy", "a.b"])
+def test_an_adapters_folder_may_have_any_name(train, base_folder, policies, tmp_path, name):
+    """Also one that torch's modules have as a method, or with a point in it."""
+    (tmp_path / name).mkdir()
+    train.save_adapter(tmp_path / name, policies("nf4"), "the base")
+    loaded = train.load_policy(str(base_folder), 112 * 112, {name: tmp_path / name, "other": tmp_path / name})
+    loaded.use(name)
+    tokens, rows = torch.randint(20, 200, (4, 12), generator=torch.Generator().manual_seed(0)), torch.arange(4)
+
+    def scored(policy):
+        prompts = [policy.encode(q) for q in QUESTIONS]
+        return train.score_tokens(policy, train.encode_prompts(policy, prompts, train.encode_images(policy, prompts)), rows, tokens)
+    with torch.no_grad():
+        assert torch.allclose(scored(loaded), scored(policies("nf4")), atol=1e-4)
+
+
 def state_hashes(model):
     """Every tensor of a model, quantisation constants included."""
     return {name: hashlib.sha256(value.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
@@ -701,7 +737,7 @@ def test_a_step_changes_the_adapter_and_nothing_else(train, prepare, base_folder
     changed = {name for name in before if before[name] != after[name]}
     assert changed == {name for name in before if "lora_" in name} and set(before) == set(after)
     assert any("absmax" in name for name in before)  # the constants of NF4 were looked at
-    assert row["kl"] > 0 and row["clipped"] > 0  # on the second update the ratio is not 1, and the clip acts
+    assert row["kl"] > 0 and row["clip_ratio"] > 0  # on the second update the ratio is not 1, and the clip acts
 
 
 def test_saved_adapter_is_plain_peft(train, base_folder, policies, tmp_path):
@@ -709,7 +745,7 @@ def test_saved_adapter_is_plain_peft(train, base_folder, policies, tmp_path):
     from peft import PeftModel
     from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
-    train.save_adapter(tmp_path, policies("nf4"))
+    train.save_adapter(tmp_path, policies("nf4"), "the base")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     ours = train.load_policy(str(base_folder), 112 * 112, {"saved": tmp_path})
     assert not trainable(ours)
@@ -731,8 +767,7 @@ def test_the_adapter_in_16_bits_beside_16_bit_weights(train, tokenizer, policies
     """As sampling on a card has it: as close to fp32 as PEFT's own forward, which computes it in fp32; with gradients it is PEFT's."""
     policy, prompts = policies("qwen2_5_vl"), [policies("qwen2_5_vl").encode(q) for q in QUESTIONS]
     tokens, rows = torch.randint(20, 200, (4, 12), generator=torch.Generator().manual_seed(0)), torch.arange(4)
-    lora = train.LoraConfig(r=4, lora_alpha=8, target_modules=train.LANGUAGE_LINEARS, task_type="CAUSAL_LM")
-    half = dataclasses.replace(policy, model=train.get_peft_model(tiny_model("qwen2_5_vl", tokenizer).requires_grad_(False), lora))
+    half = train.make_policy(tiny_model("qwen2_5_vl", tokenizer), tokenizer, policy.image_processor, lora_rank=4)
     half.model.load_state_dict(policy.model.state_dict())
     for name, parameter in half.model.named_parameters():
         parameter.data = parameter.data if "lora" in name else parameter.data.bfloat16()
@@ -811,7 +846,7 @@ def uninterrupted(train, prepare, study_folder, tmp_path_factory):
         return folder, run(train, folder, kl=0.02)
 
 
-def test_looking_that_weighs_nothing_is_standard_training(train, data, monkeypatch):
+def test_grounding_that_weighs_nothing_is_standard_training(train, data, monkeypatch):
     monkeypatch.setattr(train.prepare, "grade", hashed_grade)
     train.main(train.Config(data=str(data), **STEP, steps=2, seeds=[0], workers=1, conditions=["standard", "grounded"], corruption=["blank"],
                             grounding_weight=0.0))
@@ -840,36 +875,40 @@ def interrupt(train, monkeypatch, step, act):
     monkeypatch.setattr(train, "train_step", lambda *arguments: act(lambda: real(*arguments)) if arguments[3] == step else real(*arguments))
 
 
+def end_behind_the_rows(train, monkeypatch, step):
+    """From now on that step ends at once when its rows are written."""
+    real = train.log_step
+
+    def end(folder, row, *rest):
+        real(folder, row, *rest)
+        if row["step"] == step:
+            with open(folder / "train.jsonl", "a") as file:
+                file.write('{"step": 4, "rew')
+            raise KeyboardInterrupt
+    monkeypatch.setattr(train, "log_step", end)
+
+
 def at_once(*_):
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("when, save_every, kept, lost", [
-    ("before its rows", 1, [1, 2], 0), ("between its rows and its checkpoint", 2, [2], 0), ("between its rows and its checkpoint", 3, [], 2)])
-def test_a_run_continues_bit_for_bit(train, prepare, data, uninterrupted, monkeypatch, when, save_every, kept, lost):
+@pytest.mark.parametrize("when, save_every, kept", [
+    ("before its rows", 1, 2), ("between its rows and its checkpoint", 2, 2), ("between its rows and its checkpoint", 4, 0)])
+def test_a_run_continues_bit_for_bit(train, prepare, data, uninterrupted, monkeypatch, when, save_every, kept):
     """Ended at once in step 3, with rows of that step already written and the last line cut short: the steps since the checkpoint are made again."""
     grade_by_hash(prepare, monkeypatch)
     folder = data / "policies" / NAME
-
-    def end(step):
-        if when != "before its rows":
-            step()
-            with open(folder / "train.jsonl", "a") as file:
-                file.write('{"step": 4, "rew')
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
-        interrupt(train, patch, 3, end)
+        if when == "before its rows":
+            interrupt(train, patch, 3, at_once)
+        else:
+            end_behind_the_rows(train, patch, 3)
         with pytest.raises(KeyboardInterrupt):
             run(train, data, kl=0.02, save_every=save_every)
-    assert not (folder / "config.json").exists()
-    assert sorted(path.name for path in folder.glob("checkpoint/*")) == [f"{step:06d}.safetensors" for step in kept]
+    assert not (folder / "config.json").exists() and (folder / "checkpoint.safetensors").exists() == bool(kept)
     adapter, rows, samples, out = run(train, data, kl=0.02, save_every=save_every)
-    assert ("continues after step 2" in out) == (lost == 0)
+    assert (f"continues after step {kept}" in out) == bool(kept)
     assert (adapter, rows, samples) == uninterrupted[1][:3]
-    result = json.loads((folder / "config.json").read_text())
-    times = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
-    assert result["seconds"] == pytest.approx(sum(row["rollout_s"] + row["update_s"] for row in times), abs=0.1)  # of both parts
     assert sorted(path.name for path in folder.iterdir()) == [
         "adapter_config.json", "adapter_model.safetensors", "config.json", "rollouts.jsonl", "train.jsonl"]
 
@@ -920,55 +959,45 @@ def one_bit_flipped(path):
     path.write_bytes(whole)
 
 
-def ahead_of_the_log(path):
-    log = path.parent.parent / "train.jsonl"
-    log.write_text("".join(log.read_text().splitlines(True)[:int(path.stem) - 1]))
-
-
-@pytest.mark.parametrize("damage", [cut_short, emptied, garbled, zeroed_behind_the_header, one_bit_flipped, ahead_of_the_log])
-def test_a_damaged_checkpoint_costs_one_checkpoint(train, prepare, data, uninterrupted, monkeypatch, damage):
-    """The newest one damaged, the run goes back to the one before; both, to its beginning; the end is the same."""
+@pytest.mark.parametrize("damage", [cut_short, emptied, garbled, zeroed_behind_the_header, one_bit_flipped])
+def test_a_damaged_checkpoint_is_said_in_one_sentence(train, prepare, data, monkeypatch, damage):
+    """It is moved into place whole, so no kill damages it; a disk may. Without the folder the run begins again."""
     grade_by_hash(prepare, monkeypatch)
+    folder = data / "policies" / NAME
     with monkeypatch.context() as patch:
-        interrupt(train, patch, 4, at_once)
+        interrupt(train, patch, 3, at_once)
         with pytest.raises(KeyboardInterrupt):
             run(train, data, kl=0.02)
-    for number in (3, 2):
-        damage(data / "policies" / NAME / "checkpoint" / f"{number:06d}.safetensors")
-        other = shutil.copytree(data, data.with_name(f"damaged from {number}"))
-        adapter, rows, samples, out = run(train, other, kl=0.02)
-        assert "000003.safetensors is damaged" in out and ("continues after step 2" in out) == (number == 3)
-        assert "back to 000002.safetensors" in out and ("starting again" in out) == (number == 2)
-        assert (adapter, rows, samples) == uninterrupted[1][:3]
+    damage(folder / "checkpoint.safetensors")
+    with pytest.raises(prepare.UserError, match=r"checkpoint\.safetensors is damaged.*: delete .*" + NAME.replace("+", ".")) as error:
+        run(train, data, kl=0.02)
+    assert "\n" not in str(error.value)
 
 
-def test_two_checkpoints_are_kept_and_nothing_of_a_killed_one(train, policies, tmp_path):
-    policy, folder = policies("qwen2_5_vl"), tmp_path / "checkpoint"
-    optimizer = torch.optim.AdamW(trainable(policy).values())
-    for step in (9, 10, 11, 100):
-        train.save_checkpoint(folder, policy, optimizer, step, {})
-        (folder / ".000012.safetensors.part").write_bytes(b"killed")
-    train.save_checkpoint(folder, policy, optimizer, 20, {})  # after a damaged 100 had been passed over
-    assert sorted(path.name for path in folder.iterdir()) == ["000011.safetensors", "000020.safetensors"]
+def test_a_checkpoint_is_replaced_and_nothing_of_a_killed_one_stays(train, policies, tmp_path):
+    policy = policies("qwen2_5_vl")
+    optimizer = train.make_optimizer(policy, train.Config(learning_rate=1e-3))
+    for step in (9, 10):
+        (tmp_path / ".checkpoint.safetensors.part").write_bytes(b"killed")
+        train.save_checkpoint(tmp_path, policy, optimizer, step, {})
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.safetensors"]
+    assert train.resume(tmp_path, policy, optimizer, {}, train.Config(steps=10)) == 10
 
 
 @pytest.mark.parametrize("what, bad", [("reward", math.nan), ("reward", -math.inf), ("gradient", math.nan), ("gradient", math.inf)])
 def test_a_step_that_is_not_finite_is_skipped_and_counted(train, prepare, data, monkeypatch, what, bad):
-    """Step 2 changes no weight and is called skipped; three in a row stop the run, also if it was ended between them."""
+    """Step 2 changes no weight and is called skipped; three in a row stop the run."""
     grade_by_hash(prepare, monkeypatch)
-    steps, grade, norm, settings = [2], train.grade_completions, torch.nn.utils.clip_grad_norm_, {"save_every": 2}
-    now, weights = [0], {}
+    steps, paid, norm, now, weights = [2], train.reward, torch.nn.utils.clip_grad_norm_, [0], {}
 
-    def watch(policy, optimizer, questions, step, *rest):
+    def watch(policy, optimizer, questions, step, config):
         now[0] = step
-        row = real(policy, optimizer, questions, step, *rest)
+        row = real(policy, optimizer, questions, step, config)
         weights[step] = state_hashes(policy.model)
         return row
 
-    def graded(*arguments):
-        texts, grades, rewards = grade(*arguments)
-        rewards[0, 0] = bad if what == "reward" and now[0] in steps else rewards[0, 0]
-        return texts, grades, rewards
+    def reward(grade):
+        return bad if what == "reward" and now[0] in steps else paid(grade)
 
     def clipped(parameters, most):
         if what == "gradient" and now[0] in steps:
@@ -977,22 +1006,17 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(train, prepare, data, 
 
     real = train.train_step
     monkeypatch.setattr(train, "train_step", watch)
-    monkeypatch.setattr(train, "grade_completions", graded)
+    monkeypatch.setattr(train, "reward", reward)
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clipped)
-    _, rows, samples, out = run(train, data, **settings)
+    _, rows, samples, out = run(train, data)
     assert [row["skipped"] for row in rows] == [False, True, False, False] and out.count("skipped: a reward or gradient is not finite") == 1
     assert weights[1] == weights[2] != weights[3] and "NaN" not in samples and "Infinity" not in samples
-    assert all(math.isfinite(row[key]) for row in rows for key in ("reward", "correct", "well_formed", "length", "entropy"))
+    assert all(math.isfinite(row[key]) for row in rows for key in ("reward", "correct", "well_formed", "completion_length", "entropy"))
     assert rows[1]["loss"] is None and rows[1]["grad_norm"] is None
-    assert json.loads((data / "policies" / NAME / "config.json").read_text())["skipped"] == 1
     shutil.rmtree(data / "policies")
     steps += [3, 4]
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "train_step", lambda *arguments: at_once() if arguments[3] == 4 else watch(*arguments))
-        with pytest.raises(KeyboardInterrupt):
-            run(train, data, **settings)
-    with pytest.raises(prepare.UserError, match=f"{NAME.replace('+', '.')} skipped steps 2 to 4, because a reward or a gradient is not finite: "):
-        run(train, data, **settings)
+    with pytest.raises(prepare.UserError, match=f"{NAME.replace('+', '.')} skipped three steps in a row, because a reward or a gradient is not finite: "):
+        run(train, data)
 
 
 def test_a_finished_run_is_kept_and_a_longer_one_refused(train, prepare, uninterrupted):
@@ -1023,10 +1047,11 @@ def test_steps_show_what_they_do(train, prepare, data, monkeypatch):
     """The preflight before step 1 and the line of a step say what one needs to judge a run; equal groups are counted."""
     grade_by_hash(prepare, monkeypatch)
     _, rows, _, out = run(train, data, steps=1, conditions=["standard"])
-    for words in ("preflight: ", "M trainable parameters", "of the picture", "learns from", "standard-s0    1/1  reward", "tok/s"):
+    for words in ("preflight: the largest step takes ", "standard-s0    1/1  reward", "grad_norm", "GB"):
         assert words in out
-    assert set(rows[0]) >= {
-        "reward", "correct", "well_formed", "frac_reward_zero_std", "length", "truncated", "entropy", "kl", "clipped", "grad_norm"}
+    assert set(rows[0]) == {
+        "step", "reward", "reward_std", "correct", "well_formed", "frac_reward_zero_std", "completion_length", "clipped_ratio", "entropy", "kl",
+        "grounding", "clip_ratio", "loss", "grad_norm", "skipped", "num_tokens"}
     monkeypatch.setattr(prepare, "grade", lambda text, question, *_: prepare.Grade(correct=False, well_formed=True, answer=None))
     adapter, rows, samples, out = run(train, data, steps=2, conditions=["standard"], seeds=[1], group_size=8)
     assert [row["frac_reward_zero_std"] for row in rows] == [1.0, 1.0] and [row["grad_norm"] for row in rows] == [0.0, 0.0]
@@ -1062,41 +1087,40 @@ def test_rewards_are_of_the_text_up_to_its_end(train, prepare, policies, monkeyp
         return prepare.Grade(correct=correct, well_formed=well_formed, answer=None)
 
     monkeypatch.setattr(prepare, "grade", grade)
-    rewards = train.grade_completions(policy, QUESTIONS[:2], done)[2]
-    assert seen == [*zip(texts, ["one", "one", "large", "large"])]
-    assert torch.allclose(rewards, torch.tensor([[0.0, 0.1], [0.9, 1.0]]))
+    read, grades = train.grade_completions(policy, QUESTIONS[:2], done)
+    assert seen == [*zip(texts, ["one", "one", "large", "large"])] and len(read) == 4
+    assert [train.reward(grade) for grade in grades] == pytest.approx([0.0, 0.1, 0.9, 1.0])
     asked = []
     monkeypatch.setattr(prepare, "grade", lambda text, question, *how: asked.append(how) or prepare.Grade(True, True, None))
     monkeypatch.setattr(prepare, "opens_think", lambda tokenizer: tokenizer is policy.tokenizer)
-    train.grade_completions(policy, QUESTIONS[:2], done, reward=False)
+    train.grade_completions(policy, QUESTIONS[:2], done, box_only=False)
     assert asked == [(False, True)] * 4  # by the benchmark's rule, under a template that opens the reasoning
 
 
-def test_preflight_takes_the_worst_question_and_leaves_nothing(train, prepare, policies, capsys):
+def test_preflight_leaves_nothing(train, policies, capsys):
     policy = policies("qwen2_5_vl")
-
-    class Fixed:
-        paid = False
-        longest = staticmethod(lambda: QUESTIONS[1])
-
+    longest = QUESTIONS[1] | {"prompt_tokens": len(policy.encode(QUESTIONS[1]).input_ids)}
     before = state_hashes(policy.model)
-    train.preflight(policy, Fixed, train.Config(prompts_per_step=3, group_size=4, max_new_tokens=8, micro_batch_tokens=150, cache_gb=1.0, kl=0.1, loss="grpo"))
+    config = train.Config(prompts_per_step=3, group_size=4, max_new_tokens=8, micro_batch_tokens=150, cache_gb=1.0, kl=0.1, loss="grpo")
+    assert train.preflight(policy, longest, True, config) == config
     assert all(parameter.grad is None for parameter in policy.model.parameters()) and state_hashes(policy.model) == before
-    prompt, count = policy.encode(QUESTIONS[1]), sum(p.numel() for p in trainable(policy).values())
-    tokens = prompt.input_ids.count(policy.full.config.image_token_id)
-    says = f"{count / 1e6:.2f} M trainable parameters, longest prompt {len(prompt.input_ids)} tokens ({tokens} of the picture)"
-    assert f"{says}; the largest step samples 12 completions at a time, learns from 2 at a time, and takes " in capsys.readouterr().out
-    train.preflight(policy, Fixed, train.Config(prompts_per_step=3, group_size=4, max_new_tokens=8, micro_batch_tokens=4, cache_gb=1e-9))
-    assert "samples 4 completions at a time, learns from 1 at a time," in capsys.readouterr().out
+    assert "in micro-batches of 150 tokens and with 1.00 GB to sample in" in capsys.readouterr().out
+
+
+def test_preflight_is_a_step_of_the_longest_prompt_and_of_completions_that_never_end(train, policies, often_ending, monkeypatch):
+    seen, real = [], train.accumulate_gradients
+    monkeypatch.setattr(train, "accumulate_gradients", lambda policy, batch, config: seen.append(batch) or real(policy, batch, config))
+    longest = QUESTIONS[1] | {"prompt_tokens": 60}
+    train.preflight(often_ending, longest, False, train.Config(prompts_per_step=3, group_size=4, max_new_tokens=8, micro_batch_tokens=150, cache_gb=1.0))
+    (batch,) = seen
+    assert batch.completions.lengths.tolist() == [8] * 12 and len(batch.prompts) == 3 and batch.advantages.unique().numel() == 12
+    assert all(prompt.input_ids == often_ending.encode(QUESTIONS[1]).input_ids for prompt in batch.prompts)
 
 
 def test_preflight_cuts_a_step_that_memory_does_not_hold(train, prepare, policies, monkeypatch, capsys):
-    """By half each time, until it goes through; where one row and one prompt at a time are too much, one sentence."""
-    class Fixed:
-        paid = False
-        longest = staticmethod(lambda: QUESTIONS[1])
-
+    """By half each time, until it goes through; where one row at a time is too much, one sentence."""
     policy, real, seen, holds = policies("qwen2_5_vl"), train.accumulate_gradients, [], 300
+    longest = QUESTIONS[1] | {"prompt_tokens": len(policy.encode(QUESTIONS[1]).input_ids)}
 
     def learn(policy, batch, config):
         seen.append((config.micro_batch_tokens, config.cache_gb))
@@ -1107,52 +1131,24 @@ def test_preflight_cuts_a_step_that_memory_does_not_hold(train, prepare, policie
 
     monkeypatch.setattr(train, "accumulate_gradients", learn)
     config = train.Config(prompts_per_step=2, group_size=2, max_new_tokens=4, micro_batch_tokens=1000, cache_gb=1.0)
-    fit = train.preflight(policy, Fixed, config)
+    fit = train.preflight(policy, longest, False, config)
     assert seen == [(1000, 1.0), (500, 0.5), (250, 0.25)] and fit == dataclasses.replace(config, micro_batch_tokens=250, cache_gb=0.25)
-    length = len(policy.encode(QUESTIONS[1]).input_ids)
-    assert f"learns from {250 // (length + 4)} at a time" in capsys.readouterr().out
+    assert "in micro-batches of 250 tokens" in capsys.readouterr().out
     assert all(parameter.grad is None for parameter in policy.model.parameters())
     holds = 0
     with pytest.raises(prepare.UserError, match=r"does not fit into memory \(CUDA out of memory. Tried to allocate 2 GiB.\): lower --group_size"):
-        train.preflight(policy, Fixed, config)
+        train.preflight(policy, longest, False, config)
 
 
 def test_a_run_in_a_given_memory(train, prepare, data, monkeypatch):
     """The sizes follow from it and are said; the run is the same up to rounding, and continues with another memory."""
     grade_by_hash(prepare, monkeypatch)
     _, rows, samples, out = run(train, data, steps=1, conditions=["standard"], memory_gb=0.5, micro_batch_tokens=None, cache_gb=None)
-    assert " GB of 0.50\n" in out
+    assert "preflight: the largest step takes" in out
     again = run(train, data, steps=1, conditions=["standard"])
     assert "is finished: kept" in again[3] and again[2] == samples
     with pytest.raises(prepare.UserError, match="0.2 GB of memory are too little: 0.4 GB are held all the time, and one question takes up to 0.0"):
         run(train, data, steps=1, conditions=["standard"], seeds=[1], memory_gb=0.2, micro_batch_tokens=None, cache_gb=None)
-
-
-def test_preflight_refuses_what_would_fail_later(train, prepare, policies, monkeypatch):
-    class Fixed:
-        paid = False
-        longest = staticmethod(lambda: QUESTIONS[1])
-
-    config = train.Config(prompts_per_step=2, group_size=2, max_new_tokens=2, micro_batch_tokens=8, cache_gb=1.0)
-    policy, encode = policies("qwen2_5_vl"), prepare.encode
-
-    def short(*arguments):
-        prompt = encode(*arguments)
-        prompt.input_ids.remove(policy.full.config.image_token_id)
-        return prompt
-
-    monkeypatch.setattr(prepare, "encode", short)
-    with pytest.raises(prepare.UserError, match="image tokens but"):
-        train.preflight(policy, Fixed, config)
-    monkeypatch.setattr(prepare, "encode", encode)
-    for parameter in (frozen := list(trainable(policy).values())):
-        parameter.requires_grad_(False)
-    try:
-        with pytest.raises(prepare.UserError, match="no parameter is trainable"):
-            train.preflight(policy, Fixed, config)
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(True)
 
 
 # Conditions
@@ -1225,7 +1221,7 @@ def test_a_question_asked_twice_in_a_step_is_damaged_or_not_each_time_anew(train
 @given(st.integers(1, 30), st.integers(0, 5), st.integers(1, 12), st.integers(0, 8))
 @settings(max_examples=50, deadline=None)
 def test_schedule_is_epochs_cut_in_steps(train, n, seed, count, step):
-    whole = [row for s in range(step + 1) for row in train.schedule(range(n), seed, s, count)]
+    whole = [row for s in range(step + 1) for row in train.schedule(n, seed, s, count)]
     for start in range(0, len(whole) - n + 1, n):
         assert sorted(whole[start:start + n]) == list(range(n))
     assert set(whole) <= set(range(n))
@@ -1233,7 +1229,7 @@ def test_schedule_is_epochs_cut_in_steps(train, n, seed, count, step):
 
 def test_longest_question_is_the_one_of_most_tokens(train, policies, study_folder):
     questions = questions_of(train, study_folder, "standard")
-    lengths = [len(policies("nf4").encode(questions.tables["clean"][row]).input_ids) for row in questions.rows]
+    lengths = [len(policies("nf4").encode(question).input_ids) for question in questions.tables["clean"]]
     assert len(policies("nf4").encode(questions.longest()).input_ids) == max(lengths) > min(lengths)
 
 
@@ -1278,9 +1274,3 @@ def test_inputs_that_are_missing_or_stale(train, prepare, data, tmp_path):
     clean.unlink()
     with pytest.raises(prepare.UserError, match=r"shapes\.parquet is missing: run 01_prepare\.py"):
         run(train, data, conditions=["standard"])
-
-
-def test_a_model_of_another_family_is_refused(train, prepare, tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(prepare.UserError, match="is a llama model: this kit trains"):
-        train.load_policy(str(tmp_path), 112 * 112)

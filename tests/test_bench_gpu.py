@@ -88,7 +88,7 @@ def test_the_plan_is_what_one_computes_by_hand(train, prepare, on_meta, model, c
         config.memory_gb = (base + held) / GB + beside
         planned = train.plan(policy, config, {}, 1124)
         assert planned.cache_gb == pytest.approx(beside, rel=1e-6) and planned.micro_batch_tokens == int(beside * GB // token)
-        assert next(train.rollout_batches(policy, [1124] * 256, 8, 512, planned.cache_gb)).stop == int(beside * GB // question)
+        assert train.rollout_batches(policy, [1124] * 256, 8, 512, planned.cache_gb)[0].stop == int(beside * GB // question)
         given = train.plan(policy, train.Config(**vars(config) | {"cache_gb": 0.5, "micro_batch_tokens": 99}), {}, 1124)
         assert (given.cache_gb, given.micro_batch_tokens) == (0.5, 99)
     config.memory_gb = (base + held + max(question, (1124 + 512) * token)) / GB - 0.001
@@ -149,7 +149,7 @@ def test_a_step_holds_no_more_than_planned(train, on_meta, monkeypatch, model, b
     policy.dequantize, own = False, train.CompletionCache
     monkeypatch.setattr(train, "CompletionCache", lambda places, at: own(new, at))  # room for all tokens, of which three are drawn
     prompt = SimpleNamespace(input_ids=[5] * length, image_grid_thw=None)
-    wave = next(train.rollout_batches(policy, [length] * 99, group, new, config.cache_gb)).stop
+    wave = train.rollout_batches(policy, [length] * 99, group, new, config.cache_gb)[0].stop
     with Held(policy) as sampling, torch.no_grad():
         prefix = train.encode_prompts(policy, [prompt] * wave, [[]] * wave)
         train.generate(policy, prefix, 3, torch.empty(wave * group, 3, dtype=torch.float64, device="meta"))
