@@ -54,14 +54,13 @@ import math
 import multiprocessing
 import os
 import random
-import shutil
 import signal
 import sys
 import time
 import zlib
 from collections import Counter
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import chain, islice
 from pathlib import Path
