@@ -77,15 +77,15 @@ def split_gold(response: str, gold: str, tokenizer) -> tuple[list[int], list[int
 
 
 @torch.no_grad()
-def gold_logprobs(policy: Policy, prefix: train.Prefix, questions: Sequence[Question], responses: Sequence[str],
-                  tokens_per_pass: int) -> list[float]:
+def gold_logprobs(policy: Policy, prefix: train.PromptCache, questions: Sequence[Question], responses: Sequence[str],
+                  micro_batch_tokens: int) -> list[float]:
     """log p(gold answer | question, the policy's own reasoning), in nats, teacher-forced inside the policy's own box.
 
     The reasoning is the greedy one, and stands for the sum over all that the policy might have reasoned.
     """
     pairs = [split_gold(response, prepare.gold_texts(question)[0], policy.tokenizer) for question, response in zip(questions, responses)]
     lengths, out = [prefix.mask.shape[1] + len(head) + len(gold) for head, gold in pairs], [0.0] * len(pairs)
-    for rows in train.passes(range(len(pairs)), lengths, tokens_per_pass):
+    for rows in train.micro_batches(range(len(pairs)), lengths, micro_batch_tokens):
         whole = torch.full((len(rows), lengths[rows[0]] - prefix.mask.shape[1]), policy.tokenizer.pad_token_id)
         for ids, row in zip(whole, rows):
             ids[:lengths[row] - prefix.mask.shape[1]] = torch.tensor(sum(pairs[row], []))
@@ -97,13 +97,13 @@ def gold_logprobs(policy: Policy, prefix: train.Prefix, questions: Sequence[Ques
 
 
 @torch.no_grad()
-def token_information(policy: Policy, without: train.Prefix, done: train.Completions, tokens_per_pass: int) -> list[list[float]]:
+def token_information(policy: Policy, without: train.PromptCache, done: train.Completions, micro_batch_tokens: int) -> list[list[float]]:
     """log p(token | picture) - log p(token | no picture), in nats, of each token of each completion, given those before it.
 
     `done`: completions of the intact prompts, whose log-probabilities are known from decoding; `without`: the same prompts, blank.
     """
     out, lengths = [[]] * len(done.tokens), done.lengths.tolist()
-    for rows in train.passes(range(len(lengths)), [without.mask.shape[1] + length for length in lengths], tokens_per_pass):
+    for rows in train.micro_batches(range(len(lengths)), [without.mask.shape[1] + length for length in lengths], micro_batch_tokens):
         tokens = done.tokens[rows, :lengths[rows[0]]]
         nats = done.logprobs[rows, :tokens.shape[1]] - train.score_tokens(policy, without, torch.tensor(rows, device=policy.device), tokens)
         for row, line in zip(rows, nats.tolist()):
@@ -123,22 +123,22 @@ def pieces_of(tokens: Sequence[int], tokenizer) -> list[str]:
 
 
 def answer(policy: Policy, questions: Sequence[Question], prompts: Sequence[prepare.Prompt], features, max_new_tokens: int,
-           tokens_per_pass: int, without: tuple | None = None, draws: torch.Tensor | None = None) -> list[dict]:
-    """Greedy answers to a batch of questions, graded: rows of the answers file. `features` of the pictures as `train.look` returns them.
+           micro_batch_tokens: int, without: tuple | None = None, draws: torch.Tensor | None = None) -> list[dict]:
+    """Greedy answers to a batch of questions, graded: rows of the answers file. `features` of the pictures as `train.encode_images` returns them.
 
     `without`: prompts and features of the same questions, blank, where each token's information is wanted; `draws` as of
     `train.generate`, where answers are also drawn.
     """
-    with torch.no_grad(), train.unpacked(policy):
+    with torch.no_grad(), train.dequantized(policy):
         prefix = train.encode_prompts(policy, prompts, features)
         done = train.generate(policy, prefix, max_new_tokens)
-        responses, grades, _ = train.grade_completions(policy, questions, done, reward=False)
-        golds = gold_logprobs(policy, prefix, questions, responses, tokens_per_pass)
+        responses, grades = train.grade_completions(policy, questions, done, box_only=False)
+        golds = gold_logprobs(policy, prefix, questions, responses, micro_batch_tokens)
         if draws is not None:
             others = train.generate(policy, prefix, max_new_tokens, draws)
-            _, drawn, _ = train.grade_completions(policy, questions, others, reward=False)
+            _, drawn = train.grade_completions(policy, questions, others, box_only=False)
         if without:
-            nats = token_information(policy, train.encode_prompts(policy, *without), done, tokens_per_pass)
+            nats = token_information(policy, train.encode_prompts(policy, *without), done, micro_batch_tokens)
     rows = [{"id": question["id"], "group": question["group"], "needs_image": question["needs_image"], "response": response,
              "answer": grade.answer, "gold": question["answer"], "correct": grade.correct, "well_formed": grade.well_formed,
              "truncated": not finished, "tokens": length, "gold_logprob": round(gold, 4)}
@@ -236,18 +236,18 @@ def answer_batch(asker: Asker, asked: Input, rows: Sequence[int], policies: Sequ
                           max_new_tokens=asked.max_new_tokens)
     sizes = train.plan(policy, wanted, train.PRESETS[asker.preset], max(lengths))
     answers = {who: [] for who in policies}
-    for some in train.waves(policy, lengths, sizes.group_size, asked.max_new_tokens, sizes.cache_gb):
+    for some in train.rollout_batches(policy, lengths, sizes.group_size, asked.max_new_tokens, sizes.cache_gb):
         questions = [tables[0][row] for row in rows[some]]
         prompts, *without = [[policy.encode(table[row]) for row in rows[some]] for table in tables]
-        features = train.look(policy, prompts)
-        without = (without[0], train.look(policy, without[0])) if without else None
+        features = train.encode_images(policy, prompts)
+        without = (without[0], train.encode_images(policy, without[0])) if without else None
         draws = None
         if asked.samples:
             draws = torch.from_numpy(np.stack([train.uniforms(0, 0, question["id"], i, asked.max_new_tokens)
                                                for question in questions for i in range(asked.samples)])).to(policy.device)
         for who in policies:
             policy.use(None if who == "base" else who)
-            answers[who] += answer(policy, questions, prompts, features, asked.max_new_tokens, sizes.tokens_per_pass, without, draws)
+            answers[who] += answer(policy, questions, prompts, features, asked.max_new_tokens, sizes.micro_batch_tokens, without, draws)
     return {who: [row | asked.origins[who] for row in rows] for who, rows in answers.items()}
 
 

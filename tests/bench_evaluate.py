@@ -24,10 +24,10 @@ import torch
 
 def ours(policy, questions, new: int, names: list[str]) -> list[list[int]]:
     prompts, answers = [policy.encode(question) for question in questions], []
-    features = train.look(policy, prompts)
+    features = train.encode_images(policy, prompts)
     for name in names:
         policy.use(None if name == "base" else name)
-        with torch.no_grad(), train.unpacked(policy):
+        with torch.no_grad(), train.dequantized(policy):
             done = train.generate(policy, train.encode_prompts(policy, prompts, features), new)
         answers += [row[:length] for row, length in zip(done.tokens.tolist(), done.lengths.tolist())]
     return answers

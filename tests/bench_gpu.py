@@ -124,7 +124,7 @@ def settle(options):
     policy = build(options)
     questions = bench.make_questions("now", options.prompts, policy)
     preset = train.PRESETS["7b" if options.model == "7b" else "3b"]
-    config = train.Config(**{key: value for key, value in preset.items() if key not in ("tokens_per_pass", "cache_gb")} | {
+    config = train.Config(**{key: value for key, value in preset.items() if key not in ("micro_batch_tokens", "cache_gb")} | {
         "prompts_per_step": options.prompts, "group_size": options.group, "max_new_tokens": options.new, "lora_rank": options.rank,
         "memory_gb": options.memory_gb})
     config = train.plan(policy, config, preset, max(len(policy.encode(question).input_ids) for question in questions))
@@ -158,7 +158,7 @@ def step(options) -> dict:
     """Medians over `--rounds` steps after one that warms up."""
     policy, questions, config = settle(options)
     optimizer = torch.optim.AdamW([p for p in policy.model.parameters() if p.requires_grad], lr=config.learning_rate, weight_decay=0.0)
-    rows, real = [], {name: getattr(train, name) for name in ("look", "encode_prompts", "generate")}
+    rows, real = [], {name: getattr(train, name) for name in ("encode_images", "encode_prompts", "generate")}
     for number in range(options.rounds + 1):
         row = dict.fromkeys((*real, "update"), 0.0)
 
@@ -172,15 +172,15 @@ def step(options) -> dict:
             (batch, _, _), row["rollout"] = seconds_of(policy.device, train.roll_out, policy, questions, number, 0, config)
         row["rollout_gb"] = gb("VmHWM")
         bench.forget_peak()
-        log, row["update"] = seconds_of(policy.device, train.learn, policy, optimizer, batch, config)
+        log, row["update"] = seconds_of(policy.device, train.update, policy, optimizer, batch, config)
         assert not log["skipped"] and batch.completions.lengths.eq(options.new).all()
         rows.append(row | {"update_gb": gb("VmHWM")})
     mid = {name: statistics.median(row[name] for row in rows[1:]) for name in rows[0]}
-    return {"step_s": round(mid["rollout"] + mid["update"], 3), "prefill_s": round(mid["look"] + mid["encode_prompts"], 3),
+    return {"step_s": round(mid["rollout"] + mid["update"], 3), "prefill_s": round(mid["encode_images"] + mid["encode_prompts"], 3),
             "decode_s": round(mid["generate"], 3), "update_s": round(mid["update"], 3),
             "other_s": round(mid["rollout"] - sum(mid[name] for name in real), 3), "rollout_gb": mid["rollout_gb"],
             "update_gb": mid["update_gb"], "memory_gb": config.memory_gb and round(config.memory_gb, 2),
-            "tokens_per_pass": config.tokens_per_pass, "unpacked": policy.unpack}
+            "micro_batch_tokens": config.micro_batch_tokens, "dequantized": policy.dequantize}
 
 
 def copies_per_s(device: torch.device) -> float:
@@ -192,7 +192,7 @@ def copies_per_s(device: torch.device) -> float:
 
 def bytes_per_token(policy, prompts, options) -> int:
     """What decoding a token for all rows has to read: weights as they lie, adapter, head, prompts once a group, half of the completions."""
-    weights = sum(module.weight.quant_state.shape.numel() * policy.dtype.itemsize if policy.unpack else module.weight.nbytes
+    weights = sum(module.weight.quant_state.shape.numel() * policy.dtype.itemsize if policy.dequantize else module.weight.nbytes
                   for module in policy.full.modules() if train.is_packed(module))
     cached, *_ = train.token_bytes(policy)
     weights += sum(parameter.nbytes for parameter in policy.model.parameters() if parameter.requires_grad)
@@ -224,14 +224,14 @@ def decode(options) -> dict:
     prompts = [replace(prompt, input_ids=prompt.input_ids[:length]) for prompt in prompts]  # of one length: no padding on either side
     rows = options.prompts * options.group
     draws = torch.rand(rows, options.new, dtype=torch.float64, device=policy.device)
-    with torch.no_grad(), train.unpacked(policy):
-        prefix = train.encode_prompts(policy, prompts, train.look(policy, prompts))
+    with torch.no_grad(), train.dequantized(policy):
+        prefix = train.encode_prompts(policy, prompts, train.encode_images(policy, prompts))
         ours, eager = ([seconds_of(policy.device, train.generate, policy, prefix, options.new, draws, *stretch)[1] for _ in range(2)][1]
                        for stretch in ((), (1,)))
     del prefix
     bandwidth, tokens, size = copies_per_s(policy.device), rows * options.new, bytes_per_token(policy, prompts, options)
     line = {"rows": rows, "tokens_per_s": round(tokens / ours), "without_graph_tokens_per_s": round(tokens / eager),
-            "unpacked": policy.unpack, "gb_per_token": round(size / 1e9, 4), "copy_gb_per_s": round(bandwidth / 1e9, 1),
+            "dequantized": policy.dequantize, "gb_per_token": round(size / 1e9, 4), "copy_gb_per_s": round(bandwidth / 1e9, 1),
             "times_bound": round(ours * bandwidth / options.new / size, 2)}
     allow_all(policy.device)
     try:
@@ -295,7 +295,7 @@ def exact(options) -> dict:
             parameter.data.normal_(0, 0.02)
     truth.model.load_state_dict({name: p.float() for name, p in policy.model.named_parameters() if p.requires_grad}, strict=False)
     questions = bench.make_questions("now", 2, policy)
-    config = train.Config(prompts_per_step=2, group_size=4, max_new_tokens=min(options.new, 128), tokens_per_pass=4096, cache_gb=2.0,
+    config = train.Config(prompts_per_step=2, group_size=4, max_new_tokens=min(options.new, 128), micro_batch_tokens=4096, cache_gb=2.0,
                           checkpoint=True, clip_low=1e9, clip_high=1e9)
     batch = train.roll_out(policy, questions, 0, 0, config)[0]
     batch.advantages = torch.linspace(-1, 1, 8, device=policy.device)

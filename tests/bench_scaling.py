@@ -39,7 +39,7 @@ def measure(setting: dict, prompts: int, rounds: int, looking: bool = False) -> 
     bench.SHAPES["now"] = ((448, 448), setting["prompt_tokens"], setting["new_tokens"])
     config = train.Config(**train.PRESETS["tiny"] | {"prompts_per_step": prompts, "group_size": setting["group"],
                                                      "max_new_tokens": setting["new_tokens"],
-                                                     "tokens_per_pass": 8 * (setting["prompt_tokens"] + 1 + setting["new_tokens"])})
+                                                     "micro_batch_tokens": 8 * (setting["prompt_tokens"] + 1 + setting["new_tokens"])})
     with tempfile.TemporaryDirectory() as folder:
         policy = bench.make_policy("now", Path(folder), config.lora_rank)
         questions = bench.make_questions("now", prompts, policy)
@@ -51,7 +51,7 @@ def measure(setting: dict, prompts: int, rounds: int, looking: bool = False) -> 
             batch, _, _ = train.roll_out(policy, questions, step, 0, config, damaged)
             middle = time.perf_counter()
             bench.forget_peak()
-            train.learn(policy, optimizer, batch, config)
+            train.update(policy, optimizer, batch, config)
             return middle - start, time.perf_counter() - middle
         if looking:
             blank = [q | {"images": [Image.new("RGB", picture.size, (120, 120, 120)) for picture in q["images"]]} for q in questions]

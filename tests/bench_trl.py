@@ -66,7 +66,7 @@ def make_questions(shape: str, count: int, policy) -> list[dict]:
 
 def our_step(policy, optimizer, questions, step: int, config) -> None:
     batch, _, _ = train.roll_out(policy, questions, step, 0, config)
-    train.learn(policy, optimizer, batch, config)
+    train.update(policy, optimizer, batch, config)
 
 
 def trl_trainer(policy, questions, shape: str, config, micro_batch: int, steps: int, folder: Path, callback):
@@ -151,7 +151,7 @@ def main():
     prepare.grade = lambda text, question, *_: prepare.Grade(next(turn) % 2 == 1, True, None)  # every group has both rewards
     new = SHAPES[options.shape][2]
     config = train.Config(**train.PRESETS["tiny"] | {"prompts_per_step": options.prompts, "group_size": options.group,
-                                                     "tokens_per_pass": options.micro_batch * (SHAPES[options.shape][1] + 1 + new),
+                                                     "micro_batch_tokens": options.micro_batch * (SHAPES[options.shape][1] + 1 + new),
                                                      "max_new_tokens": new})
     with tempfile.TemporaryDirectory() as folder:
         policy = make_policy(options.shape, Path(folder), config.lora_rank)

@@ -115,10 +115,10 @@ def test_drawn_answers_are_those_of_one_question_alone(evaluate, prepare, train,
     for row in rows[::13]:
         question = questions[row["id"]]
         prompts = [policy.encode(question)]
-        with torch.no_grad(), train.unpacked(policy):
-            prefix = train.encode_prompts(policy, prompts, train.look(policy, prompts))
+        with torch.no_grad(), train.dequantized(policy):
+            prefix = train.encode_prompts(policy, prompts, train.encode_images(policy, prompts))
             draws = torch.from_numpy(np.stack([train.uniforms(0, 0, row["id"], i, 24) for i in range(6)]))
-            texts, _, _ = train.grade_completions(policy, [question], train.generate(policy, prefix, 24, draws))
+            texts, _ = train.grade_completions(policy, [question], train.generate(policy, prefix, 24, draws))
         assert row["drawn_right"] == sum(prepare.grade(text, question).correct for text in texts) and row["samples"] == 6
     assert "drawn_right" not in evaluate.main(config(evaluate, data, corruptions=["removed"], samples=0))["base", "shapes", "removed"][0]
 
@@ -158,7 +158,7 @@ def test_information_of_tokens_is_the_difference_of_two_plain_forwards(study, ev
     tables = [{q["id"]: q for q in prepare.read_questions(data / prepare.input_path("shapes", name), "")} for name in ("clean", "blank")]
     for row in answers["base", "shapes", "clean"][::9]:
         prompts = [policy.encode(table[row["id"]]) for table in tables]
-        prefix = train.encode_prompts(policy, prompts[:1], train.look(policy, prompts[:1]))
+        prefix = train.encode_prompts(policy, prompts[:1], train.encode_images(policy, prompts[:1]))
         tokens = train.generate(policy, prefix, 24).tokens[0, :row["tokens"]].tolist()
         logprobs = []
         for prompt in prompts:
@@ -182,7 +182,7 @@ def test_the_word_that_depends_on_the_picture_has_the_information_and_the_form_h
     said = [policy.tokenizer(f"<think>I look.</think>\\boxed{{{letter}}}<|im_end|>")["input_ids"] for letter in "AB"]
     tokens, letter = torch.tensor(said), next(i for i, (a, b) in enumerate(zip(*said)) if a != b)
     optimizer = torch.optim.Adam([p for p in policy.model.parameters() if p.requires_grad], 5e-3)
-    features = [train.look(policy, prompts) for prompts in (clean, blank)]
+    features = [train.encode_images(policy, prompts) for prompts in (clean, blank)]
     for _ in range(120):
         loss = 0
         for prompts, seen, order in ((clean, features[0], [0, 1]), (blank, features[1], [0, 1])):

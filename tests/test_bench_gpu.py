@@ -58,7 +58,7 @@ def on_meta():
             for parameter in policy.model.parameters():
                 parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
             made[name] = policy
-            policy.eos, policy.unpack = torch.tensor([-1], device="meta"), False
+            policy.eos, policy.dequantize = torch.tensor([-1], device="meta"), False
         return made[name]
 
     return get
@@ -87,16 +87,16 @@ def test_the_plan_is_what_one_computes_by_hand(train, prepare, on_meta, model, c
     for beside in (4.0, 40.0):
         config.memory_gb = (base + held) / GB + beside
         planned = train.plan(policy, config, {}, 1124)
-        assert planned.cache_gb == pytest.approx(beside, rel=1e-6) and planned.tokens_per_pass == int(beside * GB // token)
-        assert next(train.waves(policy, [1124] * 256, 8, 512, planned.cache_gb)).stop == int(beside * GB // question)
-        given = train.plan(policy, train.Config(**vars(config) | {"cache_gb": 0.5, "tokens_per_pass": 99}), {}, 1124)
-        assert (given.cache_gb, given.tokens_per_pass) == (0.5, 99)
+        assert planned.cache_gb == pytest.approx(beside, rel=1e-6) and planned.micro_batch_tokens == int(beside * GB // token)
+        assert train.rollout_batches(policy, [1124] * 256, 8, 512, planned.cache_gb)[0].stop == int(beside * GB // question)
+        given = train.plan(policy, train.Config(**vars(config) | {"cache_gb": 0.5, "micro_batch_tokens": 99}), {}, 1124)
+        assert (given.cache_gb, given.micro_batch_tokens) == (0.5, 99)
     config.memory_gb = (base + held + max(question, (1124 + 512) * token)) / GB - 0.001
     with pytest.raises(prepare.UserError, match="GB of memory are too little: .* lower --group_size"):
         train.plan(policy, config, {}, 1124)
-    config.memory_gb, preset = None, {"cache_gb": 2.0, "tokens_per_pass": 8192}
+    config.memory_gb, preset = None, {"cache_gb": 2.0, "micro_batch_tokens": 8192}
     planned = train.plan(policy, config, preset, 1124)
-    assert (planned.cache_gb, planned.tokens_per_pass, planned.memory_gb) == (2.0, 8192, None)
+    assert (planned.cache_gb, planned.micro_batch_tokens, planned.memory_gb) == (2.0, 8192, None)
 
 
 class Held(TorchDispatchMode):
@@ -141,27 +141,27 @@ def test_a_step_holds_no_more_than_planned(train, on_meta, monkeypatch, model, b
     policy, length, new, group = on_meta(model), 1124, 512, 8
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda q, k, v, **_: Fused.apply(q, k, v))
     rows = lambda n, prompts: torch.arange(n).view(prompts, -1)
-    monkeypatch.setattr(train.Sharing, "of", lambda owner, prompts: train.Sharing(rows(len(owner), prompts), rows(len(owner), 1)[0], True))
+    monkeypatch.setattr(train.GroupLayout, "of", lambda owner, prompts: train.GroupLayout(rows(len(owner), prompts), rows(len(owner), 1)[0], True))
     base = sum(p.nbytes for p in policy.full.parameters() if not p.requires_grad)
     adapter = [p for p in policy.model.parameters() if p.requires_grad]
     memory_gb = (base + by_hand(model, length, group, new)[0]) / GB + beside
     config = train.plan(policy, train.Config(group_size=group, max_new_tokens=new, checkpoint=True, memory_gb=memory_gb), {}, length)
-    policy.unpack, own = False, train.OwnTokens
-    monkeypatch.setattr(train, "OwnTokens", lambda places, at: own(new, at))  # room for all tokens, of which three are drawn
+    policy.dequantize, own = False, train.CompletionCache
+    monkeypatch.setattr(train, "CompletionCache", lambda places, at: own(new, at))  # room for all tokens, of which three are drawn
     prompt = SimpleNamespace(input_ids=[5] * length, image_grid_thw=None)
-    wave = next(train.waves(policy, [length] * 99, group, new, config.cache_gb)).stop
+    wave = train.rollout_batches(policy, [length] * 99, group, new, config.cache_gb)[0].stop
     with Held(policy) as sampling, torch.no_grad():
         prefix = train.encode_prompts(policy, [prompt] * wave, [[]] * wave)
         train.generate(policy, prefix, 3, torch.empty(wave * group, 3, dtype=torch.float64, device="meta"))
     assert 0.5 * beside * GB < sampling.most <= beside * GB
-    prompts, rows = config.tokens_per_pass // length, config.tokens_per_pass // (length + new)
+    prompts, rows = config.micro_batch_tokens // length, config.micro_batch_tokens // (length + new)
     with Held(policy) as learning:
         graph = train.encode_prompts(policy, [prompt] * prompts, [[]] * prompts, True)
         leaves = graph.as_leaves()
         for _ in range(2):
             tokens = torch.zeros(rows, new, dtype=torch.long, device="meta")
             train.score_tokens(policy, leaves, torch.zeros(rows, dtype=torch.long, device="meta"), tokens, True).sum().backward()
-        train.carry_back(graph.tensors(), leaves.tensors())
+        train.backward_through(graph.tensors(), leaves.tensors())
     held = learning.most - sum(p.grad.nbytes for p in adapter)
     policy.model.zero_grad(set_to_none=True)
     assert 0.3 * beside * GB < held <= beside * GB

@@ -121,9 +121,9 @@ def test_image_tokens_equal_image_features(prepare, train, family_folder, kind, 
             refused.append((size, str(error)))
             continue
         prompt = policy.encode(question("<image>How many?", [picture]))
-        ((features,),) = train.look(policy, [prompt])
+        ((features,),) = train.encode_images(policy, [prompt])
         tokens = prompt.input_ids.count(policy.full.config.image_token_id)
-        assert tokens == len(features.tokens) == policy.image_processor.get_number_of_image_patches(picture.height, picture.width) // 4
+        assert tokens == len(features[0]) == policy.image_processor.get_number_of_image_patches(picture.height, picture.width) // 4
         assert 0 < tokens <= 100  # the budget
         used += 1
     assert used > 750 and all(max(size) > 200 * min(size) and f"{size[0]} x {size[1]}" in reason for size, reason in refused)

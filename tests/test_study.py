@@ -26,7 +26,7 @@ def test_every_artifact_of_the_design_exists(study):
     for name in ["study.json", "questions/shapes.parquet", "questions/rejected.jsonl", "corrupted/preview.png", "report/index.html",
                  "report/results.json", "report/tables.md", "model/model.safetensors", *sources, *runs, *rows]:
         assert (data / name).is_file(), name
-    assert {path.name for path in data.rglob("*") if path.name.endswith(".part") or path.name == "checkpoint"} == set()
+    assert {path.name for path in data.rglob("*") if path.name.endswith(".part") or path.name == "checkpoint.safetensors"} == set()
     assert len(answers) == 5 * (1 + len(CORRUPTIONS)) and all(len(rows) == 40 for rows in answers.values())
 
 

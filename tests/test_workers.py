@@ -17,7 +17,7 @@ from conftest import ROOT
 
 RUNS = ["hallucination-blank+removed-s0", "hallucination-blank+removed-s1", "standard-s0", "standard-s1"]
 TRAIN = ["03_train_grpo", "--conditions", "standard", "hallucination", "--corruption", "blank", "removed", "--seeds", "0", "1", "--steps", "6",
-         "--prompts_per_step", "4", "--group_size", "4", "--max_new_tokens", "12", "--tokens_per_pass", "96", "--lora_rank", "4"]
+         "--prompts_per_step", "4", "--group_size", "4", "--max_new_tokens", "12", "--micro_batch_tokens", "96", "--lora_rank", "4"]
 EVALUATE = ["04_evaluate", "--corruptions", "clean", "blank", "removed", "--max_new_tokens", "12", "--samples", "2"]
 STOPPED = "stopped: the same command continues"
 TIMES = ("rollout_s", "update_s", "seconds", "peak_gb")
@@ -90,7 +90,7 @@ def test_the_number_of_workers_changes_no_byte(undisturbed, data, workers, threa
     truth = left(undisturbed, "policies", "answers")
     assert left(data, "policies", "answers") == truth
     assert {f"policies/{run}/adapter_model.safetensors" for run in RUNS} < truth.keys()
-    assert any(row["gradient_norm"] for row in truth["policies/standard-s0/train.jsonl"])  # there was something to learn
+    assert any(row["grad_norm"] for row in truth["policies/standard-s0/train.jsonl"])  # there was something to learn
 
 
 def test_a_killed_stage_continues_to_the_same_bytes(undisturbed, data):
