@@ -54,6 +54,7 @@ import math
 import multiprocessing
 import os
 import random
+import re
 import signal
 import sys
 import time
@@ -703,6 +704,8 @@ def check_config(config):
 
 # the linear layers of all three families; a list, for servers refuse a regular expression
 LANGUAGE_LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+# what the language model was called before transformers 4.52, and in PEFT files of that time
+OLD_ADAPTER_NAMES = {r"^(language_model\.model|model)\.layers": "model.language_model.layers"}
 VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>",
                  "<|video_pad|>")
 
@@ -790,9 +793,10 @@ def make_policy(full, tokenizer, image_processor, adapters={}, lora_rank=0, seed
     as_product(full.model.visual.patch_embed.proj)
     for name, folder in adapters.items():
         if model is full:
-            model = PeftModel.from_pretrained(full, folder, module_name(name))
+            model = PeftModel.from_pretrained(
+                full, folder, module_name(name), key_mapping=OLD_ADAPTER_NAMES)
         else:
-            model.load_adapter(folder, module_name(name))
+            model.load_adapter(folder, module_name(name), key_mapping=OLD_ADAPTER_NAMES)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):  # of an adapter from elsewhere
             module.p = 0.0
@@ -1460,8 +1464,12 @@ def peak_gb(policy):
     """Most memory held so far, in GB: of the card, or without one of the process."""
     if policy.device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux
+        peak = re.search(r"VmHWM:\s+(\d+) kB", status.read_text(encoding="utf-8"))
+        return int(peak[1]) * 1024 / 1e9
     memory = psutil.Process().memory_info()
-    return getattr(memory, "peak_wset", memory.rss) / 1e9  # but on Windows what is held now
+    return getattr(memory, "peak_wset", memory.rss) / 1e9  # Windows; macOS tells what is held now
 
 
 # ---------------------------------------------------------------- the files of a run, and its end

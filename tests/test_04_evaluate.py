@@ -2,6 +2,7 @@
 """Stage 4: the same answers however they are batched or interrupted, and log-probabilities as a plain forward gives them."""
 import json
 import math
+import re
 import shutil
 
 import numpy as np
@@ -19,7 +20,7 @@ def data(study, tmp_path):
 
 
 def config(evaluate, data, **changes):
-    return evaluate.Config(**{"data": str(data), "workers": 1, "policies": ["base"], "corruptions": ["clean"], "max_new_tokens": 24} | changes)
+    return evaluate.Config(**{"data": str(data), "workers": 1, "policies": ["base"], "corruptions": ["clean"], "splits": ["test"], "max_new_tokens": 24} | changes)
 
 
 def without_logprobs(rows):
@@ -120,7 +121,36 @@ def test_drawn_answers_are_those_of_one_question_alone(evaluate, prepare, train,
             draws = torch.from_numpy(np.stack([train.uniforms(0, 0, row["id"], i, 24) for i in range(6)]))
             texts, _ = train.grade_completions(policy, [question], train.generate(policy, prefix, 24, draws))
         assert row["drawn_right"] == sum(prepare.grade(text, question).correct for text in texts) and row["samples"] == 6
-    assert "drawn_right" not in evaluate.main(config(evaluate, data, corruptions=["removed"], samples=0))["base", "shapes", "removed"][0]
+    assert "drawn_right" not in evaluate.main(config(evaluate, data, corruptions=["removed"]))["base", "shapes", "removed"][0]
+
+
+def test_training_questions_are_asked_clean_and_as_they_were_damaged_in_training(evaluate, prepare, data):
+    """The paper's settings of the train split: a stratified sample, of no question of the test split, in files of their own."""
+    done = evaluate.main(config(evaluate, data, corruptions=[], splits=["train"], limit=10))
+    assert done.keys() == {("base", "shapes", "train", name) for name in ("blank", "clean", "mismatch")}  # grounded: mismatch
+    rows = done["base", "shapes", "train", "blank"]
+    questions = {q["id"]: q for q in prepare.read_questions(data / "questions" / "shapes.parquet", "")}
+    assert len(rows) == 10 and all(questions[row["id"]]["split"] == "train" for row in rows)
+    assert rows == prepare.read_jsonl(data / "answers" / "base" / "shapes" / "train" / "blank.jsonl")
+    assert all("token_nats" not in row and "drawn_right" not in row for rows in done.values() for row in rows)
+
+
+def test_inputs_beside_the_core_are_asked_of_a_sample(evaluate, data, monkeypatch):
+    monkeypatch.setattr(evaluate, "STRESS_LIMIT", 10)
+    done = evaluate.main(config(evaluate, data, corruptions=["blank", "removed", "blur-0.05"]))
+    assert [len(done["base", "shapes", name]) for name in ("blank", "removed", "blur-0.05")] == [40, 10, 10]
+
+
+def test_the_plan_says_what_is_done_and_does_nothing(evaluate, data, capsys):
+    settings = {"policies": ["base", "standard-s0"], "corruptions": ["clean", "blank"], "samples": 3}
+    assert evaluate.main(config(evaluate, data, plan=True, **settings)) == {} and not (data / "answers").exists()
+    amount, time = capsys.readouterr().out.splitlines()
+    done = evaluate.main(config(evaluate, data, **settings))
+    asked = sum(map(len, done.values()))
+    drawn = sum(row["samples"] for rows in done.values() for row in rows if "drawn_right" in row)
+    assert amount == f"2 policies x 2 inputs: {asked} greedy answers and {drawn} drawn ones of at most 24 tokens"
+    assert re.fullmatch(r"about \d+\.\d minutes with 1 workers, each of which takes \d\.\d GB", time)
+    assert capsys.readouterr().out.startswith(amount)  # the real run opens with it too
 
 
 def test_limit_takes_the_same_share_of_every_group(evaluate, data):
@@ -168,8 +198,8 @@ def test_information_of_tokens_is_the_difference_of_two_plain_forwards(study, ev
                                       mm_token_type_ids=(ids == policy.full.config.image_token_id).int()).logits[0, -len(tokens) - 1:-1].float()
             logits[:, policy.banned] = -torch.inf
             logprobs.append(logits.log_softmax(-1)[range(len(tokens)), tokens])
-        assert row["nats"] == pytest.approx((logprobs[0] - logprobs[1]).tolist(), abs=2e-3)
-        assert "".join(row["pieces"]).rstrip("\ufffd") == row["response"].rstrip("\ufffd") and len(row["pieces"]) == row["tokens"]
+        assert row["token_nats"] == pytest.approx((logprobs[0] - logprobs[1]).tolist(), abs=2e-3)
+        assert "".join(row["token_texts"]).rstrip("\ufffd") == row["response"].rstrip("\ufffd") and len(row["token_texts"]) == row["tokens"]
 
 
 def test_the_word_that_depends_on_the_picture_has_the_information_and_the_form_has_none(study, evaluate, prepare, train):
@@ -225,7 +255,8 @@ def test_fewer_questions_leave_the_file_and_another_grader_gives_other_verdicts(
     ({"policies": ["nobody-s0"]}, "nobody-s0 holds no finished policy"),
     ({"benchmarks": ["mathvista"]}, "mathvista is no benchmark"),
     ({"corruptions": ["fog"]}, "run 02_corrupt.py --corruptions fog"),
-    ({"limit": 0}, "--limit 0"), ({"cache_gb": -1.0}, "--cache_gb -1"), ({"max_new_tokens": 0}, "--max_new_tokens 0")])
+    ({"limit": 0}, "--limit 0"), ({"cache_gb": -1.0}, "--cache_gb -1"), ({"max_new_tokens": 0}, "--max_new_tokens 0"),
+    ({"splits": ["exam"]}, "--splits exam is unknown")])
 def test_what_cannot_be_evaluated_is_named(evaluate, prepare, data, changes, says):
     with pytest.raises(prepare.UserError, match=says):
         evaluate.main(config(evaluate, data, **changes))
@@ -280,7 +311,7 @@ def test_an_adapter_from_elsewhere_answers_as_it_should(evaluate, report, data, 
 @pytest.mark.parametrize("changes, says", [
     ({"peft_type": "IA3"}, "no plain LoRA.*IA3"), ({"use_dora": True}, "use_dora"), ({"bias": "all"}, "bias"), ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
     ({"init_lora_weights": "olora"}, "init_lora_weights olora"), ({"layer_replication": [[0, 2]]}, "layer_replication"), ({"of_tomorrow": 1}, "of_tomorrow"),
-    ("visual", "no plain LoRA.*visual"), ("text", "does not fit|no plain LoRA"), ("rank", "does not fit"), ("fewer", "does not fit.*no counterpart"),
+    ("visual", "no plain LoRA.*visual"), ("nan", "not finite in .*lora_"), ("rank", "does not fit"), ("fewer", "does not fit.*no counterpart"),
     ("missing", "is no adapter"), ("pickle", "is no adapter"), ("name", "rename the folder")])
 def test_adapters_that_cannot_be_compared_are_named(evaluate, prepare, data, tmp_path, changes, says):
     folder = adapter_of_ones_own(data, tmp_path, **(changes if isinstance(changes, dict) else {}))
@@ -289,8 +320,8 @@ def test_adapters_that_cannot_be_compared_are_named(evaluate, prepare, data, tmp
     first = min(tensors)
     if changes == "visual":
         save_file(tensors | {"base_model.model.model.visual.blocks.0.mlp.down_proj.lora_A.weight": torch.ones(2, 2)}, path)
-    if changes == "text":  # as adapters of older versions are called
-        save_file({name.replace("model.language_model.", "model."): value for name, value in tensors.items()}, path)
+    if changes == "nan":
+        save_file(tensors | {first: tensors[first] * torch.nan}, path)
     if changes == "rank":
         save_file(tensors | {first: torch.ones(3, tensors[first].shape[1])}, path)
     if changes == "fewer":
@@ -301,6 +332,26 @@ def test_adapters_that_cannot_be_compared_are_named(evaluate, prepare, data, tmp
         folder = folder.rename(folder.with_name("standard-s0"))
     with pytest.raises(prepare.UserError, match=says):
         evaluate.main(config(evaluate, data, policies=["base", str(folder)]))
+
+
+@pytest.mark.parametrize("older", ["model.", "language_model.model."])
+def test_an_adapter_with_the_names_of_an_older_transformers_answers_the_same(evaluate, data, tmp_path, older):
+    folder = adapter_of_ones_own(data, tmp_path)
+    path = folder / "adapter_model.safetensors"
+    renamed = {name.replace("model.language_model.", older): value for name, value in load_file(path).items()}
+    assert all(f"base_model.model.{older}layers." in name for name in renamed)
+    save_file(renamed, path)
+    done = evaluate.main(config(evaluate, data, policies=["standard-s0", str(folder)]))
+    own, other = (done[who, "shapes", "clean"] for who in ("standard-s0", "my_adapter"))
+    assert [row["response"] for row in own] == [row["response"] for row in other]
+
+
+@pytest.mark.parametrize("name", ["train", "eval", "half", "type", "keys", "forward", "default", "0", "a.b"])
+def test_an_adapter_may_lie_in_a_folder_of_any_name(evaluate, data, tmp_path, name):
+    folder = adapter_of_ones_own(data, tmp_path)
+    folder = folder.rename(folder.with_name(name))
+    done = evaluate.main(config(evaluate, data, policies=["base", str(folder)], limit=5))
+    assert done[name, "shapes", "clean"] != done["base", "shapes", "clean"]
 
 
 def test_stale_questions_and_policies_stop_with_the_stage_to_run(evaluate, prepare, corrupt, data):
