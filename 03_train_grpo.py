@@ -84,6 +84,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 from transformers import (
     AttentionInterface, AutoModelForImageTextToText, BitsAndBytesConfig, DynamicCache,
 )
@@ -106,13 +107,15 @@ REAL = {  # beside each: what the paper's trainer, EasyR1, takes as its default 
     "cache_gb": 2.0,             # 3B: 36,864 bytes a token, so 64 completions take two batches
     "checkpoint": True,
     "save_every": 10,            # 3B: 0.7 GB each
+    "seeds": [0],                # there not stated; of the laptop's runs five, for luck is large
 }
 PRESETS = {
     "tiny": {
         "steps": 60, "prompts_per_step": 8, "group_size": 8, "max_new_tokens": 40,
         "learning_rate": 1e-3, "lora_rank": 16, "micro_batch_tokens": 8192, "cache_gb": 0.25,
-        "checkpoint": False, "save_every": 1,
+        "checkpoint": False, "save_every": 1, "seeds": [0, 1, 2, 3, 4],
     },
+    "2b": REAL,
     "3b": REAL,
     "7b": REAL | {"micro_batch_tokens": 4096},
 }
@@ -133,7 +136,7 @@ class Config:
     grounding_bound: float = option(
         5.0, "nats a token beyond which more use of the picture earns nothing")
     seeds: list[int] = option(
-        [0, 1, 2, 3, 4], "one run per condition and seed; the report compares seed by seed")
+        [], "one run per condition and seed; the report compares seed by seed [preset]")
     workers: int = option(
         None, "processes, each a run at a time [one a card; without cards one a core, "
         "as memory allows]")
@@ -169,6 +172,7 @@ class Config:
     save_every: int = option(
         None, "steps between checkpoints of three adapters' size: a kill costs the steps since, "
         "Ctrl-C none [preset]")
+    plan: bool = option(False, "say what would be done and how long it takes, and end")
 
 
 # -------------------------------------------------------------------------------------------- runs
@@ -179,7 +183,7 @@ def main(config):
     study = prepare.load_study(Path(config.data))
     for name, value in PRESETS[study["preset"]].items():
         # those two follow from memory, which only the process that trains knows: `plan`
-        if getattr(config, name) is None and name not in ("micro_batch_tokens", "cache_gb"):
+        if getattr(config, name) in (None, []) and name not in ("micro_batch_tokens", "cache_gb"):
             setattr(config, name, value)
     check_config(config)
 
@@ -189,12 +193,24 @@ def main(config):
             run = run_name(condition, seed, config)
             tasks[run] = study, condition, seed, config
     workers = prepare.count_workers(config.workers, len(tasks), prepare.worker_bytes(study))
+    print(amount(len(tasks), config))
+    if config.plan:
+        print(measure(study, config, len(tasks), workers))
+        return []
+
+    folders = {run: Path(config.data) / "policies" / run for run in tasks}
+    shown = {run: len(step_rows(folder)) for run, folder in folders.items()}
     results = {}
-    prepare.deal_out(train_run, tasks, workers, results.__setitem__)
-    return [results[run] for run in tasks]
+    with tqdm(total=len(tasks) * config.steps, initial=sum(shown.values()), desc="steps",
+              disable=None) as bar:
+        show = partial(show_steps, folders, shown, bar, config)
+        if workers == 1:  # then the run itself tells, for nobody else watches
+            tasks = {run: (*task, show) for run, task in tasks.items()}
+        prepare.deal_out(train_run, tasks, workers, results.__setitem__, show)
+    return [results[run] for run in folders]
 
 
-def train_run(study, condition, seed, config):
+def train_run(study, condition, seed, config, after_step=None):
     """Train one condition with one seed, or continue it; returns its config.json."""
     run = run_name(condition, seed, config)
     folder = Path(config.data) / "policies" / run
@@ -217,7 +233,9 @@ def train_run(study, condition, seed, config):
             skipped = 0  # steps in a row
             for step in range(done + 1, config.steps + 1):
                 row, samples = train_step(policy, optimizer, questions, step, config)
-                log_step(folder, row, samples, config)
+                log_step(folder, row, samples)
+                if after_step:
+                    after_step()
                 skipped = skipped + 1 if row["skipped"] else 0
                 if skipped == 3:
                     raise UserError(f"{run} skipped three steps in a row, because a reward or a "
@@ -655,22 +673,63 @@ STEP_LINE = ("reward", "correct", "well_formed", "frac_reward_zero_std", "comple
              "peak_gb")
 
 
-def log_step(folder, row, samples, config):
+def log_step(folder, row, samples):
     """Write a step down, its samples first: a row says that its step is whole."""
     prepare.append_jsonl(folder / "rollouts.jsonl", samples)
     prepare.append_jsonl(folder / "train.jsonl", [row])
-    shown = [f"{folder.name} {row['step']:4d}/{config.steps}"]
-    shown += [f"{name} {row[name]:.3g}" for name in STEP_LINE if row[name] is not None]
-    if row["skipped"]:
-        shown.append("skipped: a reward or gradient is not finite")
-    print("  ".join(shown), flush=True)
+
+
+def step_rows(folder):
+    """The rows of train.jsonl so far."""
+    path = folder / "train.jsonl"
+    return prepare.read_jsonl(path) if path.exists() else []
+
+
+def show_steps(folders, shown, bar, config):
+    """Print the steps that runs have logged since the last call, and move the bar."""
+    for run, folder in folders.items():
+        rows = step_rows(folder)
+        for row in rows[shown[run]:]:
+            parts = [f"{run} {row['step']:4d}/{config.steps}"]
+            parts += [f"{name} {row[name]:.3g}" for name in STEP_LINE if row[name] is not None]
+            if row["skipped"]:
+                parts.append("skipped: a reward or gradient is not finite")
+            tqdm.write("  ".join(parts))
+        bar.update(len(rows) - shown[run])
+        shown[run] = len(rows)  # fewer where a run goes back to its checkpoint
 
 
 # ==================================================================================================
 # Below: the machine room. You can fork this kit without reading on.
 # ==================================================================================================
 
-# ---------------------------------------------------------------- options that cannot work
+# --------------------------------------------------------------------------------- before a start
+# What will be done and how long it takes, and one sentence for what cannot work.
+
+
+def amount(runs, config):
+    completions = runs * config.steps * config.prompts_per_step * config.group_size
+    return (f"{runs} runs x {config.steps} steps x {config.prompts_per_step} prompts x "
+            f"{config.group_size} completions: {completions:,} completions of at most "
+            f"{config.max_new_tokens} tokens")
+
+
+def measure(study, config, runs, workers):
+    """Time and memory of the whole stage, from the first steps of a run that is thrown away."""
+    prepare.begin_worker(0)
+    policy = load_policy(prepare.model_path(Path(config.data), study), study["max_pixels"],
+                         lora_rank=config.lora_rank)
+    questions = Questions(study, config.conditions[0], config.seeds[0], config)
+    config = plan(policy, config, PRESETS[study["preset"]], questions.longest()["prompt_tokens"])
+    optimizer = make_optimizer(policy, config)
+    seconds = []
+    for step in range(1, 5):
+        row, _ = train_step(policy, optimizer, questions, step, config)
+        seconds.append(row["rollout_s"] + row["update_s"])
+    rounds = math.ceil(runs / workers)  # a worker trains one run at a time
+    minutes = float(np.mean(seconds[1:])) * config.steps * rounds / 60  # the first also warms up
+    return (f"about {minutes:.1f} minutes with {workers} workers, each of which takes "
+            f"{row['peak_gb']:.1f} GB")
 
 
 def check_config(config):
@@ -689,6 +748,9 @@ def check_config(config):
     prepare.check_least(config, 1e-9, "learning_rate", "max_grad_norm", "memory_gb", "cache_gb")
     prepare.check_least(config, 0, "kl", "clip_low", "clip_high", "grounding_weight",
                         "grounding_bound")
+    if asked_only := {"edited", "kept"} & {*config.corruption}:
+        raise UserError(f"--corruption {min(asked_only)} is for asking, not for training: its gold is "
+                        "the answer to the picture before the edit")
     if "clean" in config.corruption:
         raise UserError("--corruption clean damages nothing: for clean questions use "
                         "--conditions standard")
@@ -1478,7 +1540,7 @@ def peak_gb(policy):
 # since the checkpoint, and the continued run is the same, byte for byte.
 
 # options that choose runs, or change rounding alone: a run may continue under others
-NOT_SETTINGS = {"data", "conditions", "seeds", "steps", "workers", "memory_gb",
+NOT_SETTINGS = {"data", "plan", "conditions", "seeds", "steps", "workers", "memory_gb",
                 "micro_batch_tokens", "cache_gb", "checkpoint", "save_every"}
 CHECKPOINT = "checkpoint.safetensors"
 STOPPING = b"stopping after this step; once more stops at once\n"
