@@ -1262,13 +1262,11 @@ class GroupLayout:
     @classmethod
     def of(cls, owner, prompts):
         """owner: (R,), the prompt of each row, in rising order."""
-        rows = torch.arange(len(owner), device=owner.device)
-        counts = torch.bincount(owner, minlength=prompts)  # (P,)
-        before = counts.cumsum(0) - counts                 # (P,), rows of earlier prompts
-        most = int(counts.max())
-        place = owner * most + rows - before[owner]
-        table = rows.new_zeros(prompts * most).scatter(0, place, rows)
-        return cls(table.view(prompts, most), place, len(owner) == prompts * most)
+        counts = torch.bincount(owner, minlength=prompts)                  # (P,)
+        places = torch.arange(int(counts.max()), device=owner.device)      # (S,)
+        filled = (places < counts[:, None]).flatten()                      # (P * S,)
+        table = (filled.cumsum(0) - 1).clamp(min=0).view(prompts, -1)      # rows in rising order
+        return cls(table, filled.nonzero()[:, 0], len(owner) == len(filled))
 
     def gather(self, rows):
         """(R, heads, n, size) -> (P, heads, S * n, size): what meets a prompt's keys or values."""
