@@ -21,7 +21,6 @@ import io
 import itertools
 import json
 import math
-import platform
 import re
 import sys
 from collections import Counter, defaultdict
@@ -84,6 +83,9 @@ def main(config: Config) -> dict:
     passed = all(entry["passed"] for entry in entries)
     results["instrument_check"] = {"passed": passed, "entries": entries}
     runs = runs_of(data)
+    results["dependence"] = {
+        source: [depends(name, x[source], source) for name, x in results["pooled"].items() if source in x]
+        for source in results["sources"]}
     results["sentences"] = {panel.source: sentences(results, panel, runs) for panel in panels}
     for settings in results["s1_to_s8"].values():
         for condition, found in settings.items():
@@ -177,12 +179,12 @@ def sentences(r, panel: "Panel", runs: Iterable) -> list:
     about = {name: x[panel.source] for name, x in r["pooled"].items() if panel.source in x}
     trained = [name for name, x in about.items() if set(x["runs"]) <= set(runs)]
     if not trained:
-        return [depends(name, about[name], panel.source) for name in reversed(about)][:3]
+        return r["dependence"][panel.source][::-1][:3]
     blind = [name for name in trained if takes_away(name)]
     # whose gain is looked into: training on the real pictures, where there is such a run
     lead = next(name for name in ("standard", *blind, *trained) if name in trained)
     both = list(dict.fromkeys([*blind[:1], lead]))
-    return [say_gains(r, panel, both), say_parts(lead, about[lead]["gains"]),
+    return [say_gains(r, panel, both), say_parts(r, panel, lead),
             say_following(about, both, panel.source)]
 
 
@@ -195,8 +197,8 @@ def say_gains(r, panel: "Panel", conditions: list) -> dict:
         did = f"is not shown to have gained anything ({size:+.0f} points)"
         if test["p_holm"] < 0.05:
             did = f"{'gained' if size > 0 else 'lost'} {abs(size):.0f} points"
-        clauses.append(f"rained {on_what(name)}, {'it' if clauses else 'the model'} {did}")
-    text = "T" + "; t".join(clauses) + "."
+        clauses.append(f"trained {on_what(name)}, {'it' if clauses else 'the model'} {did}")
+    text = "; ".join(clauses).replace("trained", "Trained", 1) + "."
     numbers = behind(tests, points)
     if len(tests) == 2 and all(x["p_holm"] < 0.05 and x["value"] > 0 for x in tests.values()):
         ratio = share_of_gain(panel, *conditions)
@@ -206,21 +208,23 @@ def say_gains(r, panel: "Panel", conditions: list) -> dict:
     return {"text": text, "numbers": numbers}
 
 
-def say_parts(condition: str, gain) -> dict:
-    """Which parts of a gain are shown."""
+def say_parts(r, panel: "Panel", condition: str) -> dict:
+    """Which parts of a gain are shown, if it is."""
+    gain = r["pooled"][condition][panel.source]["gains"]
+    test = r["differences"][condition]["base"][panel.source]["clean"]
     said = {"visual": "need the picture", "format": "are the asked-for form alone",
             "image_free": "are right without the picture too"}
     found = {part: gain[part] for part in said if gain.get(part, {}).get("ci95")}
     shown = [f"{100 * x['value']:.0f} {said[part]}" for part, x in found.items() if x["ci95"][0] > 0]
-    whole = f"the {100 * gain['total']['value']:.0f} points gained by training {on_what(condition)}"
+    whole = f"the {100 * test['value']:.0f} points gained by training {on_what(condition)}"
     text = f"Of {whole}, {', '.join(shown)}."
-    if "visual" not in found:
+    if test["p_holm"] >= 0.05 or test["value"] < 0:
+        text = f"So training {on_what(condition)} left no gain to divide into looking and guessing."
+    elif "visual" not in found:
         text = f"How many of {whole} need the picture cannot be told."
-    elif gain["total"]["ci95"][0] <= 0:
-        text = "So there is no gain to divide into looking and guessing."
     elif found["visual"]["ci95"][0] <= 0:
         text = f"It is not shown that any of {whole} need the picture."
-    numbers = {"total": gain["total"]} | {part.replace("_", "-"): x for part, x in found.items()}
+    numbers = {"total": test} | {part.replace("_", "-"): x for part, x in found.items()}
     return {"text": text, "numbers": behind(numbers, points)}
 
 
@@ -241,16 +245,14 @@ def say_following(about, conditions: list, source: str) -> dict:
 def depends(name: str, about: dict, source: str) -> dict:
     """Whether a policy answers worse without the picture, as each test without it says."""
     worths = about.get("picture_worth", {})
-    signs = {math.copysign(x["p_holm"] < 0.05, x["value"]) for x in worths.values()}
+    shown = {math.copysign(1, x["value"]) for x in worths.values() if x["p_holm"] < 0.05}
     claim = "is not shown to depend on the picture"
     if not worths:
         claim = "was not asked without the picture"
-    elif signs == {1}:
-        claim = "depends on the picture"
-    elif signs == {-1}:
-        claim = "does better without the picture"
+    elif all(x["p_holm"] < 0.05 for x in worths.values()) and len(shown) == 1:
+        claim = "depends on the picture" if 1 in shown else "does better without the picture"
     numbers = {f"right, {asked}": about["accuracy"][asked] for asked in ("clean", *worths)}
-    numbers |= {f"difference ({asked})": x for asked, x in worths.items()}
+    numbers |= {f"worth of the picture ({asked})": x for asked, x in worths.items()}
     return {"text": f"{shorten(name, 60)} {claim} on {source}.", "numbers": behind(numbers)}
 
 
@@ -314,12 +316,11 @@ def on_what(condition: str) -> str:
 
 
 def behind(found, form=None) -> str:
-    """The numbers behind a sentence: what, value, interval, p; n and seeds once where they are the same."""
-    counts = list(dict.fromkeys(map(counted, found.values())))
-    said = [f"{name} {' '.join(cell(x, form or percent))}" for name, x in found.items()]
-    if len(counts) > 1:
-        counts, said = [], [f"{text}, {counted(x)}" for text, x in zip(said, found.values())]
-    return "; ".join([*said, *counts])
+    """The numbers behind a sentence: what, value, interval, p, n and seeds."""
+    text = "; ".join(f"{name} {' '.join(cell(x, form or percent))}, {counted(x)}"
+                     for name, x in found.items())
+    last = counted(list(found.values())[-1])
+    return text.replace(f", {last};", ";")  # said once, at the end
 
 
 # What was claimed, and how it is decided: all of it written down before any run
@@ -1766,7 +1767,9 @@ gained without the picture too. Visual: the rest, which is gone when the picture
 guess: right when the text says that there is no picture. Worth: accuracy with the picture less
 accuracy without it, p corrected for the number of policies (Holm). Causal effect: how much more
 often an answer is the one that fits an edited picture, because of that edit; flips: it changes when
-it should; stays: it stays when it should.</p>{{ tables_for("looking") }}</details>
+it should; stays: it stays when it should.</p><ul>
+{% for list in r.dependence.values() %}{% for x in list %}<li>{{ x.text }} <small>{{ x.numbers }}</small>
+</li>{% endfor %}{% endfor %}</ul>{{ tables_for("looking") }}</details>
 {% if r.differences %}<details><summary>Which conditions differ</summary><p>Runs of one seed answer
 the same questions and were trained on the same draws: conditions are compared seed by seed. With
 several seeds interval and p cover the choice of questions and the luck of a run (a paired t test,
