@@ -71,25 +71,15 @@ def main(config: Config) -> dict:
     data = Path(config.data)
     study = prepare.load_study(data)
     seen = Seen()
+    # a panel is a source: the same questions for every policy and input
     panels = read_benchmarks(data, study, config.resamples, seen)
     trained = read_training_questions(data, study, config.resamples, seen)
 
     results = measure_all(panels, trained)
     results["claims"] = ledger(panels, study)
-    entries = check_measures()
-    for panel in panels:
-        if panel.source == "shapes":
-            entries += check_shapes(panel)
-    passed = all(entry["passed"] for entry in entries)
-    results["instrument_check"] = {"passed": passed, "entries": entries}
+    results["instrument_check"] = check_instrument(panels)
     runs = runs_of(data)
-    results["dependence"] = {
-        source: [depends(name, x[source], source) for name, x in results["pooled"].items() if source in x]
-        for source in results["sources"]}
-    results["sentences"] = {panel.source: sentences(results, panel, runs) for panel in panels}
-    for settings in results["s1_to_s8"].values():
-        for condition, found in settings.items():
-            found["sentence"] = say_settings(found, condition)
+    say_all(results, panels, runs)
     results["fingerprint"] = fingerprint(seen.lines)
     results["notes"] = seen.notes
     results["provenance"] = {
@@ -115,7 +105,7 @@ def runs_of(data: Path) -> dict:
 
 
 def write(folder: Path, page: str, results: dict):
-    """The page, all numbers, tables to paste, and for each source the questions that need a picture."""
+    """The page, all numbers, tables to paste, and for each source its strict subset."""
     files = {"index.html": page, "tables.md": tables_to_paste(results),
              "results.json": json.dumps(results, indent=1)}
     for source, chosen in results["strict_subset"].items():
@@ -128,7 +118,7 @@ def write(folder: Path, page: str, results: dict):
 
 
 def measure_all(panels: list, trained: "Panel | None") -> dict:
-    """All numbers: measure -> policy -> source, `pooled` over seeds, and `differences` of conditions."""
+    """All numbers: measure -> policy -> source, `pooled` over seeds, `differences` of conditions."""
     out = {"gains": {}, "pooled": {}, "differences": {}}
     tests = defaultdict(list)  # what is shown together, and so corrected for its number
     for panel in panels:
@@ -169,30 +159,40 @@ def put(place: dict, value, *path: str):
 # What the page says first: three sentences, each of which follows from a test
 
 
-def sentences(r, panel: "Panel", runs: Iterable) -> list:
+def say_all(r, panels: list, runs: Iterable):
+    """In words, by source: `dependence` of each policy, three `sentences`, and what S1 to S8 say."""
+    for panel in panels:
+        about = {name: r["pooled"][name][panel.source] for name in panel.conditions}
+        depend = [depends(name, x, panel.source) for name, x in about.items()]
+        put(r, depend, "dependence", panel.source)
+        trained = [name for name, x in about.items() if set(x["runs"]) <= set(runs)]
+        said = sentences(r, panel, about, trained) if trained else depend[::-1][:3]
+        put(r, said, "sentences", panel.source)
+        for condition, found in r["s1_to_s8"][panel.source].items():
+            found["sentence"] = say_settings(found, condition)
+
+
+def sentences(r, panel: "Panel", about: dict, trained: list) -> list:
     """The three sentences on one source: `text` in plain words, `numbers` behind it.
 
     A gain or loss is stated where its p, corrected by Holm, is below 0.05, a part of a gain or an
-    effect where its interval leaves out 0; else that nothing is shown. Where no run of this study
-    was asked, it is said of base and adapters whether they depend on the picture.
+    effect where its interval leaves out 0; else that nothing is shown. `trained`: conditions of this
+    study. Where there are none, it is said of base and adapters whether they depend on the picture.
     """
-    about = {name: x[panel.source] for name, x in r["pooled"].items() if panel.source in x}
-    trained = [name for name, x in about.items() if set(x["runs"]) <= set(runs)]
-    if not trained:
-        return r["dependence"][panel.source][::-1][:3]
+    # trained without ever seeing a question's own picture
     blind = [name for name in trained if takes_away(name)]
     # whose gain is looked into: training on the real pictures, where there is such a run
     lead = next(name for name in ("standard", *blind, *trained) if name in trained)
     both = list(dict.fromkeys([*blind[:1], lead]))
-    return [say_gains(r, panel, both), say_parts(r, panel, lead),
+    tests = {name: r["differences"][name]["base"][panel.source]["clean"] for name in both}
+    return [say_gains(panel, tests), say_parts(lead, tests[lead], about[lead]["gains"]),
             say_following(about, both, panel.source)]
 
 
-def say_gains(r, panel: "Panel", conditions: list) -> dict:
-    """What training gained; and where both are shown to, the share that came without the pictures."""
-    clauses, tests = [], {}
-    for name in conditions:
-        test = tests[name] = r["differences"][name]["base"][panel.source]["clean"]
+def say_gains(panel: "Panel", tests: dict) -> dict:
+    """What training gained; where both are shown to, the share that came without pictures."""
+    clauses = []
+    for name, test in tests.items():
         size = 100 * test["value"]
         did = f"is not shown to have gained anything ({size:+.0f} points)"
         if test["p_holm"] < 0.05:
@@ -201,30 +201,30 @@ def say_gains(r, panel: "Panel", conditions: list) -> dict:
     text = "; ".join(clauses).replace("trained", "Trained", 1) + "."
     numbers = behind(tests, points)
     if len(tests) == 2 and all(x["p_holm"] < 0.05 and x["value"] > 0 for x in tests.values()):
-        ratio = share_of_gain(panel, *conditions)
+        ratio = share_of_gain(panel, *tests)
         if ratio:
             text += f" So {in_words(ratio)} of the gain came without ever seeing the pictures."
             numbers += "; " + behind({"share": ratio})
     return {"text": text, "numbers": numbers}
 
 
-def say_parts(r, panel: "Panel", condition: str) -> dict:
-    """Which parts of a gain are shown, if it is."""
-    gain = r["pooled"][condition][panel.source]["gains"]
-    test = r["differences"][condition]["base"][panel.source]["clean"]
-    said = {"visual": "need the picture", "format": "are the asked-for form alone",
-            "image_free": "are right without the picture too"}
-    found = {part: gain[part] for part in said if gain.get(part, {}).get("ci95")}
-    shown = [f"{100 * x['value']:.0f} {said[part]}" for part, x in found.items() if x["ci95"][0] > 0]
-    whole = f"the {100 * test['value']:.0f} points gained by training {on_what(condition)}"
-    text = f"Of {whole}, {', '.join(shown)}."
+def say_parts(condition: str, test: dict, gain: dict) -> dict:
+    """What a gain is made of, if it is shown to be one."""
+    training, numbers, clauses = f"training {on_what(condition)}", {"total": test}, []
+    for part, what in {"visual": "need the picture", "format": "are the asked-for form alone",
+                       "image_free": "are right without the picture too"}.items():
+        x = gain.get(part)
+        if x and x["ci95"]:
+            numbers[part.replace("_", "-")] = x
+            # an interval that holds 0
+            chance = " (may be chance)" if x["ci95"][0] <= 0 <= x["ci95"][1] else ""
+            size = f"{100 * x['value']:.0f}".replace("-", "\N{MINUS SIGN}")
+            clauses.append(f"{size}{chance} {what}")
+    text = f"Of the {100 * test['value']:.0f} points gained by {training}, {', '.join(clauses)}."
     if test["p_holm"] >= 0.05 or test["value"] < 0:
-        text = f"So training {on_what(condition)} left no gain to divide into looking and guessing."
-    elif "visual" not in found:
-        text = f"How many of {whole} need the picture cannot be told."
-    elif found["visual"]["ci95"][0] <= 0:
-        text = f"It is not shown that any of {whole} need the picture."
-    numbers = {"total": test} | {part.replace("_", "-"): x for part, x in found.items()}
+        text = f"So {training} left no gain to divide into looking and guessing."
+    elif len(clauses) < 3:
+        text = f"How many of the points gained by {training} need the picture cannot be told."
     return {"text": text, "numbers": behind(numbers, points)}
 
 
@@ -253,7 +253,7 @@ def depends(name: str, about: dict, source: str) -> dict:
         claim = "depends on the picture" if 1 in shown else "does better without the picture"
     numbers = {f"right, {asked}": about["accuracy"][asked] for asked in ("clean", *worths)}
     numbers |= {f"worth of the picture ({asked})": x for asked, x in worths.items()}
-    return {"text": f"{shorten(name, 60)} {claim} on {source}.", "numbers": behind(numbers)}
+    return {"text": f"{name} {claim} on {source}.", "numbers": behind(numbers)}
 
 
 def share_of_gain(panel: "Panel", blind: str, seeing: str) -> dict | None:
@@ -298,16 +298,19 @@ FRACTIONS = {"none": 0, "a tenth": 1 / 10, "a quarter": 1 / 4, "a third": 1 / 3,
 
 def in_words(ratio: dict) -> str:
     """A share as a fraction; as a range where its interval is wider than a quarter."""
-    low, middle, high = (min(FRACTIONS, key=lambda name: abs(FRACTIONS[name] - x))
-                         for x in (ratio["ci95"][0], ratio["value"], ratio["ci95"][1]))
-    if low == high or ratio["ci95"][1] - ratio["ci95"][0] <= 0.25:
-        return f"about {middle}"
-    return f"between {low} and {high}"
+    def nearest(x):
+        return min(FRACTIONS, key=lambda name: abs(FRACTIONS[name] - x))
+
+    low, high = ratio["ci95"]
+    # one fraction would say more than is known
+    if high - low > 0.25 and nearest(low) != nearest(high):
+        return f"between {nearest(low)} and {nearest(high)}"
+    return f"about {nearest(ratio['value'])}"
 
 
 def on_what(condition: str) -> str:
     """What a condition was trained on, in words."""
-    kind, _, damage = shorten(condition, 60).partition("-")
+    kind, _, damage = condition.partition("-")
     pictures = {"blank": "blank pictures", "mismatch": "other questions\u2019 pictures"}
     pictures = pictures.get(damage, f"pictures damaged by {damage}")
     return {"standard": "on the real pictures", "hallucination": f"on {pictures} only",
@@ -319,6 +322,7 @@ def behind(found, form=None) -> str:
     """The numbers behind a sentence: what, value, interval, p, n and seeds."""
     text = "; ".join(f"{name} {' '.join(cell(x, form or percent))}, {counted(x)}"
                      for name, x in found.items())
+    # most have the same n and seeds
     last = counted(list(found.values())[-1])
     return text.replace(f", {last};", ";")  # said once, at the end
 
@@ -330,7 +334,7 @@ Term = tuple[float, str, str]  # factor, kind of policy, input (clean, or "witho
 
 @dataclass(frozen=True)
 class Claim:
-    """That the sum `of` accuracies is above `low`, and (a number was published) meets `low` to `high`."""
+    """That the sum `of` accuracies is above `low`, or (a number was published) in `low` to `high`."""
     id: str
     text: str
     source: str
@@ -384,10 +388,10 @@ PUBLISHED = [  # preset, benchmark, n, base, and as in TRAINED
 
 
 def published() -> Iterable[Claim]:
-    """Gains as published, give or take two standard errors, as if both accuracies were independent."""
+    """Gains as published, give or take two standard errors, as if accuracies were independent."""
     for preset, benchmark, n, base, *accuracies in PUBLISHED:
         for kind, value in zip(TRAINED, accuracies):
-            gain = value - base
+            gain = value - base  # points
             error = 2 * math.sqrt((base * (100 - base) + value * (100 - value)) / n)
             text = f"{preset.upper()} on {benchmark}, trained on {TRAINED[kind]}: {gain:+.2f} points"
             yield Claim(f"table-{benchmark}-{preset}-{kind}", text,
@@ -436,6 +440,7 @@ def judge(claim: Claim, panel: "Panel") -> list:
         damages = [condition for condition in panel.conditions if takes_away(condition)]
     if "without" in said:
         inputs = panel.withouts
+    # a claim about damage is judged once for each kind, one about blind answers for each input
     for damage, asked in itertools.product(damages, inputs):
         found, *also = (sum_of_terms(terms, panel, damage, asked) for terms in (claim.of, *claim.also))
         if found and all(also):
@@ -451,7 +456,7 @@ def takes_away(condition: str) -> bool:
 
 
 def sum_of_terms(terms: tuple, panel: "Panel", damage: str | None, asked: str) -> dict | None:
-    """The sum of accuracies, over seeds; nothing where a condition was not trained, or no seed is common."""
+    """The sum of accuracies, over seeds; nothing where a condition or a common seed lacks."""
     names = [damage if kind == "hallucination" else kind for _, kind, _ in terms]
     sums = []
     for runs in panel.by_seed(*names).values():
@@ -466,6 +471,7 @@ def verdict_on(claim: Claim, found: dict, also: list) -> str:
     if claim.high < math.inf:
         if high < claim.low or low > claim.high:
             return "contradicted"
+        # whoever learns nothing reproduces nothing, even where little was published
         same_side = low > 0 if claim.low + claim.high > 0 else high < 0
         return "reproduced" if same_side else "undecided"
     if low > 0 and all(x["ci95"][0] > 0 for x in also):
@@ -512,14 +518,14 @@ def observe(panel: "Panel", policy: str) -> dict:
         ratio = panel.weights @ right[name] / with_picture
         found["mirage", name] = Observed("ratio", ratio, len(panel.questions))
     found["well_formed",] = Observed("share", panel.column(policy, "clean", "well_formed"))
-    if policy != "base":
+    if policy != "base":  # it gains nothing over itself
         found |= split_gain(panel.weights, panel.strata, panel.outcomes("base"),
                             panel.outcomes(policy), panel.without)
     return found | observe_changes(panel, policy)
 
 
 def observe_changes(panel: "Panel", policy: str) -> dict:
-    """What becomes of an answer when the picture is an edited one, of which it is known what it shows.
+    """What becomes of an answer when the picture is edited, and it is known what it then shows.
 
     Flips: answers that change where the right one does; stays: answers that stay where it does.
     """
@@ -542,7 +548,7 @@ def observe_changes(panel: "Panel", policy: str) -> dict:
 
 
 def causal_effect(clean, edited, gold, fits) -> np.ndarray:
-    """What one edit of the picture does to the answer, per question; the mean is its average effect.
+    """What one edit of the picture does to the answer, per question; averaged, its causal effect.
 
         1/2 (1[edited = fits] - 1[clean = fits]) + 1/2 (1[clean = gold] - 1[edited = gold])
 
@@ -571,11 +577,11 @@ def split_gain(weights, strata, base: dict, run: dict, without: str | None) -> d
     """
     n = weights.shape[1]
     total = run["clean"][0] - base["clean"][0]
-    form = form_part(weights, strata, *base["clean"], run["clean"][1])
+    form = form_part(weights, strata, *base["clean"], run["clean"][1])  # (R,)
     found = {("gains", "total"): Observed("difference", total),
              ("gains", "format"): Observed("part", form, n)}
     if without:
-        kept = weights @ (run[without][0] - base[without][0])
+        kept = weights @ (run[without][0] - base[without][0])  # (R,): gained without the picture
         kept -= form_part(weights, strata, *base[without], run[without][1])
         found["gains", "image_free"] = Observed("part", kept, n)
         found["gains", "visual"] = Observed("part", weights @ total - form - kept, n)
@@ -583,7 +589,7 @@ def split_gain(weights, strata, base: dict, run: dict, without: str | None) -> d
 
 
 def form_part(weights, strata, correct, formed, formed_policy) -> np.ndarray:
-    """What the base would gain if only its answers were as well formed as the policy's: replicates (R,).
+    """What the base would gain if its answers were as well formed as the policy's: replicates (R,).
 
         sum over strata s of
             (W_policy,s - W_base,s) * (A_base,s among well formed - A_base,s among others)
@@ -594,7 +600,7 @@ def form_part(weights, strata, correct, formed, formed_policy) -> np.ndarray:
     overall accuracy, so that an empty one has one. It is assumed that, within a stratum, answers
     which the base spoilt would have been right as often as those which it did not.
     """
-    one = 1 / len(strata)
+    one = 1 / len(strata)  # question, as a share
 
     def accuracies(kept):
         number = (weights * kept) @ strata  # (R, S)
@@ -619,7 +625,7 @@ def measure(runs: list) -> dict:
 
 
 def summarise(runs: list) -> dict:
-    """One measure of a run, or of the seeds of a condition: value, n, 95% interval; for a difference p.
+    """One measure of a run, or of a condition's seeds: value, n, 95% interval; for a difference p.
 
     By formula where it can be, else by percentiles of the bootstrap; of several seeds by
     `over_runs`.
@@ -638,7 +644,7 @@ def summarise(runs: list) -> dict:
 
 
 def compare(panel: "Panel", runs: dict) -> dict:
-    """Conditions against the base and against each other: measure -> difference. `runs`: `observe`d.
+    """Conditions against the base and each other: measure -> difference. `runs`: as observed.
 
     Two runs of one seed share questions, their order and all draws, so conditions are compared
     seed by seed (`over_runs`), and what all runs of a seed owe to its luck falls out. `by_seed` is
@@ -670,7 +676,7 @@ def compare_two(pairs: dict) -> dict:
     within = {seed: paired(one.x - two.x) for seed, (one, two) in pairs.items() if one.kind == "accuracy"}
     if within:
         found["within_seed"] = within
-    if len(within) == 1:
+    if len(within) == 1:  # one seed: McNemar's p is exact, that of a normal distribution is not
         found |= next(iter(within.values()))
     return found
 
@@ -732,8 +738,8 @@ def accuracy_of(panel: "Panel | None", condition: str, name: str) -> dict | None
     return summarise([Observed("accuracy", panel.column(run, name, "correct")) for run in runs])
 
 
-def strict_subset(panel: "Panel") -> list[str]:
-    """Ids of the questions that no policy, the base included, answers without the picture, above chance.
+def strict_subset(panel: "Panel") -> list:
+    """Ids of the questions that nobody, the base included, answers without the picture, above chance.
 
     Under each input without a picture a policy answers once greedily and `samples` times at
     temperature 1. A question goes out if one of them is right; a choice question, where chance is
@@ -747,6 +753,7 @@ def strict_subset(panel: "Panel") -> list[str]:
     for i, question in enumerate(panel.questions):
         rows = [inputs[name][i] for inputs in panel.answers.values() for name in panel.withouts]
         chance = 1 / len(question["choices"]) if question["choices"] else 0.0
+        # how likely so many right answers are by chance
         ps = [tail(row["correct"] + row.get("drawn_right", 0), 1 + row.get("samples", 0), chance)
               for row in rows]
         if ps and min(ps) >= 0.05 / len(ps):
@@ -755,7 +762,7 @@ def strict_subset(panel: "Panel") -> list[str]:
 
 
 def about_subset(panel: "Panel") -> dict:
-    """The strict subset, and on how many answers without the picture it rests, by policy and input."""
+    """The strict subset, and on how many answers it rests, by policy and input."""
     ids = strict_subset(panel)
     samples = {policy: {name: 1 + inputs[name][0].get("samples", 0) for name in panel.withouts}
                for policy, inputs in panel.answers.items()}
@@ -811,7 +818,7 @@ def accuracy(right: Iterable) -> dict:
 
 
 def mcnemar(only_one: int, only_two: int) -> float:
-    """Exact two-sided p of McNemar's test: do questions that only one of two got right fall evenly?"""
+    """Exact two-sided p of McNemar's test: do questions that only one got right fall evenly?"""
     n = only_one + only_two
     fewer = sum(math.comb(n, i) for i in range(min(only_one, only_two) + 1))
     return min(1.0, 2 * fewer / 2**n)
@@ -834,7 +841,7 @@ def paired(difference) -> dict:
     only_one = int((difference > 0).sum())
     only_two = int((difference < 0).sum())
     f, k = only_one + 0.5, only_two + 0.5
-    middle = (f - k) / (n + 2)
+    middle = (f - k) / (n + 2)  # drawn a little towards 0
     half = Z * math.sqrt(f + k - (f - k) ** 2 / (n + 2)) / (n + 2)
     return {"value": (only_one - only_two) / n,
             "ci95": [max(-1.0, middle - half), min(1.0, middle + half)], "n": n,
@@ -936,7 +943,7 @@ def student_95(df: int) -> float:
 
 
 def variances(runs: list, shares: bool) -> tuple[float, float]:
-    """Of the mean of k runs: the part that the choice of questions does to all alike, and luck's part."""
+    """Of the mean of k runs: what the choice of questions does to all alike, and luck's part."""
     moves = np.stack([run.moves for run in runs])
     covariances = moves @ moves.T  # (k, k)
     k = len(runs)
@@ -951,7 +958,7 @@ def variances(runs: list, shares: bool) -> tuple[float, float]:
 
 
 def over_runs(runs: list, bounds: tuple = (-1.0, 1.0)) -> dict:
-    """Mean of a measure over k runs; its interval covers the choice of questions and the luck of a run.
+    """Mean of a measure over k runs; the interval covers the choice of questions and a run's luck.
 
         half^2 = z^2 C + t^2 S / k
 
@@ -981,7 +988,7 @@ def p_over_runs(runs: list) -> float:
     """
     shared, luck = variances(runs, True)
     value = abs(np.mean([run.value for run in runs]))
-    if luck == 0:
+    if luck == 0:  # one run, or runs that all agree: a normal distribution's p
         return math.erfc(value / math.sqrt(2 * shared))
 
     def leaves_out_0(t):
@@ -1016,6 +1023,13 @@ LEARNERS = {  # what a base is, what training changes, the one part in which the
     "learns to reason from the text": ({"sees": 0.3}, {"reads": 0.9}, "image_free"),
 }
 BLIND_BEST = {"count": 0.42, "colour": 0.26, "more": 0.70, "both": 0.42}  # shapes: best blind guess
+
+
+def check_instrument(panels: list) -> dict:
+    """Both checks; shapes are the only questions of which it is known what a blind guess can get."""
+    shapes = [panel for panel in panels if panel.source == "shapes"]
+    entries = sum(map(check_shapes, shapes), check_measures())
+    return {"passed": all(entry["passed"] for entry in entries), "entries": entries}
 
 
 def check_measures(n: int = 4000, resamples: int = 500, seed: int = 1) -> list:
@@ -1138,11 +1152,11 @@ class Panel:
         return np.eye(len(set(keys)))[np.unique(keys, return_inverse=True)[1]]
 
     @property
-    def inputs(self) -> list[str]:
+    def inputs(self) -> list:
         return sorted(set().union(*self.answers.values()), key=input_order)
 
     @property
-    def withouts(self) -> list[str]:
+    def withouts(self) -> list:
         """Inputs without a picture that all policies answered."""
         return [name for name in prepare.NO_PICTURE if all(name in x for x in self.answers.values())]
 
@@ -1160,13 +1174,13 @@ class Panel:
         return dict(found)
 
     def by_seed(self, *conditions) -> dict:
-        """Seed -> the runs of these conditions with it; the base, which is one, goes with every seed."""
+        """Seed -> the runs of these conditions with it; the one base goes with every seed."""
         trained = [self.conditions.get(name, {}) for name in conditions if name != "base"]
         common = [seed for seed in trained[0] if all(seed in runs for runs in trained)]
         return {seed: [self.conditions[name].get(seed, "base") for name in conditions]
                 for seed in common}
 
-    def runs_with(self, condition, name) -> list[str]:
+    def runs_with(self, condition, name) -> list:
         """The runs of a condition, if all answered an input."""
         runs = list(self.conditions.get(condition, {}).values())
         return runs if all(name in self.answers[run] for run in runs) else []
@@ -1188,13 +1202,13 @@ class Panel:
                 for name in ("clean", *self.withouts)}
 
     def said(self, policy, name) -> np.ndarray:
-        """Answers (n,) as one text for each meaning: a right one is the gold, however it was written."""
+        """Answers (n,), one text for each meaning: a right one is the gold, however written."""
         return np.array([canonical(question["answer"] if row["correct"] else row["answer"])
                          for question, row in zip(self.questions, self.answers[policy][name])])
 
 
 class Seen:
-    """What reading found: `notes` for the page, `checked` artifact -> sha256, a hash of each answer."""
+    """What reading found: `notes` for the page, artifact -> sha256, a hash of each answer."""
 
     def __init__(self):
         self.notes, self.checked, self.lines = [], {}, []
@@ -1205,6 +1219,7 @@ def read_benchmarks(data, study, resamples, seen: Seen) -> list:
     """A panel for each benchmark of the study that has answers."""
     sources, panels = study["sources"]["benchmarks"], []
     for path in sorted((data / "answers").glob("*/*/*")):
+        # train/ holds answers to questions that were trained on
         if path.name != "train" and (path.suffix != ".jsonl" or path.parent.name not in sources):
             seen.notes.append(f"{path.relative_to(data)} is unfinished, or of no benchmark of this study: "
                               "not counted")
@@ -1240,6 +1255,7 @@ def read_panel(data, study, source, files, resamples, seen: Seen) -> Panel:
     given = {}  # (policy, input) -> id -> row
     for path in files:
         given[path.relative_to(data).parts[1], path.stem] = read_rows(data, path, source, seen)
+    # a longer limit gives more right answers: such files are not compared
     cuts = {str(row.get("max_new_tokens")) for rows in given.values() for row in rows.values()}
     if len(cuts) > 1:
         raise UserError(f"{data / 'answers'}: some answers to {source} were cut after "
@@ -1276,7 +1292,7 @@ def records_of(data, source, name) -> dict:
 
 
 def read_rows(data, path, source, seen: Seen) -> dict:
-    """Id -> row of an answers file, whole, in stage 4's form, made from what lies in the folder now."""
+    """Id -> row of an answers file: whole, in its form, made from what lies in the folder now."""
     _, policy, *where, _ = path.relative_to(data).parts
     again = f"run 04_evaluate.py --data {data} again"
     rows = prepare.read_jsonl(path)
@@ -1293,6 +1309,7 @@ def read_rows(data, path, source, seen: Seen) -> dict:
                             f"{again}, or delete {data / 'answers' / policy} to do without this policy")
         seen.checked |= new
         said = [row[key] for key in ("id", "response", "answer", "correct", "well_formed")]
+        # versions, file hashes and log probabilities are left out
         line = json.dumps([policy, "/".join(where), path.stem, *said])
         seen.lines.append(hashlib.sha256(line.encode()).digest())
     by_id = {row["id"]: row for row in rows}
@@ -1309,6 +1326,7 @@ def what_is_wrong(row, policy, questions, seen: Seen) -> str | None:
         wrong = ["made_from"]
     if wrong:
         return f"has no proper {wrong[0]}"
+    # what answered, as opposed to what was asked
     model = {key: digest for key, digest in row["made_from"].items()
              if not key.startswith(("questions/", "corrupted/"))}
     adapters = [Path(key).parent.name for key in model if key.endswith("adapter_model.safetensors")]
@@ -1321,8 +1339,8 @@ def what_is_wrong(row, policy, questions, seen: Seen) -> str | None:
     return None
 
 
-def fingerprint(lines: Iterable[bytes]) -> str:
-    """One hash of all graded answers: two studies with the same one gave the same answers to the letter.
+def fingerprint(lines) -> str:
+    """One hash of all graded answers: two studies with the same gave the same answers to the letter.
 
     sha256 of the sorted sha256 of each [policy, source, input, question id, response, answer,
     correct, well formed], as JSON; the source of questions that were trained on is SOURCE/train.
@@ -1331,7 +1349,7 @@ def fingerprint(lines: Iterable[bytes]) -> str:
 
 
 def same_study(found) -> str:
-    """The fingerprint, and whether the README's table comes from these answers: then it stands there."""
+    """The fingerprint, and whether the README, which holds its own, is about these answers."""
     readme = Path(__file__).with_name("README.md")
     text = readme.read_text(encoding="utf-8") if readme.exists() else ""
     whose = "these" if found[:16] in text else "other"
@@ -1356,7 +1374,7 @@ def seed_of(policy) -> str:
     return policy.removeprefix(family(policy))[2:]
 
 
-def policy_order(policy) -> tuple:
+def policy_order(policy):
     order = ["base", "standard", "hallucination", "mixed", "grounded", policy.partition("-")[0]]
     return order.index(order[-1]), family(policy), int(seed_of(policy) or 0), policy
 
@@ -1366,7 +1384,7 @@ def group_of(name) -> str:
     return GROUPS.get(name.partition("-")[0], "other")
 
 
-def input_order(name) -> tuple:
+def input_order(name):
     kinds = [*GROUPS, name.partition("-")[0]]
     return kinds.index(kinds[-1]), name
 
@@ -1378,29 +1396,29 @@ INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u200b-\u200f\u202
                        "\ufeff\ud800-\udfff\ufffe\uffff]")
 
 
-def visible(text) -> str:
-    """Control characters, those that turn the direction of writing, and lone surrogates, as their code."""
+def visible(text):
+    """Control characters, those that turn the direction of writing, lone surrogates: as codes."""
     return INVISIBLE.sub(lambda match: f"<U+{ord(match[0]):04X}>", text)
 
 
-def shorten(text, most) -> str:
+def shorten(text, most):
     return text if len(text) <= most else text[:most - 1] + "\N{HORIZONTAL ELLIPSIS}"
 
 
-def percent(x: float) -> str:
+def percent(x: float):
     return f"{100 * x:.1f}%".replace("-", "\N{MINUS SIGN}")
 
 
-def points(x: float) -> str:
+def points(x: float):
     return f"{100 * x:+.1f}".replace("-", "\N{MINUS SIGN}")
 
 
-def counted(x) -> str:
+def counted(x):
     """Questions and seeds behind a number."""
     return f"n = {x['n']}" + (f", {x['seeds']} seeds" if x.get("seeds", 1) > 1 else "")
 
 
-def cell(x, form=percent, n=None) -> tuple:
+def cell(x, form=percent, n=None):
     """A number, and its interval, p and n; n questions are usual where n is given, and not told."""
     if not x:
         return "\N{EN DASH}", ""
@@ -1411,14 +1429,14 @@ def cell(x, form=percent, n=None) -> tuple:
     if "ci95" in x:
         small = "[{}, {}]".format(*(form(end).strip("+%") for end in x["ci95"]))
     if "p_holm" in x:
-        small += f" p {x['p_holm']:.2g}"
+        small += f" p {x['p_holm']:.2g}" if x["p_holm"] > 0.001 else " p < 0.001"
     if n is not None and n != x["n"]:
         small += f" {counted(x)}"
     return form(value), small
 
 
-def grid(caption, rows, columns, form=percent, n=None, **more) -> dict:
-    """A table of measures; `rows`: label -> measures, `columns`: title -> path of a measure in them.
+def grid(caption, rows, columns, form=percent, n=None, **more):
+    """A table; `rows`: label -> measures, `columns`: title -> path of a measure in them.
 
     `form` writes a number. `n` questions stand in the caption: another number is told. `more`:
     kind="heat" colours cells by their share, `groups` of columns are (title, how many).
@@ -1427,7 +1445,7 @@ def grid(caption, rows, columns, form=percent, n=None, **more) -> dict:
     for name, measures in rows.items():
         found = []
         for path in columns.values():
-            x = measures
+            x = measures  # of this row, followed down the path
             for key in path:
                 x = (x or {}).get(key)
             found.append(cell(x, form, n))
@@ -1435,18 +1453,18 @@ def grid(caption, rows, columns, form=percent, n=None, **more) -> dict:
     return {"caption": caption, "columns": ["", *columns], "rows": cells} | more
 
 
-def rows_of(r, source) -> dict:
+def rows_of(r, source):
     """Of the base and of each condition, its seeds pooled: label -> measure -> what came of it."""
     out = {}
     for condition, sources in r["pooled"].items():
         if source in sources:
             runs = sources[source]["runs"]
             name = f"{condition} ({len(runs)} seeds)" if len(runs) > 1 else runs[0]
-            out[shorten(name, 60)] = sources[source]
+            out[name] = sources[source]
     return out
 
 
-def tables_of(r, source) -> dict:
+def tables_of(r, source):
     """The tables of one source, by the part of the page in which they stand."""
     rows, about = rows_of(r, source), r["sources"][source]
     n, without = about["n"], about["without_picture"]
@@ -1457,10 +1475,12 @@ def tables_of(r, source) -> dict:
     gained = {name: x for name, x in rows.items() if "gains" in x}
     gains = {part.replace("_", "-"): ("gains", part) for part in ("total", *PARTS)}
     looking = {
-        "mirage score": ("mirage", without), "told to guess": ("accuracy", "told"),
+        "mirage score": ("mirage", without),
         "worth of the picture": ("picture_worth", without),
         "causal effect of an edit": ("causal_effect",), "flips": ("flips",), "stays": ("stays",),
         "well formed": ("well_formed",)}
+    if "told" in asked:
+        looking["right when told to guess"] = ("accuracy", "told")
     blind = {
         "a blind choice": ("one_choice",), "base, blank": ("blank",), "base, removed": ("removed",),
         "nobody, ever": ("strict",), "said to need the picture": ("said_to_need_the_picture",)}
@@ -1473,12 +1493,13 @@ def tables_of(r, source) -> dict:
         "differences": [differences_table(r, source)],
         "card": [grid("right without looking", benchmark, blind, n=n)],
         "runs": [grid("right answers of each run", runs, asked, **heat)]}
+    # what holds for all of them
     for t in itertools.chain(*found.values()):
         t["caption"] = f"{source}, 95% intervals, n = {n}: {t['caption']}"
     return found
 
 
-def settings_table(condition, found) -> dict:
+def settings_table(condition, found):
     """S1 to S8: rows are trained on nothing, clean or damaged, columns asked clean or damaged."""
     columns = [f"{asked}, {which}" for asked in ("clean", found["asked"]) for which in ("old", "new")]
     settings = [found[name] for name in SETTINGS]
@@ -1489,7 +1510,7 @@ def settings_table(condition, found) -> dict:
                 {name: (name,) for name in columns})
 
 
-def differences_table(r, source) -> dict:
+def differences_table(r, source):
     """Each condition against the base and the others."""
     rows, columns = {}, {}
     for condition, references in r["differences"].items():
@@ -1502,7 +1523,7 @@ def differences_table(r, source) -> dict:
                 "blank, removed), of an edit\u2019s effect, of parts of the gain", rows, columns, points)
 
 
-def tables_to_paste(r) -> str:
+def tables_to_paste(r):
     """tables.md: the sentences and the tables of the page in Markdown."""
     text = same_study(r["fingerprint"]) + "\n"
     for source, said in r["sentences"].items():
@@ -1513,13 +1534,13 @@ def tables_to_paste(r) -> str:
     return text
 
 
-def plain(text) -> str:
-    """What comes from outside stays text in Markdown; brackets of intervals may stay as they are."""
+def plain(text):
+    """What comes from outside stays text in Markdown; brackets of intervals stay brackets."""
     text = re.sub(r"([|<>&`*_\\])", r"\\\1", " ".join(visible(shorten(text, 300)).split()))
     return re.sub(r"\[(?![\d\N{MINUS SIGN}])|(?<!\d)\]", r"\\\g<0>", text)
 
 
-def markdown(t) -> str:
+def markdown(t):
     lines = [t["columns"], ["---"] + ["---:"] * (len(t["columns"]) - 1)]
     lines += [[name, *map(" ".join, cells)] for name, cells in t["rows"]]
     body = "".join(f"| {' | '.join(map(plain, line))} |\n" for line in lines)
@@ -1531,7 +1552,7 @@ def markdown(t) -> str:
 
 
 
-def training_curves(data, runs) -> dict:
+def training_curves(data, runs):
     """Run -> rows of its train.jsonl, a step each."""
     curves = {}
     for run in runs:
@@ -1546,8 +1567,9 @@ def training_curves(data, runs) -> dict:
     return curves
 
 
-def gallery(data, panel: Panel, most) -> list:
+def gallery(data, panel: Panel, most):
     """The first question of each group, under every input: none is picked for its looks."""
+    # number of the first question of each group
     firsts = {q["group"]: i for i, q in reversed(list(enumerate(panel.questions)))}
     tables = {name: prepare.read_questions(data / prepare.input_path(panel.source, name),
                                            "run 02_corrupt.py again") for name in panel.inputs}
@@ -1563,7 +1585,7 @@ def gallery(data, panel: Panel, most) -> list:
     return entries
 
 
-def small_copy(picture) -> str:
+def small_copy(picture):
     """At most 112 x 112 pixels and 64 colours, as a data URI: the page stays below 5 MB."""
     small, buffer = picture.convert("RGB"), io.BytesIO()
     small.thumbnail((112, 112))
@@ -1571,7 +1593,7 @@ def small_copy(picture) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def tokens_of(row) -> list:
+def tokens_of(row):
     """A response as (text, nats) of its tokens: what the picture did for each."""
     texts, nats = row.get("token_texts", [row["response"]]), row.get("token_nats", [0.0])
     return list(zip(texts, nats))[:1000]
@@ -1583,7 +1605,7 @@ EXPLAINED = (  # functions whose docstrings the page shows
     judge, check_measures, check_shapes, fingerprint)
 
 
-def render(data, panels, r, most) -> str:
+def render(data, panels, r, most):
     def finalize(value):
         if isinstance(value, str) and not isinstance(value, Markup):
             return visible(shorten(value, 600))
@@ -1592,15 +1614,14 @@ def render(data, panels, r, most) -> str:
     def whole(text):
         return Markup.escape(visible(text))
 
+    # every string that the template writes is escaped, and cut unless it is marked as whole
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=finalize)
     environment.filters |= {"cut": shorten, "tokens": tokens_of, "whole": whole, "family": family,
                             "json": json.dumps}
-    sources = [panel.source for panel in panels]
     return environment.from_string(PAGE).render(
         r=r, css=Markup(CSS), parts=("total", *PARTS), protocol=PROTOCOL, cell=cell, points=points,
-        rows={source: rows_of(r, source) for source in sources},
-        tables={source: tables_of(r, source) for source in sources},
+        tables={panel.source: tables_of(r, panel.source) for panel in panels},
         galleries={panel.source: gallery(data, panel, most) for panel in panels},
         curves=training_curves(data, r["provenance"]["policies"]), same=same_study(r["fingerprint"]),
         how={f.__name__: inspect.getdoc(f) for f in EXPLAINED})
@@ -1651,7 +1672,7 @@ border:2px solid var(--card)}
 .heat :is(th,td){padding:4px 6px}.heat td small{color:var(--ink)}
 .many.heat{font-size:.78rem}.many.heat :is(th,td){padding:4px 3px}.many.heat td small{font-size:.64rem}
 .prose :is(td,th){white-space:normal;text-align:left;min-width:8em;max-width:22em}
-.prose th:first-child{min-width:14em}.prose td small{white-space:nowrap}
+.prose th:first-child{min-width:14em}
 .charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,300px),1fr));gap:22px;
 align-items:start}
 figure{margin:0;min-width:0;max-width:420px;width:100%}
@@ -1667,7 +1688,7 @@ font-size:.82rem;margin:2px 0}
 .part>:first-child{text-align:right;color:var(--soft)}
 .track{position:relative;height:15px;background:color-mix(in oklab,var(--rule) 45%,var(--card))}
 .track i{position:absolute;top:0;height:100%;background:var(--of)}
-.track .whisker{top:6.5px;height:2px;background:var(--ink)}
+.track .whisker{top:6.5px;height:2px;background:var(--ink);box-shadow:0 0 0 1px var(--card)}
 .track .zero{width:1px;background:var(--ink)}
 .legend{display:flex;flex-wrap:wrap;gap:4px 18px;margin:0 0 10px;padding:0;list-style:none;
 font-size:.875rem}
@@ -1711,7 +1732,7 @@ PAGE = """
 {% macro lead(list) %}<ol class="lead">{% for x in list %}
 <li><span>{{ x.text }}</span><small>{{ x.numbers }}</small></li>{% endfor %}</ol>{% endmacro %}
 {% set span = namespace(low=0, high=0.01) %}
-{% for some in rows.values() %}{% for about in some.values() if about.gains %}
+{% for some in r.pooled.values() %}{% for about in some.values() if about.gains %}
 {% for x in about.gains.values() if x.ci95 %}{% set span.low = [span.low, x.ci95[0]]|min %}
 {% set span.high = [span.high, x.ci95[1]]|max %}{% endfor %}{% endfor %}{% endfor %}
 {% macro at(x) %}{{ (100 * (x - span.low) / (span.high - span.low))|round(2) }}%{% endmacro %}
@@ -1753,8 +1774,9 @@ the four settings with new ones are left.</p></section>
 <p class="soft caption">Each policy against the base, on the same questions, in points of accuracy
 with 95% intervals. Format: as if only the asked-for form had been learnt. Image-free: what is
 gained without the picture too. Visual: the rest, which is gone when the picture is.</p>
-{% for source, some in rows.items() %}{% for name, about in some.items() if about.gains %}
-<div class="policy"><b>{{ name }}</b> <span class="soft">on {{ source }}</span>
+{% for name, some in r.pooled.items() %}{% for source, about in some.items() if about.gains %}
+<div class="policy"><b>{{ name }}</b> <span class="soft">on {{ source }}{% if about.runs|length > 1 %},
+{{ about.runs|length }} seeds{% endif %}</span>
 {% for part in parts if about.gains[part] %}{% set x = about.gains[part] %}<div class="part">
 <span>{{ part|replace("_", "-") }}</span><div class="track" style="--of:var(--{{ part }})">
 {% if x.ci95 %}<i style="{{ wide([0, x.value]|min, [0, x.value]|max) }}"></i>
@@ -1764,7 +1786,7 @@ gained without the picture too. Visual: the rest, which is gone when the picture
 </section>{% endif %}
 <details{{ " open" if not r.gains }}><summary>Do the answers depend on the picture?</summary>
 <p>Mirage score (arXiv 2603.21687): accuracy without the picture over accuracy with it; told to
-guess: right when the text says that there is no picture. Worth: accuracy with the picture less
+guess: the text says that there is no picture. Worth: accuracy with the picture less
 accuracy without it, p corrected for the number of policies (Holm). Causal effect: how much more
 often an answer is the one that fits an edited picture, because of that edit; flips: it changes when
 it should; stays: it stays when it should.</p><ul>

@@ -988,7 +988,8 @@ def test_the_page_opens_with_three_sentences_that_follow_from_tests(results, stu
     assert said[0]["text"].startswith(f"Trained on blank pictures only, the model gained {blind} points; trained on the real pictures, it "
                                       f"gained {seeing} points. So ") and said[0]["text"].endswith("came without ever seeing the pictures.")
     parts = results["gains"]["standard-s0"]["shapes"]
-    assert f"Of the {seeing} points" in said[1]["text"] and f"{100 * parts['visual']['value']:.0f} need the picture" in said[1]["text"]
+    assert said[1]["text"].startswith(f"Of the {seeing} points gained by training on the real pictures, {100 * parts['visual']['value']:.0f} need the "
+                                      f"picture, {100 * parts['format']['value']:.0f} are the asked-for form alone, ")
     page = Page((study / "report" / "index.html").read_text())
     text = " ".join(page.text.split())
     assert len(said) == 3 and text.index(said[0]["text"]) < text.index(said[1]["text"]) < text.index(said[2]["text"]) < text.index("Trained on, asked")
@@ -1100,6 +1101,20 @@ def test_tokens_are_shaded_by_what_the_picture_did_for_them(report, copy):
         run(report, copy)
 
 
+def test_being_told_to_guess_stands_beside_the_mirage_score(report, prepare, copy):
+    """Input `told`: as removed, and the text says that there is no picture."""
+    told, removed = (prepare.input_path("shapes", name) for name in ("told", "removed"))
+    shutil.copy(copy / removed, copy / told)
+    digest = {told: prepare.sha256(copy / told)}
+    for policy in POLICIES:
+        rows = answers(copy, policy, "removed")
+        prepare.write_jsonl(copy / "answers" / policy / "shapes" / "told.jsonl", [row | {"made_from": row["made_from"] | digest} for row in rows])
+    found = run(report, copy)
+    assert found["accuracy"]["base"]["shapes"]["told"] == found["accuracy"]["base"]["shapes"]["removed"]
+    page = (copy / "report" / "index.html").read_text()
+    assert "right when told to guess</th>" in page and '<th scope="col" colspan="3">taken away</th>' in page
+
+
 def test_the_strict_subset_says_how_it_differs_from_b_clean(study, results):
     found = json.loads((study / "report" / "strict-shapes.json").read_text())
     assert found["source"] == "shapes" and "B-Clean (arXiv 2603.21687)" in found["made_by"]
@@ -1124,6 +1139,18 @@ def test_a_step_that_is_none_stops_the_report(report, prepare, copy):
     with pytest.raises(prepare.UserError, match="train.jsonl has a row that is no step of a training: delete"):
         run(report, copy)
 
+
+
+def test_no_gain_is_not_divided(report):
+    """What is not shown to be a gain has no parts; a part whose interval holds 0 may be chance."""
+    part = lambda value, low, high: {"value": value, "ci95": [low, high], "n": 50}
+    gain = {"visual": part(0.1, 0.05, 0.2), "format": part(0.1, 0.02, 0.2), "image_free": part(-0.02, -0.1, 0.1)}
+    test = part(0.18, 0.1, 0.3)
+    text = report.say_parts("standard", test | {"p_holm": 0.01}, gain)["text"]
+    assert text == ("Of the 18 points gained by training on the real pictures, 10 need the picture, 10 are the asked-for form alone, "
+                    "\N{MINUS SIGN}2 (may be chance) are right without the picture too.")
+    assert "left no gain to divide" in report.say_parts("standard", test | {"p_holm": 0.06}, gain)["text"]
+    assert "cannot be told" in report.say_parts("standard", test | {"p_holm": 0.01}, {"format": gain["format"]})["text"]
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
