@@ -4,7 +4,7 @@
 The answers are simulated (see test_05_report.py): a base and five seeds of three conditions answer every question of every source
 under every input. The damaged questions are copies of the clean ones: stage 5 shows their pictures and does not ask what they are.
 
-    python tests/bench_report.py                                                    # 16 policies x 10 inputs x 320 questions
+    python tests/bench_report.py                                                    # 16 policies x 5 inputs x 320 questions
     python tests/bench_report.py --sources shapes mathvista mmmu --questions 1000   # each prints one JSON line
 """
 import argparse
@@ -23,7 +23,7 @@ prepare = importlib.import_module("01_prepare")
 report = importlib.import_module("05_report")
 test_report = importlib.import_module("test_05_report")
 
-INPUTS = ("clean", "blank", "removed", "noise", "blur", "occlude", "irrelevant", "misleading", "edited", "mismatch")
+INPUTS = ("clean", "blank", "mismatch", "edited", "kept")
 
 
 def make_study(data: Path, seeds: int, sources: list[str], count: int):

@@ -48,17 +48,17 @@ def simulated_answer(question, donor_answer, name, rng, sees, reads, formed):
             "well_formed": good, "truncated": rng.random() < 0.02, "tokens": len(response) // 4, "gold_logprob": math.log(probability)}
 
 
-def make_study(data, prepare, corrupt, policies=POLICIES, names=("blank", "removed", "mismatch"), limit=100, steps=30):
-    """A data folder as the stages before leave it, its policies simulated."""
+def make_study(data, prepare, corrupt, policies=POLICIES, names=("blank", "removed", "mismatch"), limit=100, steps=30, trained=()):
+    """A data folder as the stages before leave it, its policies simulated; `trained`: inputs of training questions that are asked."""
     clean = "questions/shapes.parquet"
     questions = list(prepare.shapes_world(0, limit))
     prepare.write_questions(data / clean, questions, {})
-    questions = [q for q in questions if q["split"] == "test"]
+    splits = {split: [q for q in questions if q["split"] == split] for split in ("test", "train")}
     study = {"preset": "tiny", "model": "embedded", "model_files": {}, "sources": {"train": "shapes", "benchmarks": ["shapes"]}, "seed": 0, "limit": limit,
              "max_pixels": 12544, "versions": {"torch": importlib.metadata.version("torch")}, "artifacts": {clean: prepare.sha256(data / clean)}}
     (data / "study.json").write_text(json.dumps(study))
     corrupt.main(corrupt.Config(data=str(data), workers=1, corruptions=list(names), preview_rows=0))
-    by_id = {q["id"]: q for q in questions}
+    asked = [("test", "", name) for name in ("clean", *names)] + [("train", "train", name) for name in trained]
     for policy, settings_ in policies.items():
         if policy != "base":
             folder = data / "policies" / policy
@@ -70,16 +70,16 @@ def make_study(data, prepare, corrupt, policies=POLICIES, names=("blank", "remov
             prepare.write_jsonl(folder / "train.jsonl", [
                 {"step": i + 1, "correct": (c := 0.15 + 0.6 * w * settings_["sees"] + rng.gauss(0, 0.05)),
                  "well_formed": (f := min(1, 0.55 + 0.43 * w + rng.gauss(0, 0.03))), "reward": 0.9 * c + 0.1 * f} for i, w in enumerate(way)])
-        for name in ("clean", *names):
-            rng, path = random.Random(f"{policy}|{name}"), data / "answers" / policy / "shapes" / f"{name}.jsonl"
+        for split, folder, name in asked:
+            rng, path = random.Random(f"{policy}|{name}|{folder}"), data / "answers" / policy / "shapes" / folder / f"{name}.jsonl"
             donors = {}
-            if name == "mismatch":
+            if name in ("mismatch", "edited"):
                 table = prepare.undecoded(prepare.read_questions(data / prepare.input_path("shapes", name), ""))
-                donors = {i: by_id[d]["answer"] for i, d in zip(table["id"], table["donor"]) if d in by_id}
+                donors = dict(zip(table["id"], table["shown_answer"]))
             inputs = [prepare.input_path("shapes", name)] + [f"policies/{policy}/adapter_model.safetensors"] * (policy != "base")
             made_from = {key: prepare.sha256(data / key) for key in inputs}
             prepare.write_jsonl(path, [simulated_answer(q, donors.get(q["id"]), name, rng, **settings_) | {"made_from": made_from}
-                                       for q in questions])
+                                       for q in splits[split]])
     return study
 
 
@@ -114,8 +114,10 @@ def run(report, data, **options):
     return report.main(report.Config(data=str(data), **{"resamples": 200, "gallery": 1} | options))
 
 
-def split_gain(report, weights, strata, base, policy, withouts):
-    return report.split_gain([report.gain_parts(weights, strata, base, policy, withouts)], withouts)
+def split_gain(report, weights, strata, base, policy):
+    """Part -> value, interval."""
+    observed = report.split_gain(weights, strata, base, policy, "blank")
+    return {part: report.summarise([found]) for (_, part), found in observed.items()}
 
 
 # Statistics, against scipy and against first principles
@@ -141,17 +143,6 @@ def test_wilson_and_mcnemar_are_statsmodels(report, hits, more):
     assert report.wilson(hits, n) == pytest.approx(proportion_confint(hits, n, method="wilson"), abs=1e-9)
     table = mcnemar([[7, hits], [more, 5]], exact=True)
     assert report.mcnemar(hits, more) == pytest.approx(table.pvalue, abs=1e-9)
-
-
-@pytest.mark.parametrize("tests", [1, 10])
-def test_what_n_can_show_is_shown_in_80_of_100_studies(report, tests):
-    """Paired outcomes of which a share d differs, and of which the truth is the smallest difference that n is said to show."""
-    rng, n, discordant, found = np.random.default_rng(0), 1000, 0.2, []
-    difference = report.detectable(discordant, n, tests)
-    for _ in range(1000):
-        only = rng.multinomial(n, [(discordant + difference) / 2, (discordant - difference) / 2, 1 - discordant])
-        found.append(report.mcnemar(int(only[0]), int(only[1])) * tests < 0.05)
-    assert np.mean(found) == pytest.approx(0.8, abs=0.05)
 
 
 @given(st.lists(st.floats(0, 1), max_size=12))
@@ -196,7 +187,7 @@ def test_the_parts_add_up_whatever_the_answers(report, seed, n):
     rng = np.random.default_rng(seed)
     draw = lambda: {name: tuple((rng.random(n) < rng.random()) * 1.0 for _ in "cf") for name in ("clean", "blank")}
     base, policy = draw(), draw()
-    found = split_gain(report, report.resample(n, 50, seed), np.eye(3)[rng.integers(0, 3, n)], base, policy, ["blank"])
+    found = split_gain(report, report.resample(n, 50, seed), np.eye(3)[rng.integers(0, 3, n)], base, policy)
     assert found["total"]["value"] == pytest.approx(policy["clean"][0].mean() - base["clean"][0].mean())
     if found["visual"]["value"] is not None:
         assert sum(found[part]["value"] for part in ("format", "image_free", "visual")) == pytest.approx(found["total"]["value"])
@@ -226,7 +217,7 @@ def test_gain_split_is_unbiased_and_covers(report, learnt, truth):
     rng, found = np.random.default_rng(3), []
     for trial in range(120):
         strata, base, policies = learners(rng, 300)
-        found.append(split_gain(report, report.resample(300, 200, trial), strata, base, policies[learnt], ["blank"]))
+        found.append(split_gain(report, report.resample(300, 200, trial), strata, base, policies[learnt]))
     for part, expected in truth.items():
         values = np.array([f[part]["value"] for f in found])
         assert values.mean() == pytest.approx(expected, abs=4 * values.std() / 120**0.5 + 1e-3), part
@@ -239,36 +230,9 @@ def test_unstratified_form_would_blame_the_picture(report):
     rng, biased = np.random.default_rng(4), []
     for trial in range(40):
         strata, base, policies = learners(rng, 300)
-        found = split_gain(report, report.resample(300, 2, trial), np.ones((300, 1)), base, policies["format"], ["blank"])
+        found = split_gain(report, report.resample(300, 2, trial), np.ones((300, 1)), base, policies["format"])
         biased.append(found["image_free"]["value"])
     assert np.mean(biased) < -0.03
-
-
-def test_surviving_share_is_told_only_of_a_gain(report):
-    strata, base, policies = learners(np.random.default_rng(5), 300)
-    weights = report.resample(300, 300, 0)
-    split = lambda policy, withouts=("blank",): split_gain(report, weights, strata, base, policy, withouts)["surviving_share"]["blank"]
-    low, high = split(policies["format"])["ci95"]
-    assert low <= 1 <= high
-    assert split(base)["value"] is None and "no gain" in split(base)["reason"]
-    assert split(policies["format"], ())["value"] is None
-    worse = {name: (0 * c, f) for name, (c, f) in base.items()}
-    assert split(worse)["value"] is None  # of a loss, nothing survives
-    never = {name: (0 * c, 0 * f) for name, (c, f) in base.items()}
-    nothing = split_gain(report, weights, strata, never, policies["format"], ["blank"])
-    assert nothing["format"]["value"] is None and nothing["surviving_share"]["blank"]["value"] is None and nothing["total"]["value"] > 0
-
-
-@pytest.mark.parametrize("looks", [0.0, 0.6, 1.0])
-def test_net_following_is_the_share_that_looks(report, looks):
-    """Pictures trade places in pairs of other answers, as stage 2 does; a guesser of the prior must not seem to look."""
-    rng, n = np.random.default_rng(6), 6000
-    gold = rng.choice(4, n, p=[0.1, 0.2, 0.3, 0.4])
-    pairs = gold.reshape(-1, 2)
-    shown, gold = pairs[:, ::-1][pairs[:, 0] != pairs[:, 1]].ravel(), pairs[pairs[:, 0] != pairs[:, 1]].ravel()
-    answer = np.where(rng.random(len(gold)) < looks, shown, rng.choice(4, len(gold), p=[0, 0, 0.1, 0.9]))
-    found = report.paired(report.net_following(answer, shown, gold))
-    assert found["value"] == pytest.approx(looks, abs=0.05) and found["ci95"][0] - 1e-9 <= looks <= found["ci95"][1] + 1e-9
 
 
 # Several seeds
@@ -322,17 +286,6 @@ def test_p_is_below_5_percent_where_the_interval_leaves_out_0(report, seed, k):
     assert (report.p_over_runs(runs) < 0.05) == (low > 0 or high < 0)
 
 
-def test_a_ratio_of_sums_moves_as_its_bootstrap_does(report):
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(5, 60, 400) * 1.0
-    visual = np.floor(tokens * rng.random(400) * 0.5)
-    found = report.over_questions(visual, tokens)
-    weights = report.resample(400, 4000, 0)
-    assert found.value == pytest.approx(visual.sum() / tokens.sum())
-    bootstrap = (weights @ visual / (weights @ tokens))[1:].std()
-    assert np.sqrt((found.moves**2).sum()) == pytest.approx(bootstrap, rel=0.05)
-
-
 FORMED, RIGHT_IF_READ = np.array([0.4, 0.8]), np.array([0.3, 0.5])  # of two groups of questions: a base's form and knowledge
 
 
@@ -377,17 +330,13 @@ def truths(base, policy):
 
 
 def measured_runs(report, world, weights, base, runs):
-    """Measure -> each run's `Measured`; and their parts."""
-    n, found = len(world.group), {}
-    parts = [report.gain_parts(weights, world.strata, base, run, ["blank"]) for run in runs]
-    for name in ("clean", "blank"):
-        found[name] = [report.over_questions(run[name][0]) for run in runs]
+    """Measure -> each run's `Measured`."""
+    found = {name: [report.over_questions(run[name][0]) for run in runs] for name in ("clean", "blank")}
     found["causal_effect"] = [report.over_questions(run["effect"]) for run in runs]
-    found["total"] = [report.over_resamples(part["total"], n) for part in parts]
-    found["format"] = [report.over_resamples(part["format"], n) for part in parts]
-    for name in ("image_free", "visual"):
-        found[name] = [report.over_resamples(part[name, "blank"], n) for part in parts]
-    return found, parts
+    parts = [report.split_gain(weights, world.strata, base, run, "blank") for run in runs]
+    for _, name in parts[0]:
+        found[name] = [part["gains", name].measured for part in parts]
+    return found
 
 
 BASE = dict(sees=0.2, knows=0.0, formed=0.0)
@@ -407,22 +356,18 @@ def test_intervals_over_seeds_cover_the_truth_in_500_simulated_studies(report, s
         world = World(np.random.default_rng(study), 400, luck)
         weights = report.resample(400, 300, study)
         base = World.run(world_without_luck(world), **BASE)
-        measured, parts = {}, {}
+        measured = {}
         for name, settings_ in of.items():
             runs = [world.run(**settings_) for _ in range(seeds)]
-            measured[name], parts[name] = measured_runs(report, world, weights, base, runs)
+            measured[name] = measured_runs(report, world, weights, base, runs)
         for name in of:
             for measure, runs in measured[name].items():
                 note(covered, f"{name}: {measure}", report.over_runs(runs), truth[name][measure])
-            survives = report.split_gain(parts[name], ["blank"])["surviving_share"]["blank"]
-            ratio = (truth[name]["format"] + truth[name]["image_free"]) / truth[name]["total"]
-            if survives["value"] is not None:  # told only of a gain that shows
-                note(covered, f"{name}: survives", survives, ratio)
         for measure in measured["blind"]:
             pairs = [one - two for one, two in zip(measured["blind"][measure], measured["standard"][measure])]
             note(covered, f"blind - standard: {measure}", report.over_runs(pairs), truth["blind"][measure] - truth["standard"][measure])
     share = {what: np.mean(hits) for what, hits in covered.items()}
-    assert len(share) == 23 and all(len(hits) > 400 for hits in covered.values())
+    assert len(share) == 21 and all(len(hits) == 500 for hits in covered.values())
     assert all(0.92 <= value <= most for value in share.values()), {what: float(x) for what, x in share.items()}
 
 
@@ -441,9 +386,9 @@ def note(covered, what, found, truth):
 def test_the_closed_forms_are_what_is_simulated(report):
     """One study of 200,000 questions, without luck."""
     world = World(np.random.default_rng(0), 200_000, 0.0)
-    base, weights = world.run(**BASE), np.full((1, 200_000), 1 / 200_000)
+    base, weights = world.run(**BASE), np.full((2, 200_000), 1 / 200_000)
     for settings_ in STANDARD, BLIND:
-        found, _ = measured_runs(report, world, weights, base, [world.run(**settings_)])
+        found = measured_runs(report, world, weights, base, [world.run(**settings_)])
         for name, truth in truths(BASE, settings_).items():
             assert found[name][0].value == pytest.approx(truth, abs=0.006), name
 
@@ -453,7 +398,7 @@ def test_the_closed_forms_are_what_is_simulated(report):
 
 def test_instrument_check_finds_the_truth_and_notices_a_broken_measure(report, monkeypatch):
     entries = report.check_measures()
-    assert all(e["passed"] for e in entries) and len({e["check"] for e in entries}) == len(entries) > 50
+    assert all(e["passed"] for e in entries) and len({e["check"] for e in entries}) == len(entries) > 30
     monkeypatch.setattr(report, "form_part", lambda weights, *_: np.zeros(len(weights)))
     assert {"learns the form alone: format"} <= {e["check"] for e in report.check_measures() if not e["passed"]}
 
@@ -466,31 +411,9 @@ def test_intervals_cover_the_truth_in_500_simulated_studies(report):
         for e in report.check_measures(n=1000, resamples=500, seed=study):
             covered.setdefault(e["check"], []).append(e["ci95"][0] - 1e-9 <= e["truth"] <= e["ci95"][1] + 1e-9)
     share = {check: np.mean(hits) for check, hits in covered.items()}
-    told = {check: len(hits) for check, hits in covered.items() if len(hits) < 500}  # what survives is told only of a gain that shows
-    assert len(share) > 60 and all("survives" in check and n > 400 for check, n in told.items()), told
+    assert len(share) > 30
     assert all(0.92 <= value <= 0.98 for value in share.values()), {
         check: value for check, value in share.items() if not 0.92 <= value <= 0.98}
-
-
-@pytest.mark.parametrize("given", [(0.5, 0.25, 0.15, 0.1), (0.1, 0.2, 0.3, 0.4), (0.25, 0.25, 0.25, 0.25), (0.85, 0.05, 0.05, 0.05)])
-def test_distributions_of_answers_against_closed_forms(report, given):
-    """Total variation, leaning and entropy of a policy that draws its answers from a known distribution, in 200 studies."""
-    right, n, hits, values = (0.5, 0.25, 0.15, 0.1), 400, {}, {}
-    nats = lambda p: -sum(x * math.log2(x) for x in p if x)
-    truth = {"total_variation": sum(abs(a - b) for a, b in zip(given, right)) / 2, "leaning": given[0] - right[0], "entropy": nats(given),
-             "entropy_right": nats(right), "letter_bias": sum(abs(a - b) for a, b in zip(given, right)) / 2}
-    for study in range(200):
-        rng = np.random.default_rng(study)
-        gold, texts = (["ABCD"[i] for i in rng.choice(4, n, p=p)] for p in (right, given))
-        questions = [{"group": "g", "answer_type": "choice", "answer": a, "choices": list("ABCD")} for a in gold]
-        found = report.distribution(report.Panel("s", questions, {}, report.resample(n, 200, study), {}, 0), texts)
-        for key, value in found.items():
-            hits.setdefault(key, []).append(value["ci95"][0] - 1e-9 <= truth[key] <= value["ci95"][1] + 1e-9)
-            values.setdefault(key, []).append(value["value"])
-    assert hits.keys() == truth.keys()
-    for key, expected in truth.items():
-        assert np.mean(values[key]) == pytest.approx(expected, abs=0.012 + 0.03 * (expected == 0)), key  # 0 is an end: above it alone
-        assert np.mean(hits[key]) > 0.88, key
 
 
 def test_swapped_answers_are_noticed(report, prepare, copy):
@@ -572,7 +495,7 @@ def test_nobody_guesses_shapes_better_than_the_check_allows(report, prepare):
     ([{"correct": False, "drawn_right": 0}], True), ([{"correct": True, "drawn_right": 0}], False), ([{"correct": False, "drawn_right": 1}], False)])
 def test_a_question_without_choices_goes_out_once_it_was_answered_blind(report, rows, kept):
     answers_ = {"base": {"clean": rows, "blank": [rows[0] | {"samples": 4}]}}
-    panel = report.Panel("s", [{"id": "s/1", "choices": []}], answers_, np.ones((1, 1)), {}, 0)
+    panel = report.Panel("s", [{"id": "s/1", "choices": []}], answers_, np.ones((1, 1)), {})
     assert (report.strict_subset(panel) == ["s/1"]) is kept
 
 
@@ -583,7 +506,7 @@ def test_a_blind_choice_keeps_19_of_20_questions(report, choices):
     questions = [{"id": str(i), "choices": ["x"] * choices} for i in range(n)]
     luck = lambda: [{"correct": bool(rng.random() < 1 / choices), "drawn_right": int(rng.binomial(8, 1 / choices)), "samples": 8} for _ in range(n)]
     blind = {f"p{k}": {name: luck() for name in ("clean", "blank", "removed")} for k in range(4)}  # eight times as much luck
-    panel = report.Panel("s", questions, blind, np.ones((1, 1)), {}, 0)
+    panel = report.Panel("s", questions, blind, np.ones((1, 1)), {})
     assert 0.94 <= len(report.strict_subset(panel)) / n <= 1
     panel.answers = {"p0": blind["p0"]}
     knows = [row if i % 2 else row | {"correct": True, "drawn_right": 8} for i, row in enumerate(luck())]
@@ -603,24 +526,6 @@ def test_causal_effect_is_the_share_that_looks(report, looks):
     assert effect.mean() == pytest.approx(sees.mean()) and set(effect) <= {0.0, 0.5, 1.0}
 
 
-def test_tokens_are_counted_by_hand(report):
-    nats = [np.array([0, 0, 0, 0, 2.0]), np.array([1.0, 0, 0, 0, 0, 0, 0, 0, 0, -1.0])]
-    panel = report.Panel("s", [{}] * 2, {"a": {"clean": [{"nats": x} for x in nats]}}, report.resample(2, 100, 0), {}, 0)
-    found = report.measure([report.observe_tokens(panel, "a")])
-    assert found["visual_tokens"]["value"] == pytest.approx(2 / 15)
-    assert [x["value"] for x in found["fading"].values()] == pytest.approx([1 / 3, 0, 0, 0, 1 / 3])
-
-
-def test_shading_escapes_and_keeps_every_character(report):
-    pieces = ["<b>", "I", " see", " \u202e", "", "3", "</script>"]
-    row = {"response": "".join(pieces), "pieces": pieces, "nats": np.array([0, 0.2, -1, 3, 9, 5, 0.0])}
-    page = str(report.shaded(row))
-    assert "<b>" not in page and "</script>" not in page and "\u202e" not in page
-    plain = re.sub(r"<[^>]*>", "", page)
-    assert plain == "&lt;b&gt;I see &lt;U+202E&gt;3&lt;/script&gt;"
-    assert re.findall(r'class="visual"[^>]*>([^<]*)', page) == [" &lt;U+202E&gt;", "", "3"]
-
-
 # A whole study
 
 
@@ -631,48 +536,6 @@ def test_accuracy_is_what_the_files_say(results, study):
             right = sum(row["correct"] for row in rows)
             assert (cell["n"], cell["correct"], cell["accuracy"]) == (len(rows), right, right / len(rows))
             assert cell["ci95"][0] < cell["accuracy"] < cell["ci95"][1]
-
-
-def test_results_recount(results, study):
-    clean, blank = answers(study, "standard-s0", "clean"), answers(study, "standard-s0", "blank")
-    assert results["strict"]["standard-s0"]["shapes"]["count"] == sum(a["correct"] and not b["correct"] for a, b in zip(clean, blank))
-    information = np.mean([a["gold_logprob"] - b["gold_logprob"] for a, b in zip(clean, blank)])
-    assert results["visual_information"]["standard-s0"]["shapes"]["value"] == pytest.approx(information)
-    said = sum("I see" in row["response"] for row in blank)
-    assert results["says"]["standard-s0"]["shapes"]["blank"]["claims to see"]["count"] == said
-    base = answers(study, "base", "clean")
-    mixed = answers(study, "mixed-blank-s0", "clean")
-    differences = results["differences"]
-    test = differences["mixed-blank"]["base"]["shapes"]["clean"]
-    assert test["only_one"] == sum(a["correct"] > b["correct"] for a, b in zip(mixed, base))
-    assert {(one, two) for one, x in differences.items() for two in x} == {
-        ("standard", "base"), ("hallucination-blank", "base"), ("hallucination-blank", "standard"), ("mixed-blank", "base"),
-        ("mixed-blank", "standard"), ("mixed-blank", "hallucination-blank")}
-    for name in ("clean", "blank", "removed", "format", "image_free", "visual"):
-        tests = [x["shapes"][name] for references in differences.values() for x in references.values() if name in x["shapes"]]
-        assert len(tests) == (6 if name in ("clean", "blank", "removed") else 3)
-        assert [x["p_holm"] for x in tests] == pytest.approx(multipletests([x["p"] for x in tests], method="holm")[1])
-    z = stats.norm.ppf(1 - 0.025 / 6) + stats.norm.ppf(0.8)
-    assert test["within_seed"]["0"]["detectable"] == pytest.approx(
-        z * ((test["only_one"] + test["only_two"]) / test["n"]) ** 0.5 / test["n"] ** 0.5)
-    assert results["gains"]["mixed-blank-s0"]["shapes"]["total"]["p_holm"] == test["p_holm"]
-    parts = [results["gains"][run]["shapes"]["visual"]["value"] for run in ("mixed-blank-s0", "standard-s0")]
-    assert differences["mixed-blank"]["standard"]["shapes"]["visual"]["value"] == pytest.approx(parts[0] - parts[1])
-    checked = {e["check"] for e in results["instrument_check"]["entries"]}
-    assert all(any(f"without the picture ({name})" in check for check in checked) for name in ("blank", "removed"))
-
-
-def test_gains_find_the_simulated_policies(results):
-    gains = {policy: x["shapes"] for policy, x in results["gains"].items()}
-    assert set(gains) == set(POLICIES) - {"base"}
-    for gain in gains.values():
-        assert set(gain) == {"total", "format", "image_free", "visual", "without", "surviving_share"}
-        assert set(gain["without"]) == set(gain["surviving_share"]) == {"blank", "removed"}
-        assert sum(gain[part]["value"] for part in ("format", "image_free", "visual")) == pytest.approx(gain["total"]["value"])
-        assert all({"value", "ci95", "n"} <= set(x) for key in ("without", "surviving_share") for x in gain[key].values() if key != "without")
-    assert gains["standard-s0"]["visual"]["value"] > gains["hallucination-blank-s0"]["visual"]["value"]
-    follows = {policy: x["shapes"]["value"] for policy, x in results["follows_picture"].items()}
-    assert follows["standard-s0"] > follows["hallucination-blank-s0"] > follows["base"]
 
 
 def test_every_number_has_its_n_and_interval(study, results):
@@ -719,7 +582,7 @@ def seeds_study(tmp_path_factory, prepare, corrupt):
         if seed < 3:
             policies[f"standard-s{seed}"] = dict(sees=0.75 + 0.08 * seed, reads=0.9, formed=0.98)
         policies[f"hallucination-blank-s{seed}"] = dict(sees=0.25 + 0.08 * seed, reads=0.95, formed=0.9)
-    make_study(data, prepare, corrupt, policies, names=("blank", "edited"), limit=80)
+    make_study(data, prepare, corrupt, policies, names=("blank", "edited", "kept"), limit=80, trained=("clean", "blank"))
     return data
 
 
@@ -759,28 +622,12 @@ def test_conditions_are_compared_seed_by_seed(seeds_results, seeds_study, report
     assert claim["found"]["value"] == pytest.approx(clean["value"]) and claim["found"]["ci95"] == pytest.approx(clean["ci95"])
 
 
-def test_what_was_said_of_several_seeds_is_on_the_page(seeds_results, seeds_study):
-    page = Page((seeds_study / "report" / "index.html").read_text())
-    text, tables = " ".join(page.text.split()), (seeds_study / "report" / "tables.md").read_text()
-    assert page.acting == [] and page.unbalanced == []
-    assert "hallucination-blank differs from standard on shapes" in text and "3 seeds, paired." in text
-    assert "one seed: the luck of a run is not covered" in text and "Each run" in text and "Seed by seed" in text
-    x = seeds_results["differences"]["hallucination-blank"]["standard"]["shapes"]["clean"]
-    low, high = (f"{100 * end:.1f}".replace("-", "\N{MINUS SIGN}") for end in x["ci95"])
-    said = f"{100 * x['value']:+.1f}".replace("-", "\N{MINUS SIGN}") + f" [{low}, {high}]"
-    assert said in text and said in tables
-    pooled = seeds_results["pooled"]["standard"]["shapes"]
-    clean = seeds_results["differences"]["standard"]["base"]["shapes"]["clean"]
-    assert pooled["gains"]["total"]["ci95"] == clean["ci95"] and pooled["gains"]["total"]["p_holm"] == clean["p_holm"]
-    for key in ("accuracy", "strict", "causal_effect", "picture_worth", "well_formed"):
-        assert key in pooled, key
-
-
 def test_the_fingerprint_is_of_the_answers_alone(seeds_results, seeds_study, report, tmp_path, monkeypatch, capsys):
     lines = []
     for path in (seeds_study / "answers").rglob("*.jsonl"):
         for row in map(json.loads, path.read_text().splitlines()):
-            said = [path.parts[-3], path.parts[-2], path.stem, *(row[key] for key in ("id", "response", "answer", "correct", "well_formed"))]
+            policy, *where = path.parent.relative_to(seeds_study / "answers").parts
+            said = [policy, "/".join(where), path.stem, *(row[key] for key in ("id", "response", "answer", "correct", "well_formed"))]
             lines.append(hashlib.sha256(json.dumps(said).encode()).digest())
     found = seeds_results["fingerprint"]
     assert found == hashlib.sha256(b"".join(sorted(lines))).hexdigest()
@@ -790,11 +637,10 @@ def test_the_fingerprint_is_of_the_answers_alone(seeds_results, seeds_study, rep
         assert (run(report, data)["fingerprint"] == found) is same
     (tmp_path / "README.md").write_text(f"as in {found[:16]}")
     monkeypatch.setattr(report, "__file__", str(tmp_path / "05_report.py"))
-    assert report.same_study(found) == "the README's table comes from these answers"
+    assert report.same_study(found) == f"Fingerprint {found[:16]}: the README's table comes from these answers"
     assert "other answers" in report.same_study("0" * 64)
-    monkeypatch.setattr(report.platform, "machine", lambda: "arm64")
     run(report, seeds_study)
-    assert f"fingerprint {found[:16]}: the README's table comes from these answers; on arm64 numbers may differ" in capsys.readouterr().out
+    assert f"Fingerprint {found[:16]}: the README's table comes from these answers" in capsys.readouterr().out
     assert found[:16] in (seeds_study / "report" / "index.html").read_text() and found[:16] in (seeds_study / "report" / "tables.md").read_text()
 
 
@@ -809,49 +655,6 @@ def test_neither_hash_seed_nor_threads_change_a_number(seeds_study, tmp_path):
     assert found[0] == found[1] == found[2]
 
 
-def test_sentences_claim_what_intervals_show(report):
-    part = lambda value, low, high: {"value": value, "ci95": [low, high], "n": 50}
-    gain = {"total": part(0.1, -0.02, 0.2), "visual": part(0.1, 0.05, 0.2), "surviving_share": {"blank": {"value": None, "reason": "r"}}}
-    visual = lambda *parts: {"visual": parts[0], "without": {name: {"visual": x} for name, x in zip(("blank", "removed"), parts)}}
-    assert "cannot be told from the base" in report.verdict("a", "s", gain) and "But the visual part" in report.verdict("a", "s", gain)
-    assert "But" not in report.verdict("a", "s", gain | {"visual": part(0.1, -0.05, 0.2)})
-    gain |= {"total": part(0.1, 0.02, 0.2), "surviving_share": {"blank": part(0.4, 0.1, 0.9), "removed": part(0.6, 0.3, 1.1)}}
-    text = report.verdict("a", "s", gain | visual(part(0.1, 0.05, 0.2), part(0.1, 0.01, 0.2)))
-    assert "gains +10.0 points [2.0, 20.0]" in text and "need it" in text
-    assert "40.0% [10.0, 90.0] of that (blank) or 60.0% [30.0, 110.0] of that (removed)" in text
-    for other in (part(0.1, -0.05, 0.2), part(-0.1, -0.2, -0.05)):  # both inputs without a picture have to agree
-        assert "that a part needs it is not shown" in report.verdict("a", "s", gain | visual(part(0.1, 0.05, 0.2), other))
-    assert "leans less on the picture" in report.verdict("a", "s", gain | visual(part(-0.1, -0.2, -0.05), part(-0.1, -0.2, -0.01)))
-    assert "loses" in report.verdict("a", "s", gain | {"total": part(-0.1, -0.2, -0.02)})
-
-
-@pytest.mark.parametrize("worths, says", [
-    ([(0.2, 0.01), (0.1, 0.04)], "depends on the picture"), ([(0.2, 0.01), (0.1, 0.06)], "is not shown to depend on the picture"),
-    ([(0.2, 0.01), (-0.1, 0.01)], "is not shown to depend on the picture"), ([(-0.2, 0.01)], "does better without the picture"),
-    ([], "was not asked without the picture")])
-def test_dependence_claims_what_every_test_shows(report, worths, says):
-    names, cell = ("blank", "removed")[:len(worths)], {"accuracy": 0.5, "ci95": [0.4, 0.6], "n": 80}
-    about = {"accuracy": {name: cell for name in ("clean", *names)},
-             "picture_worth": {name: {"value": x, "ci95": [x, x], "p_holm": p} for name, (x, p) in zip(names, worths)}}
-    said = report.dependence("a", "s", about)
-    assert said["claim"] == says and "50.0% [40.0, 60.0]" in said["text"] and "n = 80" in said["text"]
-    assert said["text"].count("without it") == len(worths)
-
-
-def test_worth_of_the_picture_recounts(results, study):
-    worths, page = results["picture_worth"], (study / "report" / "index.html").read_text()
-    for policy in POLICIES:
-        right = {name: np.array([row["correct"] for row in answers(study, policy, name)], int) for name in ("clean", "blank", "removed")}
-        for name in ("blank", "removed"):
-            worth, difference = worths[policy]["shapes"][name], right["clean"] - right[name]
-            assert worth["value"] == pytest.approx(difference.mean())
-            assert worth["p"] == pytest.approx(stats.binomtest(int((difference > 0).sum()), int((difference != 0).sum())).pvalue)
-        sure = all(x["p_holm"] < 0.05 and x["value"] > 0 for x in worths[policy]["shapes"].values())
-        assert f"<li>{policy} {'depends' if sure else 'is not shown to depend'} on the picture on shapes. Right with the picture:" in page
-    ps = [(x["p"], x["p_holm"]) for by_source in worths.values() for x in by_source["shapes"].values()]
-    assert [p for _, p in ps] == pytest.approx(multipletests([p for p, _ in ps], method="holm")[1])
-
-
 def test_too_few_differences_are_no_difference(report, prepare, corrupt, tmp_path):
     """Five questions that only the picture's owner gets right, of 20: an exact test does not call that a difference, nor does the page."""
     make_study(tmp_path, prepare, corrupt, {p: POLICIES[p] for p in ("base", "standard-s0")}, names=("blank",), limit=20)
@@ -860,34 +663,7 @@ def test_too_few_differences_are_no_difference(report, prepare, corrupt, tmp_pat
                                                       for i, row in enumerate(rows)])
     found, page = run(report, tmp_path), (tmp_path / "report" / "index.html").read_text()
     assert found["picture_worth"]["base"]["shapes"]["blank"]["p"] == 0.0625 and "base is not shown to depend on the picture" in page
-    assert "standard-s0 cannot be told from the base on shapes" in page and found["differences"]["standard"]["base"]["shapes"]["clean"]["p"] == 0.0625
-
-
-def test_yes_and_no_are_one_answer_however_they_are_written(report):
-    """Gold No or Yes, and a policy that always says No: its entropy is 0, and it says so to all."""
-    golds = ["No"] * 120 + ["Yes"] * 80
-    rows = [{"correct": gold == "No", "answer": "No", "id": str(i)} for i, gold in enumerate(golds)]
-    panel = report.Panel("s", [{"group": "g", "answer_type": "text", "answer": gold, "choices": []} for gold in golds],
-                         {"base": {"clean": rows}}, report.resample(200, 100, 0), {}, 0)
-    said = panel.said("base", "clean")
-    found = report.distribution(panel, said)
-    assert set(said) == {"no"} and found["entropy"]["value"] == pytest.approx(0, abs=1e-9)
-    assert found["leaning"]["value"] == pytest.approx(0.4) and found["total_variation"]["value"] == pytest.approx(0.4)
-
-
-def test_letters_that_are_never_right_are_letters(report):
-    questions = [{"group": "g", "answer_type": "choice", "answer": "ABC"[i % 3], "choices": list("wxyz")} for i in range(300)]
-    found = report.distribution(report.Panel("s", questions, {}, report.resample(300, 100, 0), {}, 0), ["D"] * 300)
-    assert found["letter_bias"]["value"] == pytest.approx(1)
-
-
-def test_base_alone_and_no_blank_input_still_give_a_page(report, prepare, corrupt, tmp_path):
-    make_study(tmp_path / "alone", prepare, corrupt, {"base": POLICIES["base"]}, names=("noise",), limit=20)
-    found = run(report, tmp_path / "alone")
-    assert found["gains"] == {} and "base was not asked without the picture on shapes" in (tmp_path / "alone" / "report" / "index.html").read_text()
-    make_study(tmp_path / "clean", prepare, corrupt, {p: POLICIES[p] for p in ("base", "standard-s0")}, names=("noise",), limit=20)
-    found = run(report, tmp_path / "clean")
-    assert "visual" not in found["gains"]["standard-s0"]["shapes"]
+    assert "the model is not shown to have gained anything (+25 points)" in page and found["differences"]["standard"]["base"]["shapes"]["clean"]["p"] == 0.0625
 
 
 @pytest.mark.parametrize("gain, says", [(0.2, "reproduced"), (-0.2, "contradicted"), (0.005, "undecided")])
@@ -898,12 +674,9 @@ def test_verdicts_follow_from_the_interval(report, gain, says):
     row = lambda correct: {"correct": bool(correct), "well_formed": True}
     base, policy = [row(f and gain < 0) for f in flip], [row(f and gain > 0) for f in flip]
     panel = report.Panel("shapes", [{"group": "g"}] * n, {"base": {"clean": base}, "standard-s0": {"clean": policy}},
-                         report.resample(n, 300, 0), {}, 0)
+                         report.resample(n, 300, 0), {})
     (entry,) = report.judge(report.Claim("c", "t", "s", report.gain_of("standard")), panel)
     assert entry["verdict"] == says and entry["n"] == n and entry["found"]["value"] == pytest.approx(gain, abs=0.002)
-    if says == "undecided":
-        half = max(entry["found"]["value"] - entry["found"]["ci95"][0], entry["found"]["ci95"][1] - entry["found"]["value"])
-        assert half * (n / entry["n_decides"]) ** 0.5 == pytest.approx(entry["found"]["value"], rel=0.01)
 
 
 @pytest.mark.parametrize("of, also, says", [
@@ -929,27 +702,9 @@ def test_whoever_learns_nothing_reproduces_nothing(report, claim, value, says):
 def test_damage_that_leaves_the_picture_is_no_training_without_it(report):
     row = lambda correct: {"correct": correct, "well_formed": True}
     answers_ = {policy: {"clean": [row(policy != "base")] * 50} for policy in ("base", "hallucination-misleading-s0", "hallucination-blank+removed-s0")}
-    panel = report.Panel("shapes", [{"group": "g"}] * 50, answers_, report.resample(50, 50, 0), {}, 0)
+    panel = report.Panel("shapes", [{"group": "g"}] * 50, answers_, report.resample(50, 50, 0), {})
     judged = report.judge(report.CLAIMS[0], panel)
     assert [entry["damage"] for entry in judged] == ["hallucination-blank+removed"]
-
-
-@pytest.mark.parametrize("texts", [[None] * 400, ["0"] * 400])
-def test_answers_that_collapse_are_far_from_the_right_ones(report, texts):
-    """400 different right answers, and one for all, or none: nothing could be further apart."""
-    questions = [{"group": "g", "answer_type": "integer", "answer": str(i + 1), "choices": []} for i in range(400)]
-    rows = [{"correct": False, "answer": text} for text in texts]
-    found = report.distribution(report.Panel("s", questions, {"p": {"clean": rows}}, report.resample(400, 100, 0), {}, 0), texts)
-    assert found["total_variation"]["value"] > 0.95 and found["entropy"]["value"] < 0.01
-
-
-def test_the_majority_is_no_maximum_of_chance(report):
-    """30 equally likely answers in 30 groups: nobody guesses more than 1 in 30, however the sample falls."""
-    rng = np.random.default_rng(0)
-    questions = [{"group": i % 30, "answer_type": "integer", "answer": str(rng.integers(30))} for i in range(6000)]
-    majority = report.Panel("s", questions, {}, np.ones((1, 1)), {}, 0).majority
-    right = np.mean([guess == q["answer"] for guess, q in zip(majority, questions)])
-    assert right == pytest.approx(1 / 30, abs=0.008)
 
 
 def test_two_adapters_of_one_name_are_not_one_policy(report, prepare, copy, tmp_path):
@@ -967,7 +722,7 @@ def test_who_lacks_answers_is_named(report, copy):
     rewrite(copy, "standard-s0", "blank", lambda rows: rows[:60])
     found = run(report, copy)
     (note,) = [note for note in found["notes"] if "lack an answer" in note]
-    assert "40 questions of shapes lack an answer (standard-s0 blank)" in note and "--limit" in note and found["sources"]["shapes"]["n"] == 60
+    assert "40 questions of shapes lack an answer" in note and "--limit" in note and found["sources"]["shapes"]["n"] == 60
 
 
 def test_too_few_resamples_give_no_interval(report, prepare, copy):
@@ -984,34 +739,6 @@ def test_every_claim_has_a_test_a_verdict_and_an_n(report, results):
     assert set(asked) == {"damaged-helps", "damaged-beats-clean", "damaged-at-least-half", "clean-gains-blind"}
     assert asked["damaged-helps"]["verdict"] == "reproduced" and asked["damaged-beats-clean"]["verdict"] == "undecided"
     assert all(c["verdict"] == "undecided" and c["reason"] for c in claims if not c["n"])
-
-
-def test_the_card_of_a_benchmark_recounts(results, study, prepare):
-    card, rows = results["card"]["shapes"], {name: answers(study, "base", name) for name in ("clean", "blank", "removed")}
-    assert card["unseen"]["count"] == sum(a["correct"] or b["correct"] for a, b in zip(rows["blank"], rows["removed"]))
-    assert card["removed"]["correct"] == sum(row["correct"] for row in rows["removed"])
-    assert card["one_choice"] == {"expected": 0.25, "n": sum(row["group"] == "colour" for row in rows["clean"])}
-    assert sum(kind["count"] for kind in card["types"].values()) == card["n"] == len(rows["clean"])
-    assert card["said_to_need_the_picture"]["count"] == sum(row["needs_image"] for row in rows["clean"]) and card["need_unknown"]["count"] == 0
-    yes = sum(row["gold"] == "yes" for row in rows["clean"] if row["group"] == "more")
-    assert card["majority"]["count"] >= yes > 0
-
-
-def test_the_table_for_latex_is_balanced_and_escaped(report, study):
-    text = (study / "report" / "tables.md").read_text()
-    block = text.split("```latex\n")[1].split("```")[0]
-    assert block.count("\\begin{tabular}") == block.count("\\end{tabular}") == 4 and block.count("{") == block.count("}")
-    assert "\N{MINUS SIGN}" not in block and "hallucination-blank-s0" in block
-    hostile = report.latex(report.table("100% & more", ["a_b", "c"], [("x^2 \\ ~ #1 $", [("5%", "{1}")])]))
-    assert "100\\% \\& more" in hostile and "x\\textasciicircum{}2 \\textbackslash{} \\textasciitilde{} \\#1 \\$" in hostile and "\\{1\\}" in hostile
-
-
-def test_tables_hold_the_matrix_and_the_split(study, results):
-    text = (study / "report" / "tables.md").read_text()
-    cell = results["accuracy"]["standard-s0"]["shapes"]["blank"]
-    assert f"{100 * cell['accuracy']:.1f}%" in text and "n = 100" in text
-    tables = [block.splitlines() for block in re.findall(r"(?:^\|.*\n)+", text, re.M)]
-    assert len(tables) == 7 and all(len({line.count("|") for line in table}) == 1 for table in tables)
 
 
 # Bad input
@@ -1068,7 +795,7 @@ def test_policies_are_compared_on_the_questions_that_all_answered(report, prepar
     rewrite(copy, "base", "blank", lambda rows: rows[::-1][5:])
     found = run(report, copy)
     assert {cell["n"] for x in found["accuracy"].values() for cell in x["shapes"].values()} == {85}
-    assert found["sources"]["shapes"]["left_out"] == 15 and any("15 questions" in note for note in found["notes"])
+    assert any("15 questions" in note for note in found["notes"])
     rewrite(copy, "standard-s0", "clean", lambda rows: rows[-3:])
     with pytest.raises(prepare.UserError, match="no question"):
         run(report, copy)
@@ -1124,10 +851,10 @@ def test_hostile_text_is_shown_as_text(report, prepare, copy):
     text = (copy / "report" / "index.html").read_text()
     page = Page(text)
     assert page.acting == [] and page.unbalanced == [] and page.open == []
-    assert "<script>alert(1)</script>" in page.text and "{{ 7 * 7 }}" in page.text and "characters in all" in page.text
+    assert "<script>alert(1)</script>" in page.text and "{{ 7 * 7 }}" in page.text
     assert not re.search("[\x00-\x08\x0b-\x1f\u202a-\u202e\u2066-\u2069\ud800-\udfff]", text) and "<U+202E>" in page.text
     assert len(text) < 5_000_000 and len(found["gains"]) == 5
-    tables = (copy / "report" / "tables.md").read_text().split("```latex")[0]
+    tables = (copy / "report" / "tables.md").read_text()
     assert not re.search(r"(?<!\\)<b>|(?<!\\)<img|(?<!\\)\[a(?<!\\)\]\(", tables)
     assert all(len({line.count("|") - line.count("\\|") for line in block.splitlines()}) == 1
                for block in re.findall(r"(?:^\|.*\n)+", (copy / "report" / "tables.md").read_text(), re.M))
@@ -1151,21 +878,279 @@ def test_hostile_questions_are_shown_as_text(report, prepare, corrupt, tmp_path)
     assert page.acting == [] and page.unbalanced == [] and page.text.count("<script>alert(1)</script>") > 2
 
 
-# The page
+# What is measured, recounted from the files
 
 
-def test_page_is_self_contained_and_accessible(study, results):
+@pytest.mark.parametrize("policy", POLICIES)
+def test_worth_of_the_picture_and_mirage_score_recount(results, study, policy):
+    condition = policy.removesuffix("-s0")
+    about = results["pooled"][condition]["shapes"]
+    right = {name: np.array([row["correct"] for row in answers(study, policy, name)], int) for name in ("clean", "blank", "removed")}
+    for name in ("blank", "removed"):
+        worth, difference = about["picture_worth"][name], right["clean"] - right[name]
+        assert worth["value"] == pytest.approx(difference.mean())
+        assert worth["p"] == pytest.approx(stats.binomtest(int((difference > 0).sum()), int((difference != 0).sum())).pvalue)
+        score = results["mirage"][policy]["shapes"][name]
+        assert score["value"] == pytest.approx(right[name].sum() / right["clean"].sum())
+        paired = stats.bootstrap((right[name], right["clean"]), lambda a, b, axis: a.sum(axis) / b.sum(axis), paired=True,
+                                 vectorized=True, method="percentile", rng=np.random.default_rng(0)).confidence_interval
+        assert score["ci95"] == pytest.approx(list(paired), abs=0.25 * (paired[1] - paired[0]))
+    ps = [(x["p"], x["p_holm"]) for sources in results["pooled"].values() for x in sources["shapes"]["picture_worth"].values()]
+    assert [p for _, p in ps] == pytest.approx(multipletests([p for p, _ in ps], method="holm")[1])
+
+
+def test_differences_recount(results, study):
+    base, mixed = (answers(study, policy, "clean") for policy in ("base", "mixed-blank-s0"))
+    differences = results["differences"]
+    test = differences["mixed-blank"]["base"]["shapes"]["clean"]
+    assert test["only_one"] == sum(a["correct"] > b["correct"] for a, b in zip(mixed, base))
+    assert {(one, two) for one, x in differences.items() for two in x} == {
+        ("standard", "base"), ("hallucination-blank", "base"), ("hallucination-blank", "standard"), ("mixed-blank", "base"),
+        ("mixed-blank", "standard"), ("mixed-blank", "hallucination-blank")}
+    for name in ("clean", "blank", "removed", "format", "image_free", "visual"):
+        tests = [x["shapes"][name] for references in differences.values() for x in references.values() if name in x["shapes"]]
+        assert len(tests) == (6 if name in ("clean", "blank", "removed") else 3)
+        assert [x["p_holm"] for x in tests] == pytest.approx(multipletests([x["p"] for x in tests], method="holm")[1])
+    parts = [results["gains"][run]["shapes"]["visual"]["value"] for run in ("mixed-blank-s0", "standard-s0")]
+    assert differences["mixed-blank"]["standard"]["shapes"]["visual"]["value"] == pytest.approx(parts[0] - parts[1])
+
+
+def test_gains_find_the_simulated_policies(results):
+    gains = {policy: x["shapes"] for policy, x in results["gains"].items()}
+    assert set(gains) == set(POLICIES) - {"base"}
+    for gain in gains.values():
+        assert set(gain) == {"total", "format", "image_free", "visual"}
+        assert sum(gain[part]["value"] for part in ("format", "image_free", "visual")) == pytest.approx(gain["total"]["value"])
+    assert gains["standard-s0"]["visual"]["value"] > gains["hallucination-blank-s0"]["visual"]["value"]
+
+
+def test_a_base_that_is_never_well_formed_has_no_parts(report):
+    strata, base, policies = learners(np.random.default_rng(5), 300)
+    never = {name: (0 * correct, 0 * formed) for name, (correct, formed) in base.items()}
+    found = split_gain(report, report.resample(300, 300, 0), strata, never, policies["format"])
+    assert found["format"]["value"] is None and found["visual"]["value"] is None and found["total"]["value"] > 0
+
+
+def test_the_card_of_a_benchmark_recounts(results, study):
+    card, rows = results["card"]["shapes"], {name: answers(study, "base", name) for name in ("clean", "removed")}
+    assert card["removed"]["correct"] == sum(row["correct"] for row in rows["removed"])
+    assert card["one_choice"] == {"expected": 0.25, "n": sum(row["group"] == "colour" for row in rows["clean"])}
+    assert card["said_to_need_the_picture"]["count"] == sum(row["needs_image"] for row in rows["clean"])
+
+
+def test_answers_are_compared_by_what_they_mean(report):
+    assert [report.canonical(text) for text in ("No", " no ", "10.0", "10", "a", "A", None)] == ["no", "no", "10", "10", "a", "A", ""]
+
+
+# The paper's eight settings
+
+
+def test_eight_settings_recount(seeds_results, seeds_study):
+    found = seeds_results["s1_to_s8"]["shapes"]["hallucination-blank"]
+    of = {"clean": [f"standard-s{seed}" for seed in range(3)], "damaged": [f"hallucination-blank-s{seed}" for seed in range(4)]}
+    order = [(trained, asked, split) for trained in of for asked in ("clean", "blank") for split in ("train/", "")]
+    for k, (trained, asked, split) in enumerate(order, 1):
+        right = [[row["correct"] for row in answers(seeds_study, run, f"{split}{asked}")] for run in of[trained]]
+        cell = found[f"S{k}"]
+        assert (cell["value"], cell["seeds"], cell["n"]) == (pytest.approx(np.mean(right)), len(right), len(right[0])), k
+    base = [np.mean([row["correct"] for row in answers(seeds_study, "base", name)]) for name in ("train/clean", "clean")]
+    assert found["memorised"]["value"] == pytest.approx(found["S1"]["value"] - base[0] - found["S2"]["value"] + base[1])
+    assert found["carried"]["value"] == pytest.approx(found["S6"]["value"] - base[1])
+    assert found["picture"]["value"] == pytest.approx(found["S2"]["value"] - found["S4"]["value"])
+    page, tables = ((seeds_study / "report" / name).read_text() for name in ("index.html", "tables.md"))
+    assert found["sentence"] in " ".join(Page(page).text.split()) and "S1 to S8" in tables and found["sentence"][:40] in tables
+
+
+def test_what_was_memorised_adds_up_two_choices_of_questions(report):
+    """Two independent samples of questions: the variance of a difference is the sum of theirs (Welch)."""
+    rng = np.random.default_rng(0)
+    old, new = rng.normal(0.3, 1, 400), rng.normal(0.1, 2, 150)
+    found = report.over_runs([report.apart(report.over_questions(old), report.over_questions(new))], (-math.inf, math.inf))
+    error = stats.ttest_ind(old, new, equal_var=False)
+    half = stats.norm.ppf(0.975) * (old.var(ddof=1) / 400 + new.var(ddof=1) / 150) ** 0.5
+    assert found["ci95"] == pytest.approx([old.mean() - new.mean() - half, old.mean() - new.mean() + half])
+    assert abs(found["value"] / half * stats.norm.ppf(0.975)) == pytest.approx(abs(error.statistic))
+
+
+def test_without_training_questions_four_settings_are_left(results):
+    found = results["s1_to_s8"]["shapes"]["hallucination-blank"]
+    assert [found[f"S{k}"] is None for k in range(1, 9)] == [True, False] * 4 and "memorised" not in found
+    assert "carry" not in found["sentence"] and "need the picture" in found["sentence"]
+
+
+# The sentences
+
+
+def test_the_page_opens_with_three_sentences_that_follow_from_tests(results, study):
+    said = results["sentences"]["shapes"]
+    gains = {run: results["gains"][run]["shapes"]["total"] for run in ("hallucination-blank-s0", "standard-s0")}
+    blind, seeing = (round(100 * x["value"]) for x in gains.values())
+    assert said[0]["text"].startswith(f"Trained on blank pictures only, the model gained {blind} points; trained on the real pictures, it "
+                                      f"gained {seeing} points. So ") and said[0]["text"].endswith("came without ever seeing the pictures.")
+    parts = results["gains"]["standard-s0"]["shapes"]
+    assert said[1]["text"].startswith(f"Of the {seeing} points gained by training on the real pictures, {100 * parts['visual']['value']:.0f} need the "
+                                      f"picture, {100 * parts['format']['value']:.0f} are the asked-for form alone, ")
+    page = Page((study / "report" / "index.html").read_text())
+    text = " ".join(page.text.split())
+    assert len(said) == 3 and text.index(said[0]["text"]) < text.index(said[1]["text"]) < text.index(said[2]["text"]) < text.index("Trained on, asked")
+    assert all("[" in x["numbers"] and "n = 100" in x["numbers"] for x in said)
+
+
+def test_an_edit_says_whether_the_answer_follows_the_picture(seeds_results):
+    text = seeds_results["sentences"]["shapes"][2]["text"]
+    effect = seeds_results["pooled"]["standard"]["shapes"]["causal_effect"]
+    assert text.startswith("When an edit of the picture makes another answer right, the model follows it: trained on the real pictures, in "
+                           f"{100 * effect['value']:.0f} of 100 cases")
+    assert "before training" in text
+
+
+def test_the_share_of_a_gain_is_a_ratio_over_seeds(report, seeds_results, seeds_study):
+    """Value recounted; the interval as wide as the delta method says of the seeds' luck alone, or wider."""
+    right = lambda run: np.mean([row["correct"] for row in answers(seeds_study, run, "clean")])
+    tops, bottoms = ([right(f"{condition}-s{seed}") - right("base") for seed in range(3)] for condition in ("hallucination-blank", "standard"))
+    said = seeds_results["sentences"]["shapes"][0]
+    ratio = sum(tops) / sum(bottoms)
+    if "share" in said["numbers"]:
+        assert f"share {100 * ratio:.1f}%" in said["numbers"]
+    linear = (np.array(tops) - ratio * np.array(bottoms)) / np.mean(bottoms)
+    panel = report.Panel("shapes", [{}] * 80, {run: {"clean": answers(seeds_study, run, "clean")} for run in (
+        "base", *(f"{condition}-s{seed}" for condition in ("standard", "hallucination-blank") for seed in range(3)))}, None, {})
+    found = report.share_of_gain(panel, "hallucination-blank", "standard")
+    assert found["value"] == pytest.approx(ratio)
+    assert found["ci95"][1] - ratio >= stats.t.ppf(0.975, 2) * linear.std(ddof=1) / 3**0.5
+
+
+@pytest.mark.parametrize("ratio, says", [((0.83, 0.75, 0.9), "about five sixths"), ((0.5, 0.1, 1.3), "between a tenth and more than all"),
+                                         ((1.02, 0.99, 1.04), "about all")])
+def test_shares_are_said_as_surely_as_they_are_known(report, ratio, says):
+    assert report.in_words({"value": ratio[0], "ci95": ratio[1:]}) == says
+
+
+@pytest.mark.parametrize("worths, says", [
+    ([(0.2, 0.01), (0.1, 0.04)], "depends on the picture"), ([(0.2, 0.01), (0.1, 0.06)], "is not shown to depend on the picture"),
+    ([(0.2, 0.01), (-0.1, 0.01)], "is not shown to depend on the picture"), ([(-0.2, 0.01)], "does better without the picture"),
+    ([], "was not asked without the picture")])
+def test_dependence_claims_what_every_test_shows(report, worths, says):
+    names, cell = ("blank", "removed")[:len(worths)], {"accuracy": 0.5, "ci95": [0.4, 0.6], "n": 80}
+    about = {"accuracy": {name: cell for name in ("clean", *names)},
+             "picture_worth": {name: {"value": x, "ci95": [x, x], "p_holm": p, "n": 80} for name, (x, p) in zip(names, worths)}}
+    said = report.depends("a", about, "s")
+    assert said["text"] == f"a {says} on s." and "50.0% [40.0, 60.0]" in said["numbers"] and "n = 80" in said["numbers"]
+
+
+def test_someone_elses_adapter_is_said_to_depend_on_the_picture_or_not(report, prepare, corrupt, tmp_path):
+    """Policies that are no runs of this study: no claim about training, one about looking."""
+    make_study(tmp_path, prepare, corrupt, {"base": POLICIES["base"], "my_adapter": POLICIES["standard-s0"]}, names=("blank", "noise"))
+    (tmp_path / "policies" / "my_adapter" / "config.json").unlink()
+    found = run(report, tmp_path)
+    said = found["sentences"]["shapes"]
+    assert [x["text"] for x in said][0] == "my_adapter depends on the picture on shapes." and said[1]["text"].startswith("base ")
+    assert said[0]["text"] in (tmp_path / "report" / "index.html").read_text()
+
+
+def test_base_alone_and_no_blank_input_still_give_a_page(report, prepare, corrupt, tmp_path):
+    make_study(tmp_path / "alone", prepare, corrupt, {"base": POLICIES["base"]}, names=("noise",), limit=20)
+    found = run(report, tmp_path / "alone")
+    assert found["gains"] == {} and "base was not asked without the picture on shapes" in (tmp_path / "alone" / "report" / "index.html").read_text()
+    make_study(tmp_path / "clean", prepare, corrupt, {p: POLICIES[p] for p in ("base", "standard-s0")}, names=("noise", "blur-0.05"), limit=20)
+    found = run(report, tmp_path / "clean")
+    assert "visual" not in found["gains"]["standard-s0"]["shapes"]
+    page = (tmp_path / "clean" / "report" / "index.html").read_text()
+    assert "blur-0.05" in page and "damaged</th>" in page and "taken away</th>" not in page
+
+
+# The page and the tables
+
+
+def test_what_was_said_of_several_seeds_is_on_the_page(seeds_results, seeds_study):
+    page = Page((seeds_study / "report" / "index.html").read_text())
+    text, tables = " ".join(page.text.split()), (seeds_study / "report" / "tables.md").read_text()
+    assert page.acting == [] and page.unbalanced == []
+    x = seeds_results["differences"]["hallucination-blank"]["standard"]["shapes"]["clean"]
+    low, high = (f"{100 * end:.1f}".replace("-", "\N{MINUS SIGN}") for end in x["ci95"])
+    said = f"{100 * x['value']:+.1f}".replace("-", "\N{MINUS SIGN}") + f" [{low}, {high}]"
+    assert said in text and said in tables and "n = 80, 3 seeds" in text
+    pooled = seeds_results["pooled"]["standard"]["shapes"]
+    clean = seeds_results["differences"]["standard"]["base"]["shapes"]["clean"]
+    assert pooled["gains"]["total"]["ci95"] == pytest.approx(clean["ci95"])
+    for key in ("accuracy", "mirage", "causal_effect", "flips", "stays", "picture_worth", "well_formed"):
+        assert key in pooled, key
+
+
+def test_tables_hold_the_matrix_and_the_split(study, results):
+    text = (study / "report" / "tables.md").read_text()
+    cell = results["accuracy"]["standard-s0"]["shapes"]["blank"]
+    assert f"{100 * cell['accuracy']:.1f}%" in text and "n = 100" in text
+    tables = [block.splitlines() for block in re.findall(r"(?:^\|.*\n)+", text, re.M)]
+    assert len(tables) == 6 and all(len({line.count("|") for line in table}) == 1 for table in tables)
+
+
+def test_tokens_are_shaded_by_what_the_picture_did_for_them(report, copy):
+    """In the gallery; every character stays, none acts."""
+    texts = ["<b>", "I", " see", " \u202e", "", "3", "</script>"]
+    tokens = {"response": "".join(texts), "token_texts": texts, "token_nats": [0, 0.2, -1, 3, 9, 5, 0.0]}
+    rewrite(copy, "standard-s0", "clean", lambda rows: [row | tokens for row in rows])
+    run(report, copy)
+    page = (copy / "report" / "index.html").read_text()
+    assert "&lt;b&gt;" in page and "<b>I" not in page and "\u202e" not in page
+    shades = re.findall(r'<span style="--v:(\d+)[.0]*"( class="visual")?>([^<]*)</span>', page)
+    assert ("2", "", "I") in shades or ("7", "", "I") in shades
+    assert {text.strip() for _, visual, text in shades if visual} == {"&lt;U+202E&gt;", "", "3"}
+    rewrite(copy, "standard-s0", "clean", lambda rows: [row | {"token_nats": ["much"]} for row in rows])
+    with pytest.raises(report.UserError, match="row 1 has no proper token_nats"):
+        run(report, copy)
+
+
+def test_being_told_to_guess_stands_beside_the_mirage_score(report, prepare, copy):
+    """Input `told`: as removed, and the text says that there is no picture."""
+    told, removed = (prepare.input_path("shapes", name) for name in ("told", "removed"))
+    shutil.copy(copy / removed, copy / told)
+    digest = {told: prepare.sha256(copy / told)}
+    for policy in POLICIES:
+        rows = answers(copy, policy, "removed")
+        prepare.write_jsonl(copy / "answers" / policy / "shapes" / "told.jsonl", [row | {"made_from": row["made_from"] | digest} for row in rows])
+    found = run(report, copy)
+    assert found["accuracy"]["base"]["shapes"]["told"] == found["accuracy"]["base"]["shapes"]["removed"]
+    page = (copy / "report" / "index.html").read_text()
+    assert "right when told to guess</th>" in page and '<th scope="col" colspan="3">taken away</th>' in page
+
+
+def test_the_strict_subset_says_how_it_differs_from_b_clean(study, results):
+    found = json.loads((study / "report" / "strict-shapes.json").read_text())
+    assert found["source"] == "shapes" and "B-Clean (arXiv 2603.21687)" in found["made_by"]
+    assert found["ids"] == results["strict_subset"]["shapes"]["ids"] and found["count"] == len(found["ids"]) > 0
+
+
+def test_page_is_self_contained_and_accessible(study):
     text = (study / "report" / "index.html").read_text()
     page = Page(text)
     assert page.acting == [] and page.unbalanced == [] and page.open == [] and len(text) < 5_000_000
     assert "http://" not in text and "https://" not in text and "@import" not in text and "url(" not in text
     assert all(a.get("scope") in ("col", "row") for tag, a in page.tags if tag == "th")
     assert all(a.get("alt") for tag, a in page.tags if tag == "img") and sum(tag == "img" for tag, _ in page.tags) > 10
-    drawings = [a for tag, a in page.tags if tag == "svg" and a.get("aria-hidden") != "true"]
-    assert len(drawings) >= 4 and all(a["role"] == "img" and a["aria-label"] for a in drawings)
+    drawings = [a for tag, a in page.tags if tag == "svg"]
+    assert len(drawings) == 3 and all(a["role"] == "img" and a["aria-label"] for a in drawings)
     assert page.text.count("✓ right") and page.text.count("✗ wrong")
-    gain = results["gains"]["standard-s0"]["shapes"]["surviving_share"]["blank"]
-    assert f"{100 * gain['value']:.1f}% of what standard-s0 gained" in " ".join(page.text.split())
+
+
+def test_a_step_that_is_none_stops_the_report(report, prepare, copy):
+    path = copy / "policies" / "standard-s0" / "train.jsonl"
+    path.write_text(path.read_text() + '{"step": 31, "reward": "much"}\n')
+    with pytest.raises(prepare.UserError, match="train.jsonl has a row that is no step of a training: delete"):
+        run(report, copy)
+
+
+
+def test_no_gain_is_not_divided(report):
+    """What is not shown to be a gain has no parts; a part whose interval holds 0 may be chance."""
+    part = lambda value, low, high: {"value": value, "ci95": [low, high], "n": 50}
+    gain = {"visual": part(0.1, 0.05, 0.2), "format": part(0.1, 0.02, 0.2), "image_free": part(-0.02, -0.1, 0.1)}
+    test = part(0.18, 0.1, 0.3)
+    text = report.say_parts("standard", test | {"p_holm": 0.01}, gain)["text"]
+    assert text == ("Of the 18 points gained by training on the real pictures, 10 need the picture, 10 are the asked-for form alone, "
+                    "\N{MINUS SIGN}2 (may be chance) are right without the picture too.")
+    assert "left no gain to divide" in report.say_parts("standard", test | {"p_holm": 0.06}, gain)["text"]
+    assert "cannot be told" in report.say_parts("standard", test | {"p_holm": 0.01}, {"format": gain["format"]})["text"]
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -1186,8 +1171,7 @@ INSPECT = """(() => {
   }
   const wide = [...document.querySelectorAll('body *')].filter(e => !e.closest('.scroll') && e.getBoundingClientRect().right > innerWidth + 1).map(e => e.outerHTML.slice(0, 80));
   return JSON.stringify({width: document.documentElement.scrollWidth, inner: innerWidth, wide: wide.slice(0, 5), poor: poor.slice(0, 8),
-                         dark: light(rgba(getComputedStyle(document.body).backgroundColor)) < .2, small: Math.min(...[...document.querySelectorAll('main svg text')]
-                         .map(e => e.getBoundingClientRect().height))});
+                         dark: light(rgba(getComputedStyle(document.body).backgroundColor)) < .2});
 })()"""
 
 
@@ -1250,5 +1234,5 @@ def test_page_reads_well_in_a_browser(browser, study, results, width, scheme):
     asked = {url for url in asked if not url.startswith("data:")}
     send("Target.closeTarget", targetId=target)
     assert found["width"] <= width and found["wide"] == [], "the page scrolls sideways"
-    assert found["poor"] == [] and found["dark"] == (scheme == "dark") and found["small"] >= 9
+    assert found["poor"] == [] and found["dark"] == (scheme == "dark")
     assert said == [] and asked == {(study / "report" / "index.html").as_uri()}
