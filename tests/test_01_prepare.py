@@ -336,10 +336,10 @@ def test_one_file_with_all_pictures_keeps_choices_apart(prepare):
 
 
 @pytest.mark.parametrize("choices, reason", [
-    (["red", None], "choices: one is null or no text"), ([None, None], "choices: one is null"),
-    (["red", ["blue"]], "choices: one is null or no text"), ([["red", "blue"], ["green"]], "choices: one is null"),
-    (["red", {"text": "blue"}], "choices: one is null or no text"), (["red", ""], "choices: one is empty"),
-    ([1, float("nan")], "choices: one is no finite number"), ([2, float("inf")], "choices: one is no"),
+    (["red", None], "choices: one is no text or finite number"), ([None, None], "choices: one is no text"),
+    (["red", ["blue"]], "choices: one is no text or finite number"), ([["red", "blue"], ["green"]], "choices: one is no text"),
+    (["red", {"text": "blue"}], "choices: one is no text or finite number"), (["red", ""], "choices: one is empty"),
+    ([1, float("nan")], "choices: one is no text"), ([2, float("inf")], "choices: one is no text"),
     (["red", "red"], "choices: all are the same"), (["red", " red "], "choices: all are the same"),
     (["red"], "choices: all are the same"), (["<image 1>", "<image 1>"], "choices: all are the same"),
     ([str(i) for i in range(27)], "not a question: more choices than letters")])
@@ -348,7 +348,7 @@ def test_choices_that_are_none_are_rejected(own, choices, reason):
 
 
 def test_a_null_among_a_benchmarks_choices_is_rejected(prepare):
-    with pytest.raises(prepare.Rejected, match="choices: one is null"):
+    with pytest.raises(prepare.Rejected, match="choices: one is no text"):
         prepare.SOURCES["scienceqa"].convert({"bytes": b"", "path": None}, "Which?", ["left", None], 0, "", "x")
 
 
