@@ -166,22 +166,23 @@ def main(config: Config) -> dict:
     data, local = Path(config.data), check_config(config)
     with locked(data / "study.json"):
         inputs = {name: fingerprint(path) for name, path in local.items()}
-        processors = prepare_model(config)
-        names = [name for name in dict.fromkeys(config.benchmarks) if name != config.train]
-        names.append(config.train)  # last: its leaks are looked for in the benchmarks
+        model = config.model
+        if model == "embedded":
+            model = embedded_model(data, config.seed, config.max_pixels)
+        processors = load_model_parts(model, config.max_pixels)
         plan = {
             "preset": config.preset, "model": config.model, "seed": config.seed,
             "max_pixels": config.max_pixels, "max_prompt_tokens": config.max_prompt_tokens,
             "limit": config.limit,
             "sources": {"train": config.train, "benchmarks": list(dict.fromkeys(config.benchmarks))},
-            "versions": versions(), "code": sha256(Path(__file__)),
-            "inputs": inputs, "model_files": hash_model(data, config.model)}
+            "versions": versions(), "code": sha256(Path(__file__)), "inputs": inputs,
+            "model_files": hash_model(data, config.model)}
         if (data / "study.json").exists():
             study = load_study(data)
             if is_current(data, study, plan):
                 print(f"{data / 'questions'}: up to date")
                 return study
-        study = plan | prepare_sources(names, config, local, processors)
+        study = prepare_sources(config, plan, local, processors)
         with replacing(data / "study.json") as part:
             part.write_text(json.dumps(study, indent=1), encoding="utf-8")
         print(f"{data / 'study.json'}: the record of all this")
@@ -219,36 +220,31 @@ def check_config(config: Config) -> dict[str, Path]:
     return local
 
 
-def prepare_model(config: Config):
-    """The embedded model is made; of any other only tokenizer and image processor are read."""
-    if config.model != "embedded":
-        return load_model_parts(config.model, config.max_pixels)
-    embedded_model(Path(config.data), config.seed, config.max_pixels)
-    return load_model_parts(str(Path(config.data) / "model"), config.max_pixels)
-
-
-def is_current(data, study, plan) -> bool:
+def is_current(data, study, plan):
     """Whether a study was made by this plan, and its artifacts are there as they were made."""
-    if any(study.get(key) != value for key, value in plan.items()):
-        return False
-    return all((data / name).exists() and sha256(data / name) == digest
-               for name, digest in study["artifacts"].items())
+    for name, digest in study["artifacts"].items():
+        if not (data / name).exists() or sha256(data / name) != digest:
+            return False
+    return plan.items() <= study.items()
 
 
-def prepare_sources(names, config: Config, local, processors) -> dict:
-    """Write the questions of all sources; returns what study.json says about them."""
+def prepare_sources(config: Config, plan, local, processors):
+    """Write the questions of all sources; returns study.json."""
     data, rejected = Path(config.data), []
-    counts, as_text, asked = {}, {}, {}
+    study = plan | {"questions": {}, "golds_as_text": {}, "artifacts": {}}
+    names, asked = plan["sources"]["benchmarks"], {}
+    # last the training set: its leaks are looked for in the benchmarks
+    names = [name for name in names if name != config.train] + [config.train]
     try:
         for name in names:
-            counts[name], as_text[name] = prepare_source(
+            study["questions"][name], study["golds_as_text"][name] = prepare_source(
                 name, config, local.get(name), processors, asked, rejected)
     finally:  # also where a source has no question left: here it says why
         write_jsonl(data / REJECTED, rejected)
     print(f"{data / REJECTED}: {len(rejected)} rows that can't be used, and why")
-    artifacts = [*(input_path(name, "clean") for name in names), REJECTED]
-    return {"questions": counts, "golds_as_text": as_text,
-            "artifacts": {name: sha256(data / name) for name in artifacts}}
+    for artifact in [*(input_path(name, "clean") for name in names), REJECTED]:
+        study["artifacts"][artifact] = sha256(data / artifact)
+    return study
 
 
 def prepare_source(name, config: Config, path, processors, asked, rejected):
@@ -258,15 +254,13 @@ def prepare_source(name, config: Config, path, processors, asked, rejected):
     Returns two counts, each by split: all questions, and those whose gold should be maths but is
     compared as text.
     """
-    splits = ["test"] if name in config.benchmarks else []
-    if name == config.train:
-        splits.append("train")
-    counts, as_text = dict.fromkeys(splits, 0), dict.fromkeys(splits, 0)
-    before, seen = len(rejected), {}
-    folder = path if path is None or path.is_dir() else path.parent
+    wanted = {"test": config.benchmarks, "train": [config.train]}
+    counts = {split: 0 for split, names in wanted.items() if name in names}
+    as_text, seen = dict(counts), {}
+    folder = path.parent if path and path.is_file() else path
 
     def questions():
-        for split in splits:
+        for split in counts:
             for place, question in chosen(name, split, path, config, rejected):
                 with rejecting(rejected, place, question["id"]):
                     question = finish(question, folder, *processors, config.max_prompt_tokens)
@@ -276,17 +270,14 @@ def prepare_source(name, config: Config, path, processors, asked, rejected):
                         as_text[split] += 1
                     yield question
             if not counts[split]:
-                why = reasons(rejected[before:]) or "its files are empty"
+                why = reasons(name, rejected) or "its files are empty"
                 raise UserError(f"source {name} has no {split} question left: {why}")
 
     file = Path(config.data) / input_path(name, "clean")
     write_questions(file, questions(), {})
-    told = f"{file}: "
-    for split in splits:
-        note = f" (golds compared as text: {as_text[split]})" if as_text[split] else ""
-        told += f"{counts[split]} {split} questions{note}, "
-    why = f" ({reasons(rejected[before:])})" if len(rejected) > before else ""
-    print(f"{told}rejected {len(rejected) - before}{why}")
+    told = ", ".join(f"{n} {split} questions" for split, n in counts.items())
+    print(f"{file}: {told} (golds compared as text: {sum(as_text.values())}), "
+          f"rejected: {reasons(name, rejected) or 'none'}")
     return counts, as_text
 
 
@@ -299,9 +290,9 @@ def rejecting(rejected, place, id):
         rejected.append({**place, "id": id, "reason": str(error)})
 
 
-def reasons(rejected) -> str:
-    """How often each reason, without its details."""
-    counts = Counter(row["reason"].partition(":")[0] for row in rejected)
+def reasons(name, rejected):
+    """How often each reason in a source, without its details."""
+    counts = Counter(row["reason"].partition(":")[0] for row in rejected if row["source"] == name)
     return ", ".join(f"{reason} {n}" for reason, n in counts.most_common())
 
 
@@ -316,24 +307,22 @@ def chosen(name, split, path, config: Config, rejected) -> Iterator[tuple[dict, 
             if question["split"] == split:
                 yield {"source": name}, question
         return
-    found, repeats = {}, Counter()  # id -> (number of the row, group)
-    for number, (file, line, row) in enumerate(read_rows(name, path, split)):
-        with rejecting(rejected, {"source": name, "file": file, "row": line}, None):
-            question = to_question(name, split, row, number)
-            if question is None:
-                continue
-            unique = question["id"]
-            while unique in found:
-                repeats[question["id"]] += 1
-                unique = f"{question['id']}-{repeats[question['id']] + 1}"
-            found[unique] = number, question.get("group")
-    ids, groups = list(found), [group for _, group in found.values()]
-    take = {found[ids[i]][0]: ids[i] for i in stratified(ids, groups, config.limit)}
+    numbers, groups, repeats = [], {}, Counter()  # numbers of rows; id -> group
+    for number, (place, row) in enumerate(read_rows(name, path, split)):
+        with rejecting(rejected, place, None):
+            if question := to_question(name, split, row, number):
+                own = unique = question["id"]
+                while unique in groups:
+                    repeats[own] += 1
+                    unique = f"{own}-{repeats[own] + 1}"
+                groups[unique] = question.get("group")
+                numbers.append(number)
+    ids = list(groups)
+    take = {numbers[i]: ids[i] for i in stratified(ids, groups.values(), config.limit)}
     with tqdm(desc=f"{name} {split}", total=len(take), leave=False, disable=None) as bar:
-        for number, (file, line, row) in enumerate(read_rows(name, path, split)):
+        for number, (place, row) in enumerate(read_rows(name, path, split)):
             if number in take:
-                question = to_question(name, split, row, number) | {"id": take[number]}
-                yield {"source": name, "file": file, "row": line}, question
+                yield place, to_question(name, split, row, number) | {"id": take[number]}
                 bar.update()
 
 
@@ -372,13 +361,13 @@ def check_question(question):
         raise Rejected("control characters: escaped LaTeX, such as \\beta read as \\b and eta, "
                        "looks like this")
     if not 0 <= (question.get("precision") or 0) <= 15:
-        raise Rejected(f"not a question: precision {question['precision']}")
+        raise Rejected("not a question: precision is a number of decimals, at most 15")
     if not question["images"]:
         raise Rejected("no picture")
     check_gold(question)
 
 
-def finish(question, folder, tokenizer, image_processor, most_tokens) -> Question:
+def finish(question, folder, tokenizer, image_processor, most_tokens):
     """Decode and scale the pictures, count tokens; a prompt that is too long is rejected."""
     if len(question["problem"]) > 100 * most_tokens:
         raise Rejected(f"too long: {len(question['problem'])} characters")
@@ -404,16 +393,17 @@ def check_new(question, seen, asked):
     `seen`: (split, problem, pictures) -> id. `asked`: bare text -> [(hashes of pictures, id)] of
     test questions. Both grow.
     """
-    digests = [hashlib.sha256(picture.tobytes()).digest() for picture in question["images"]]
-    key = question["split"], question["problem"], *digests
+    training = question["split"] == "train"
+    pixels = b"".join(picture.tobytes() for picture in question["images"])
+    key = training, question["problem"], hashlib.sha256(pixels).digest()
     first = seen.setdefault(key, question["id"])
-    if first != question["id"] and question["split"] == "train":
+    if training and first != question["id"]:
         raise Rejected(f"duplicate: of {first}")
     if question["source"] == "shapes":  # its splits share no question by construction
         return
     others = asked.setdefault(plain(question["text"]), [])
     hashes = [difference_hash(picture) for picture in question["images"]]
-    if question["split"] == "test":
+    if not training:
         others.append((hashes, question["id"]))
         return
     for other_hashes, other in others:
@@ -494,7 +484,7 @@ def from_own(problem, images, answer, answer_type=None, choices=None, id=None, g
         raise Rejected("not a question: images and choices are lists")
     for value, allowed in ((answer_type, ANSWER_TYPES), (split, ("train", "test")),
                            (needs_image, (True, False))):
-        if value is not None and value not in allowed:
+        if value not in (None, *allowed):
             raise Rejected(f"not a question: {value!r:.40} is none of {allowed}")
     if "\N{REPLACEMENT CHARACTER}" in f"{problem} {answer} {choices}":
         raise Rejected("not UTF-8: a letter was lost when the text was saved")
@@ -507,11 +497,12 @@ def from_own(problem, images, answer, answer_type=None, choices=None, id=None, g
             choices, answer = listed_gold(problem, answer)
     if answer_type == "choice":
         some(choices)
-    more = {"id": id, "group": group, "unit": unit}
-    return record(problem, images, answer, choices, answer_type or kind_of(answer), shown,
-                  split=split, needs_image=needs_image,
-                  precision=None if precision is None else int(precision),
-                  **{name: str(value) for name, value in more.items() if value is not None})
+    own = {"split": split, "needs_image": needs_image}
+    for name, value, kind in (("id", id, str), ("group", group, str), ("unit", unit, str),
+                              ("precision", precision, int)):
+        if value is not None:
+            own[name] = kind(value)
+    return record(problem, images, answer, choices, answer_type or kind_of(answer), shown, **own)
 
 
 @dataclass(frozen=True)
@@ -548,10 +539,9 @@ def record(text, pictures, answer, choices=None, kind="math", shown=None, merged
     that the text names.
     """
     choices = as_texts(choices or [], "choices: one")
-    letters = list(LETTERS[:len(choices)])
     if len(choices) > len(LETTERS):
         raise Rejected("not a question: more choices than letters")
-    if [choice.strip("(). ") for choice in choices] == letters:
+    if "".join(choice.strip("(). ") for choice in choices) == LETTERS[:len(choices)]:
         shown = shown or text  # the picture says what A, B, ... are
     problem, images, numbers = place_pictures(
         shown or with_choices(text, choices), pictures, merged)
@@ -560,7 +550,7 @@ def record(text, pictures, answer, choices=None, kind="math", shown=None, merged
     in_choices = len(IMAGE_TAG.findall("\n".join(choices)))
     own_numbers = iter(numbers[len(numbers) - in_choices:])
     choices = [IMAGE_TAG.sub(lambda _: f"image {next(own_numbers)}", choice) for choice in choices]
-    if choices and len({" ".join(choice.split()) for choice in choices}) == 1:
+    if len({" ".join(choice.split()) for choice in choices}) == 1:
         raise Rejected("choices: all are the same, so that every letter would be right")
     if isinstance(answer, list):
         answer = json.dumps(answer)
@@ -583,10 +573,8 @@ def place_pictures(text, pictures, merged):
     mention becomes words. So does any beyond the first where one file shows all pictures
     (`merged`). Pictures without a tag stand first.
     """
-    given = {}
-    for number, picture in enumerate(pictures, 1):
-        if picture not in (None, {"bytes": None, "path": None}):  # null, as some write it
-            given[number] = picture
+    missing = (None, {"bytes": None, "path": None})  # null, and as some write it
+    given = {number: picture for number, picture in enumerate(pictures, 1) if picture not in missing}
     numbers, named, placed = [], set(), {}
     unnamed = (number for number in count(1) if number not in named)
 
@@ -598,12 +586,11 @@ def place_pictures(text, pictures, merged):
             return f"image {number}"
         if number not in given:
             raise Rejected(f"picture missing: {match[0]}")
-        placed[number] = given[number]
+        placed[number] = given.pop(number)
         return "<image>"
 
     text = IMAGE_TAG.sub(tag, text)
-    first = [picture for number, picture in given.items() if number not in placed]
-    return "<image>" * len(first) + text, first + list(placed.values()), numbers
+    return "<image>" * len(given) + text, [*given.values(), *placed.values()], numbers
 
 
 # Choices: where they stand in the text, and which of them a gold names
@@ -636,17 +623,17 @@ def listed_choices(text, forms=CHOICE_MARKS):
     They run from the last A on, without a gap. Bare marks mean that the picture shows the choices.
     """
     for form in forms:
-        marks = list(form.finditer(text))
-        letters = "".join(mark[1] for mark in marks).upper()
-        marks = marks[letters.rfind("A"):]
+        parts = form.split(text)  # text, letter, choice, letter, choice, ...
+        letters = "".join(parts[1::2]).upper()
+        start = max(letters.rfind("A"), 0)
+        letters = letters[start:]
+        choices = [choice.strip(" \t\r\n;,") for choice in parts[2 + 2 * start::2]]
         least = 3 if form is CHOICE_MARKS[2] else 2  # "the line from A. to B. is" lists nothing
-        if len(marks) < least or not letters.endswith(LETTERS[:len(marks)]):
+        if len(choices) < least or letters != LETTERS[:len(choices)]:
             continue
-        ends = [mark.start() for mark in marks[1:]] + [len(text)]
-        choices = [text[mark.end():end].strip(" \t\r\n;,") for mark, end in zip(marks, ends)]
         choices[-1] = choices[-1].partition("\n")[0].strip()  # then text that is no choice
         if not any(choices):
-            return list(LETTERS[:len(marks)])
+            return list(letters)
         prose = form is not CHOICE_MARKS[0] and "?" in "".join(choices)
         if all(choices) and not prose:
             return choices
@@ -686,7 +673,7 @@ def own_choices(problem, given, gold):
     two lists of letters: which one an answer means, nobody could say.
     """
     choices = [choice.strip() for choice in as_texts(given, "choices: one")]
-    if not all(choices):
+    if "" in choices:
         raise Rejected("choices: one is empty")
     gold = gold_letter(gold, choices)
     unmarked = listed_choices("\n".join(choices), CHOICE_MARKS[:1])
@@ -779,12 +766,12 @@ def tokenize_prompt(problem: str, image_tokens: Sequence[int], tokenizer) -> lis
             content.append({"type": "text", "text": f"\ue000{number}\ue000"})
     counts, ids = iter(image_tokens), []
     for number, part in enumerate(render(content, tokenizer).split("\ue000")):
-        if number % 2 == 1:  # odd parts are the numbers of texts
-            ids += tokenizer(texts[int(part)], add_special_tokens=False,
-                             split_special_tokens=True)["input_ids"]
+        is_text = number % 2 == 1  # odd parts are the numbers of texts
+        if is_text:
+            part = texts[int(part)]
         else:
             part = re.sub(r"<\|image_pad\|>", lambda match: match[0] * next(counts), part)
-            ids += tokenizer(part, add_special_tokens=False)["input_ids"]
+        ids += tokenizer(part, add_special_tokens=False, split_special_tokens=is_text)["input_ids"]
     return ids
 
 
@@ -1803,7 +1790,7 @@ WORLD_SIZE = {"train": 960, "test": 320}
 
 def draw_scene(rng):
     """What the nine cells hold, row by row, at most eight shapes; and how they look: the ground's
-    colour, then for each cell the shape's offset and half its size, in pixels."""
+    colour, then for each cell its shape's centre and half its size, in pixels."""
     counts = [0]
     while not 0 < sum(counts) < 9:  # an empty picture would be its own blank
         counts = rng.choices(COUNTS, COUNT_WEIGHTS, k=len(KINDS))
@@ -1814,24 +1801,24 @@ def draw_scene(rng):
     cells += [EMPTY] * (9 - len(cells))
     rng.shuffle(cells)
     ground = tuple(rng.randint(100, 140) for _ in range(3))
-    places = [(rng.randint(-2, 2), rng.randint(-2, 2), rng.randint(7, 10)) for _ in range(9)]
+    places = [(x + rng.randint(-2, 2), y + rng.randint(-2, 2), rng.randint(7, 10))
+              for y, x in product((14, 42, 70), repeat=2)]
     return cells, (ground, places)
 
 
-def paint(cells, look) -> Image.Image:
+def paint(cells, look):
     """The picture of these cells; of edited ones too, in the same places."""
     ground, places = look
     picture = Image.new("RGB", (PICTURE_SIDE, PICTURE_SIDE), ground)
     draw = ImageDraw.Draw(picture)
-    for cell, (kind, colour) in enumerate(cells):
-        right, down, r = places[cell]
-        x, y = 14 + 28 * (cell % 3) + right, 14 + 28 * (cell // 3) + down
+    for (kind, colour), (x, y, r) in zip(cells, places):
+        left, top, right, bottom = x - r, y - r, x + r, y + r
         if kind == "circle":
-            draw.ellipse((x - r, y - r, x + r, y + r), COLOURS[colour])
+            draw.ellipse((left, top, right, bottom), COLOURS[colour])
         elif kind == "square":
-            draw.rectangle((x - r, y - r, x + r, y + r), COLOURS[colour])
+            draw.rectangle((left, top, right, bottom), COLOURS[colour])
         elif kind == "triangle":
-            draw.polygon([(x, y - r), (x + r, y + r), (x - r, y + r)], COLOURS[colour])
+            draw.polygon([(x, top), (right, bottom), (left, bottom)], COLOURS[colour])
     return picture
 
 
@@ -1844,12 +1831,12 @@ def number_of(kind, cells):
 
 def one_kind(cells, rng):
     kind = rng.choice(KINDS)
-    return {"kind": kind, "n": number_of(kind, cells)}
+    return {"kind": kind, "n": number_of(kind, cells), "extra": 0}
 
 
 def single_shape(cells, rng):
-    single = [cell for cell in cells if number_of(cell[0], cells) == 1 and cell != EMPTY]
-    kind, colour = rng.choice(single) if single else (KINDS[0], "red")
+    single = [cell for cell in cells if cell != EMPTY and number_of(cell[0], cells) == 1]
+    kind, colour = rng.choice(single) if single else ("circle", "red")
     return {"kind": kind, "colour": colour}
 
 
@@ -1916,20 +1903,18 @@ WORLD = {
 
 def truth(family, words, cells):
     """The right answer on a scene, None where the question cannot be asked about it."""
-    if family == "count":
-        return number_of(words["kind"], cells)
-    if family == "both":
-        return number_of(words["kind"], cells) + words["extra"]
     if family == "sum":
         return words["a"] + words["b"]
-    if family == "colour":
-        if number_of(words["kind"], cells) != 1:
+    if family == "more":
+        a, b = number_of(words["one"], cells), number_of(words["two"], cells)
+        if a == b:
             return None
-        return LETTERS[list(COLOURS).index(dict(cells)[words["kind"]])]
-    a, b = number_of(words["one"], cells), number_of(words["two"], cells)
-    if a == b:
-        return None
-    return "yes" if a > b else "no"
+        return "yes" if a > b else "no"
+    n = number_of(words["kind"], cells)
+    if family == "colour":
+        colour = dict(cells).get(words["kind"])
+        return LETTERS[list(COLOURS).index(colour)] if n == 1 else None
+    return n + words["extra"]
 
 
 def ask(family, cells, rng):
@@ -2227,14 +2212,13 @@ ONE_BACKSLASH = re.compile(
     r"|u(?![0-9A-Fa-f]{4})[A-Za-z]*|[AC-Zac-eg-mo-qsv-z][A-Za-z]*|[(){}[\],;:!%$&#_ ^|])")
 
 
-def read_rows(name, path, split) -> Iterator[tuple[str, int, Mapping | str]]:
-    """(file, number of the row in it, row) of a split, from the hub or from `path`; a row is a
-    mapping with the converter's columns, or a line of JSON. One is in memory at a time."""
+def read_rows(name, path, split) -> Iterator[tuple[dict, Mapping | str]]:
+    """(source, file and number, row) of a split, from the hub or from `path`; a row is a mapping
+    with the converter's columns, or a line of JSON. One is in memory at a time."""
     source = SOURCES.get(name, OWN)
     split = getattr(source, split)
-    tables = hub_tables(name, source, split) if path is None else local_files(
-        name, source, split, path)
-    for file, table in tables:
+    tables = local_files(name, source, split, path) if path else hub_tables(name, source, split)
+    for file, table in tables.items():
         with reading(file, "get it again"):
             if isinstance(table, Dataset):
                 wanted = wanted_columns(file, table.column_names, source)
@@ -2247,7 +2231,7 @@ def read_rows(name, path, split) -> Iterator[tuple[str, int, Mapping | str]]:
                 rows = rows_of(table.iter_batches(1, columns=wanted))
             for number, row in enumerate(rows, 1):
                 if row:  # no empty line
-                    yield file, number, row
+                    yield {"source": name, "file": file, "row": number}, row
 
 
 def rows_of(batches):
@@ -2256,14 +2240,14 @@ def rows_of(batches):
 
 
 def hub_tables(name, source, split):
-    """(name, table) for each configuration of a hub dataset that is wanted."""
+    """Name -> table, for each configuration of a hub dataset that is wanted."""
     reach_hub()
     try:
         configs = [source.config]
         if source.config == "*":
             configs = get_dataset_config_names(source.hub)
-        return [(f"{source.hub}/{config or 'default'}",
-                 load_dataset(source.hub, config, split=split)) for config in configs]
+        return {f"{source.hub}/{config or 'default'}": load_dataset(source.hub, config, split=split)
+                for config in configs}
     except Exception as error:  # no network, a changed layout: the hub's errors share no class
         raise UserError(f"source {name} could not be loaded from the hub ({source.hub}, "
                         f"{type(error).__name__}): give a local copy with --local {name}=PATH"
@@ -2271,33 +2255,32 @@ def hub_tables(name, source, split):
 
 
 def local_files(name, source, split, path):
-    """(name, file): `path` itself, its questions.jsonl, or its parquets but for those that are
+    """Name -> file: `path` itself, its questions.jsonl, or its parquets but for those that are
     named after another split."""
-    lines = path / "questions.jsonl"
-    if path.is_file():
-        return [(str(path), path)]
-    if source is OWN and lines.is_file():
-        return [(str(lines), lines)]
-    ends = "[-_.]" if source is OWN else "[-.]"  # MathVerse has a testmini_text_only
-    other = re.compile(rf"(?!{split}{ends})(train|validation|val|dev|test|testmini)[-_.]")
-    files = [(str(file), file) for file in sorted(path.rglob("*.parquet"))
-             if file.is_file() and not other.match(file.name)]
+    files, ends = [path], "[-.]"  # MathVerse has a testmini_text_only
+    if source is OWN:
+        files, ends = [path, path / "questions.jsonl"], "[-_.]"
+    files = [file for file in files if file.is_file()][:1]
+    if not files:
+        other = re.compile(rf"(?!{split}{ends})(train|validation|val|dev|test|testmini)[-_.]")
+        files = [file for file in sorted(path.rglob("*.parquet"))
+                 if file.is_file() and not other.match(file.name)]
     if not files:
         or_lines = " and no questions.jsonl" if source is OWN else ""
         raise UserError(f"--local {name}={path}: that folder has no parquet of split "
                         f"{split}{or_lines}")
-    return files
+    return {str(file): file for file in files}
 
 
 def wanted_columns(file, columns, source):
     """Those that the source's converter reads; a sentence where it needs one that is not there."""
-    arguments = signature(source.convert).parameters.values()
-    missing = [argument.name for argument in arguments
-               if argument.name not in columns and argument.default is Parameter.empty]
+    arguments = signature(source.convert).parameters
+    missing = [name for name, argument in arguments.items()
+               if argument.default is Parameter.empty and name not in columns]
     if missing:
         raise UserError(f"{file} lacks the columns {', '.join(missing)}: it is no copy of "
                         f"{source.hub or 'what the kit reads'}")
-    return [argument.name for argument in arguments if argument.name in columns]
+    return [name for name in arguments if name in columns]
 
 
 def read_lines(file):
@@ -2391,8 +2374,7 @@ def eight_bits(picture):
     highest = values.max()
     if not math.isfinite(highest):
         raise Rejected("picture unreadable: its brightness is no number")
-    scales = (1, 255, 65535, highest) if picture.mode == "F" else (255, 65535, highest)
-    white = next(scale for scale in scales if highest <= scale)
+    white = min(scale for scale in (1, 255, 65535, max(highest, 1)) if scale >= highest)
     return Image.fromarray((values.clip(0) * (255 / white)).astype(np.uint8))
 
 
@@ -2439,17 +2421,18 @@ def alike(hashes, others) -> bool:
                for one, two in zip(hashes, others))
 
 
-def stratified(ids: Sequence[str], groups: Sequence[str | None], limit: int | None) -> list[int]:
+def stratified(ids: Sequence[str], groups: Iterable[str | None], limit: int | None) -> list[int]:
     """Numbers of `limit` questions in which each group has its share; in a group the hashes of ids
     decide, on every machine alike."""
+    hashes = [hashlib.sha256(name.encode()).hexdigest() for name in ids]
     members = {}
-    for number, (name, group) in enumerate(zip(ids, groups)):
-        members.setdefault(group, []).append((hashlib.sha256(name.encode()).hexdigest(), number))
-    ranked = []
-    for rows in members.values():
-        for rank, (digest, number) in enumerate(sorted(rows)):
-            ranked.append(((rank + 0.5) / len(rows), digest, number))
-    return sorted(number for _, _, number in sorted(ranked)[:limit])
+    for number, group in enumerate(groups):
+        members.setdefault(group, []).append(number)
+    ranks = {}
+    for numbers in members.values():
+        for rank, number in enumerate(sorted(numbers, key=hashes.__getitem__)):
+            ranks[number] = (rank + 0.5) / len(numbers), hashes[number]
+    return sorted(sorted(ranks, key=ranks.get)[:limit])
 
 
 # The model's files: which they are, that they are whole, and that nobody changed them
@@ -2528,19 +2511,21 @@ RECIPE = "made_from.json"  # beside the embedded model
 
 
 def embedded_model(data, seed, max_pixels):
-    """Make data/model/ unless it was made by this very recipe: seed, pixels, packages and code."""
+    """The folder of the embedded model, made unless it was by this very recipe: seed, pixels,
+    packages and code."""
     folder = data / "model"
     recipe = {"seed": seed, "max_pixels": max_pixels, "versions": versions(),
               "code": sha256(Path(__file__))}
     if (folder / RECIPE).exists() and read_jsonl(folder / RECIPE) == [recipe]:
         print(f"{folder}: up to date")
-        return
+        return str(folder)
     print(f"{folder}: learning for three minutes, and again after a change of this file, --seed, "
           "--max_pixels or packages", flush=True)
     with replacing(folder) as part:
         make_embedded_model(part, seed, max_pixels)
         (part / RECIPE).write_text(json.dumps(recipe), encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
+    return str(folder)
 
 
 def versions() -> dict[str, str]:
@@ -2721,7 +2706,7 @@ def fingerprint(path):
     """Of a file, or of the names and contents of all files in a folder."""
     if not path.exists():
         raise UserError(f"{path} is missing: check --local")
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    files = [file for file in [path, *sorted(path.rglob("*"))] if file.is_file()]
     digests = [(file.relative_to(path).as_posix(), sha256(file)) for file in files]
     return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
 
@@ -2786,16 +2771,13 @@ def locked(path: Path):
     """Keep other processes off an artifact while it is made; the kernel lets go when its holder
     ends, however it ends."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path.with_name(f".{path.name}.lock"))
     try:
-        lock.acquire(timeout=2)  # workers of a command that was killed need a moment to notice
+        # workers of a command that was killed need a moment to notice
+        with FileLock(path.with_name(f".{path.name}.lock"), timeout=2):
+            yield
     except Timeout:
         raise UserError(f"{path} is in use by another run: wait for its end, or choose another "
                         "folder with --data") from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 # Workers: runs, files and batches of questions are independent of each other, so they are dealt out

@@ -488,8 +488,8 @@ def test_a_file_is_read_as_it_was_written_or_not_at_all(prepare, tmp_path, encod
         lines.append(line)
     (tmp_path / "questions.jsonl").write_bytes(end.join(lines).encode(encoding))
     taken = []
-    for _, number, line in prepare.read_rows("mine", tmp_path, "test"):
-        text = json.loads(lines[number - 1])["problem"]
+    for place, line in prepare.read_rows("mine", tmp_path, "test"):
+        text = json.loads(lines[place["row"] - 1])["problem"]
         try:
             assert prepare.to_question("mine", "test", line, 0)["text"] == text
             taken.append(text)
@@ -504,7 +504,7 @@ def test_a_file_of_two_encodings_gives_only_its_ascii_lines(prepare, tmp_path):
     lines = ['{"problem": "How many?"}'.encode(), '{"problem": "图?"}'.encode(), '{"problem": "求?"}'.encode("gbk"), b'{"problem": "a"}']
     for mark in (b"", b"\xef\xbb\xbf"):
         (tmp_path / "questions.jsonl").write_bytes(mark + b"\n".join(lines))
-        read = [line for _, _, line in prepare.read_rows("mine", tmp_path, "test")]
+        read = [line for _, line in prepare.read_rows("mine", tmp_path, "test")]
         assert [bool(prepare.UNDECODED.search(line)) for line in read] == [False, True, True, False]
 
 
