@@ -297,33 +297,37 @@ def reasons(name, rejected):
 
 
 def chosen(name, split, path, config: Config, rejected) -> Iterator[tuple[dict, Question]]:
-    """(place of a row, question) for the rows to take, pictures still encoded.
+    """(place of a row, question) for the rows to take: of `limit` each group has its share.
 
-    A first pass, which decodes no picture, finds them: of `limit` each group has its share. An id
-    that is there already gets -2, -3, ...
+    A first pass finds them, without decoding a picture. An id that is there already gets -2, -3, ...
     """
+    groups, repeats = {}, Counter()  # id -> group
+    for _, question in converted(name, split, path, config, rejected):
+        own = unique = question["id"]
+        while unique in groups:
+            repeats[own] += 1
+            unique = f"{own}-{repeats[own] + 1}"
+        groups[unique] = question.get("group")
+    ids = list(groups)
+    take = set(stratified(ids, groups.values(), config.limit))
+    with tqdm(desc=f"{name} {split}", total=len(take), leave=False, disable=None) as bar:
+        for i, (place, question) in enumerate(converted(name, split, path, config, [])):
+            if i in take:
+                yield place, question | {"id": ids[i]}
+                bar.update()
+
+
+def converted(name, split, path, config: Config, rejected) -> Iterator[tuple[dict, Question]]:
+    """(place of a row, question) for all rows of a source, pictures still encoded."""
     if name == "shapes":
         for question in shapes_world(config.seed, config.limit):
             if question["split"] == split:
                 yield {"source": name}, question
         return
-    numbers, groups, repeats = [], {}, Counter()  # numbers of rows; id -> group
     for number, (place, row) in enumerate(read_rows(name, path, split)):
         with rejecting(rejected, place, None):
             if question := to_question(name, split, row, number):
-                own = unique = question["id"]
-                while unique in groups:
-                    repeats[own] += 1
-                    unique = f"{own}-{repeats[own] + 1}"
-                groups[unique] = question.get("group")
-                numbers.append(number)
-    ids = list(groups)
-    take = {numbers[i]: ids[i] for i in stratified(ids, groups.values(), config.limit)}
-    with tqdm(desc=f"{name} {split}", total=len(take), leave=False, disable=None) as bar:
-        for number, (place, row) in enumerate(read_rows(name, path, split)):
-            if number in take:
-                yield place, to_question(name, split, row, number) | {"id": take[number]}
-                bar.update()
+                yield place, question
 
 
 def to_question(name, split, row: Mapping | str, number) -> Question | None:
@@ -497,12 +501,9 @@ def from_own(problem, images, answer, answer_type=None, choices=None, id=None, g
             choices, answer = listed_gold(problem, answer)
     if answer_type == "choice":
         some(choices)
-    own = {"split": split, "needs_image": needs_image}
-    for name, value, kind in (("id", id, str), ("group", group, str), ("unit", unit, str),
-                              ("precision", precision, int)):
-        if value is not None:
-            own[name] = kind(value)
-    return record(problem, images, answer, choices, answer_type or kind_of(answer), shown, **own)
+    return record(problem, images, answer, choices, answer_type or kind_of(answer), shown,
+                  id=id, group=None if group is None else str(group), unit=unit,
+                  precision=precision, split=split, needs_image=needs_image)
 
 
 @dataclass(frozen=True)
@@ -2485,13 +2486,13 @@ def hash_model(data, model):
     kinds = (".safetensors", ".json", ".jinja", ".txt")
     files = [file for file in sorted(folder.iterdir())
              if file.suffix in kinds and file.name != RECIPE and file.is_file()]
-    if not any(file.suffix == ".safetensors" for file in files):
+    weights = [file for file in files if file.suffix == ".safetensors"]
+    if not weights:
         raise UserError(f"{folder} has no weights as .safetensors, and others can hold code: save "
                         "them so with save_pretrained")
-    for file in files:
-        if file.suffix == ".safetensors":
-            with loading(str(folder)), safe_open(file, "np"):
-                pass  # its header fits its length
+    for file in weights:
+        with loading(str(folder)), safe_open(file, "np"):
+            pass  # its header fits its length
     return {f"model/{file.name}" if embedded else str(file): sha256(file) for file in files}
 
 
@@ -2566,12 +2567,12 @@ def check_input(data: Path, study: Mapping, source: str, name: str) -> dict[str,
 
     Returns artifact -> sha256.
     """
-    clean, relative = input_path(source, "clean"), input_path(source, name)
-    path, installed = data / relative, versions()
+    clean, path = input_path(source, "clean"), data / input_path(source, name)
     for package, was in study["versions"].items():
-        if was != installed.get(package):
-            raise UserError(f"{data / 'study.json'} was made with {package} {was}, not "
-                            f"{installed.get(package)}: install that, or run 01_prepare.py again")
+        now = versions().get(package)
+        if was != now:
+            raise UserError(f"{data / 'study.json'} was made with {package} {was}, not {now}: "
+                            "install that, or run 01_prepare.py again")
     digests = {clean: study["artifacts"].get(clean)}
     check_fresh(data, data / "study.json", digests, "run 01_prepare.py again")
     if name != "clean":
@@ -2584,7 +2585,7 @@ def check_input(data: Path, study: Mapping, source: str, name: str) -> dict[str,
             raise UserError(f"{path} was damaged by seed {origin.get('seed')}, the study's is "
                             f"{study['seed']}: run 02_corrupt.py again")
         check_fresh(data, path, {clean: origin.get(clean)}, "run 02_corrupt.py again")
-    return {relative: sha256(path)}
+    return {input_path(source, name): sha256(path)}
 
 
 def check_fresh(data: Path, artifact: Path, sources: Mapping[str, str], remedy: str):
@@ -2666,14 +2667,15 @@ def read_json(path: Path, shape: Mapping, remedy: str) -> dict:
 def has_shape(value, shape) -> bool:
     """Whether a value from JSON is of this type, text of this pattern, a list of this, or a mapping
     with such values."""
-    if isinstance(shape, dict):
-        return isinstance(value, dict) and all(
-            has_shape(value.get(key), each) for key, each in shape.items())
-    if isinstance(shape, list):
-        return isinstance(value, list) and all(has_shape(each, shape[0]) for each in value)
+    if isinstance(shape, type):
+        return isinstance(value, shape)
     if isinstance(shape, re.Pattern):
         return isinstance(value, str) and shape.fullmatch(value) is not None
-    return isinstance(value, shape)
+    if not isinstance(value, type(shape)):
+        return False
+    if isinstance(shape, list):
+        return all(has_shape(each, shape[0]) for each in value)
+    return all(has_shape(value.get(key), each) for key, each in shape.items())
 
 
 def read_jsonl(path: Path) -> list[dict]:

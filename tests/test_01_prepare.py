@@ -242,6 +242,18 @@ def test_virl39k_and_mmr1(stage, tmp_path):
             "problem"].removeprefix("<image>") and asked[0]["group"] == "geometry"
 
 
+def test_clevr_count(stage, tmp_path):
+    """Counts as integers or as texts; the question names no picture, or begins with its tag."""
+    rows = [{"images": [encoded(drawing(n))], "problem": f"{tag}How many items are there in the image?", "answer": 3 + n}
+            for n, tag in enumerate(("<image>", ""))]
+    texts = [row | {"answer": str(row["answer"])} for row in rows]
+    for name, each in (("integers", rows), ("texts", texts)):
+        path = write(tmp_path / f"{name}.parquet", each, images=pa.list_(PICTURE))
+        _, questions, rejected = stage(name, train="clevr_count", benchmarks=["shapes"], local=[f"clevr_count={path}"])
+        assert not rejected and [row["answer"] for row in questions["clevr_count"]] == ["3", "4"]
+        assert {row["problem"] for row in questions["clevr_count"]} == {"<image>How many items are there in the image?"}
+
+
 def test_choices_that_cannot_be_read_make_no_free_form_question(stage, tmp_path, prepare):
     """Each would else be asked without its choices, its gold a letter that nobody could know."""
     row = mathvista(1, answer="no", question_type="multi_choice", answer_type="text", choices=[])
@@ -782,6 +794,21 @@ def test_hashes_tell_drawings_apart(prepare):
         again.append(prepare.difference_hash(saved))
     assert not any(prepare.alike([a], [b]) for i, a in enumerate(hashes) for b in hashes[:i])
     assert sum(prepare.alike([a], [b]) for a, b in zip(hashes, again)) >= 54
+
+
+def test_a_message_is_text_or_a_list_of_parts(tokenizer):
+    """Trainers send either; with generation prompt or without."""
+    def shown(content, **options):
+        return tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False, **options)
+    parts = [{"type": "text", "text": "How many?"}]
+    assert shown("How many?") == shown(parts) == "<|im_start|>user\nHow many?<|im_end|>\n"
+    assert shown("How many?", add_generation_prompt=True) == shown(parts, add_generation_prompt=True)
+    assert shown([{"type": "image"}, *parts]).count("<|image_pad|>") == 1
+
+
+def test_presets_of_real_models_share_their_data(prepare):
+    data = [{key: value for key, value in preset.items() if key != "model"} for name, preset in prepare.PRESETS.items() if name != "tiny"]
+    assert all(each == data[0] for each in data) and prepare.PRESETS["2b"]["model"] == "Qwen/Qwen3-VL-2B-Instruct"
 
 
 def test_a_changed_template_is_another_model(prepare, stage, tmp_path, model):
