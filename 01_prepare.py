@@ -2375,7 +2375,7 @@ def eight_bits(picture):
     highest = values.max()
     if not math.isfinite(highest):
         raise Rejected("picture unreadable: its brightness is no number")
-    white = min(scale for scale in (1, 255, 65535, max(highest, 1)) if scale >= highest)
+    white = next(scale for scale in (1, 255, 65535, highest) if scale >= highest)
     return Image.fromarray((values.clip(0) * (255 / white)).astype(np.uint8))
 
 

@@ -840,3 +840,5 @@ def test_deep_greys_keep_their_shades(prepare):
     for values, kind in (((ramp * 65535).astype(np.uint16), "TIFF"), ((ramp * 255).astype(np.int32), "TIFF"), (ramp, "TIFF")):
         picture = prepare.open_picture(encoded(Image.fromarray(values), kind), None)
         assert np.abs(np.asarray(picture)[..., 0] / 255 - ramp).max() < 0.01
+    half = prepare.open_picture(encoded(Image.fromarray((ramp * 32768).astype(np.uint16)), "PNG"), None)  # not stretched to white
+    assert np.abs(np.asarray(half)[..., 0] / 255 - ramp / 2).max() < 0.01
