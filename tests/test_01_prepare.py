@@ -242,6 +242,18 @@ def test_virl39k_and_mmr1(stage, tmp_path):
             "problem"].removeprefix("<image>") and asked[0]["group"] == "geometry"
 
 
+def test_clevr_count(stage, tmp_path):
+    """Counts as integers or as texts; the question names no picture, or begins with its tag."""
+    rows = [{"images": [encoded(drawing(n))], "problem": f"{tag}How many items are there in the image?", "answer": 3 + n}
+            for n, tag in enumerate(("<image>", ""))]
+    texts = [row | {"answer": str(row["answer"])} for row in rows]
+    for name, each in (("integers", rows), ("texts", texts)):
+        path = write(tmp_path / f"{name}.parquet", each, images=pa.list_(PICTURE))
+        _, questions, rejected = stage(name, train="clevr_count", benchmarks=["shapes"], local=[f"clevr_count={path}"])
+        assert not rejected and [row["answer"] for row in questions["clevr_count"]] == ["3", "4"]
+        assert {row["problem"] for row in questions["clevr_count"]} == {"<image>How many items are there in the image?"}
+
+
 def test_choices_that_cannot_be_read_make_no_free_form_question(stage, tmp_path, prepare):
     """Each would else be asked without its choices, its gold a letter that nobody could know."""
     row = mathvista(1, answer="no", question_type="multi_choice", answer_type="text", choices=[])
@@ -336,10 +348,10 @@ def test_one_file_with_all_pictures_keeps_choices_apart(prepare):
 
 
 @pytest.mark.parametrize("choices, reason", [
-    (["red", None], "choices: one is null or no text"), ([None, None], "choices: one is null"),
-    (["red", ["blue"]], "choices: one is null or no text"), ([["red", "blue"], ["green"]], "choices: one is null"),
-    (["red", {"text": "blue"}], "choices: one is null or no text"), (["red", ""], "choices: one is empty"),
-    ([1, float("nan")], "choices: one is no finite number"), ([2, float("inf")], "choices: one is no"),
+    (["red", None], "choices: one is no text or finite number"), ([None, None], "choices: one is no text"),
+    (["red", ["blue"]], "choices: one is no text or finite number"), ([["red", "blue"], ["green"]], "choices: one is no text"),
+    (["red", {"text": "blue"}], "choices: one is no text or finite number"), (["red", ""], "choices: one is empty"),
+    ([1, float("nan")], "choices: one is no text"), ([2, float("inf")], "choices: one is no text"),
     (["red", "red"], "choices: all are the same"), (["red", " red "], "choices: all are the same"),
     (["red"], "choices: all are the same"), (["<image 1>", "<image 1>"], "choices: all are the same"),
     ([str(i) for i in range(27)], "not a question: more choices than letters")])
@@ -348,7 +360,7 @@ def test_choices_that_are_none_are_rejected(own, choices, reason):
 
 
 def test_a_null_among_a_benchmarks_choices_is_rejected(prepare):
-    with pytest.raises(prepare.Rejected, match="choices: one is null"):
+    with pytest.raises(prepare.Rejected, match="choices: one is no text"):
         prepare.SOURCES["scienceqa"].convert({"bytes": b"", "path": None}, "Which?", ["left", None], 0, "", "x")
 
 
@@ -488,8 +500,8 @@ def test_a_file_is_read_as_it_was_written_or_not_at_all(prepare, tmp_path, encod
         lines.append(line)
     (tmp_path / "questions.jsonl").write_bytes(end.join(lines).encode(encoding))
     taken = []
-    for _, number, line in prepare.read_rows("mine", tmp_path, "test"):
-        text = json.loads(lines[number - 1])["problem"]
+    for place, line in prepare.read_rows("mine", tmp_path, "test"):
+        text = json.loads(lines[place["row"] - 1])["problem"]
         try:
             assert prepare.to_question("mine", "test", line, 0)["text"] == text
             taken.append(text)
@@ -504,7 +516,7 @@ def test_a_file_of_two_encodings_gives_only_its_ascii_lines(prepare, tmp_path):
     lines = ['{"problem": "How many?"}'.encode(), '{"problem": "图?"}'.encode(), '{"problem": "求?"}'.encode("gbk"), b'{"problem": "a"}']
     for mark in (b"", b"\xef\xbb\xbf"):
         (tmp_path / "questions.jsonl").write_bytes(mark + b"\n".join(lines))
-        read = [line for _, _, line in prepare.read_rows("mine", tmp_path, "test")]
+        read = [line for _, line in prepare.read_rows("mine", tmp_path, "test")]
         assert [bool(prepare.UNDECODED.search(line)) for line in read] == [False, True, True, False]
 
 
@@ -784,6 +796,21 @@ def test_hashes_tell_drawings_apart(prepare):
     assert sum(prepare.alike([a], [b]) for a, b in zip(hashes, again)) >= 54
 
 
+def test_a_message_is_text_or_a_list_of_parts(tokenizer):
+    """Trainers send either; with generation prompt or without."""
+    def shown(content, **options):
+        return tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False, **options)
+    parts = [{"type": "text", "text": "How many?"}]
+    assert shown("How many?") == shown(parts) == "<|im_start|>user\nHow many?<|im_end|>\n"
+    assert shown("How many?", add_generation_prompt=True) == shown(parts, add_generation_prompt=True)
+    assert shown([{"type": "image"}, *parts]).count("<|image_pad|>") == 1
+
+
+def test_presets_of_real_models_share_their_data(prepare):
+    data = [{key: value for key, value in preset.items() if key != "model"} for name, preset in prepare.PRESETS.items() if name != "tiny"]
+    assert all(each == data[0] for each in data) and prepare.PRESETS["2b"]["model"] == "Qwen/Qwen3-VL-2B-Instruct"
+
+
 def test_a_changed_template_is_another_model(prepare, stage, tmp_path, model):
     """Prompts depend on the processors as answers do on the weights."""
     copy = tmp_path / "model"
@@ -813,3 +840,5 @@ def test_deep_greys_keep_their_shades(prepare):
     for values, kind in (((ramp * 65535).astype(np.uint16), "TIFF"), ((ramp * 255).astype(np.int32), "TIFF"), (ramp, "TIFF")):
         picture = prepare.open_picture(encoded(Image.fromarray(values), kind), None)
         assert np.abs(np.asarray(picture)[..., 0] / 255 - ramp).max() < 0.01
+    half = prepare.open_picture(encoded(Image.fromarray((ramp * 32768).astype(np.uint16)), "PNG"), None)  # not stretched to white
+    assert np.abs(np.asarray(half)[..., 0] / 255 - ramp / 2).max() < 0.01
