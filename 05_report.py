@@ -1233,7 +1233,7 @@ def read_benchmarks(data, study, resamples, seen: Seen) -> list:
             continue
         for policy in sorted({"base"} | policies):
             clean = data / "answers" / policy / source / "clean.jsonl"
-            if clean not in files:
+            if not clean.exists():
                 raise UserError(f"{clean} is missing: run 04_evaluate.py --data {data}")
         panels.append(read_panel(data, study, source, files, resamples, seen))
         if source in CLUSTERED:
