@@ -258,9 +258,8 @@ def mixture_of_experts(tokenizer, folder):
     vision = dict(depth=2, num_heads=4, hidden_size=64, intermediate_size=128, out_hidden_size=64,
                   num_position_embeddings=64, deepstack_visual_indexes=[0, 1], patch_size=14)
     model = hf.Qwen3VLMoeForConditionalGeneration(hf.Qwen3VLMoeConfig(
-        text_config=text, vision_config=vision, tie_word_embeddings=False,
-        **{f"{name}_token_id": ids[pad] for name, pad in (("image", "image_pad"), ("video", "video_pad"), (
-            "vision_start", "vision_start"), ("vision_end", "vision_end"))}))
+        text_config=text, vision_config=vision, tie_word_embeddings=False, image_token_id=ids["image_pad"],
+        video_token_id=ids["video_pad"], vision_start_token_id=ids["vision_start"], vision_end_token_id=ids["vision_end"]))
     sharpen(model).save_pretrained(folder)
 
 
@@ -307,6 +306,17 @@ def test_the_prompt(changed, prepare, tokenizer):
     new = changed("the prompt")
     old_text, new_text = (tokenizer.decode(stage.tokenize_prompt("<image>How many?", [4], tokenizer)) for stage in (prepare, new))
     assert new_text == old_text.replace("Think inside", "Look first, think inside") != old_text
+
+
+def test_the_report_shows_what_is_new(changed, prepare, report, tmp_path):
+    """An input and a condition that stage 5 has never heard of stand in its tables."""
+    corrupt = changed("a corruption")
+    policies = {name: POLICIES["standard-s0"] for name in ("base", "standard-s0", "quarter-blank-s0")}
+    make_study(tmp_path / "data", prepare, corrupt, policies, names=("blank", "turned"), limit=20, steps=3)
+    results = report.main(report.Config(data=str(tmp_path / "data"), resamples=40, gallery=1))
+    assert results["accuracy"]["quarter-blank-s0"]["shapes"]["turned"]["n"] == 20
+    page = (tmp_path / "data" / "report" / "index.html").read_text(encoding="utf-8")
+    assert "turned" in page and "quarter-blank" in page
 
 
 # Exercises
