@@ -304,7 +304,8 @@ def roll_out(policy, questions, step, seed, config, damaged=()):
     completions = sample(policy, prompts, images, draws, config)
 
     texts, grades = grade_completions(policy, questions, completions)
-    rewards = torch.tensor([reward(grade) for grade in grades], device=policy.device)
+    rewards = [reward(grade, text) for grade, text in zip(grades, texts)]
+    rewards = torch.tensor(rewards, device=policy.device)
     rewards = rewards.view(len(questions), config.group_size)               # (P, G)
     advantages = group_advantages(rewards, scale=config.loss != "dr_grpo")  # (P, G)
     correct = torch.tensor([float(grade.correct) for grade in grades], device=policy.device)
@@ -369,8 +370,8 @@ def grade_completions(policy, questions, completions, box_only=True):
     return texts, grades
 
 
-def reward(grade):
-    """What a completion earns, 0 to 1: a term of your own goes here."""
+def reward(grade, text):
+    """What a completion earns, 0 to 1, by its grade and its text: a term of your own goes here."""
     return 0.9 * grade.correct + 0.1 * grade.well_formed
 
 

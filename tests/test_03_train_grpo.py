@@ -996,8 +996,8 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(train, prepare, data, 
         weights[step] = state_hashes(policy.model)
         return row
 
-    def reward(grade):
-        return bad if what == "reward" and now[0] in steps else paid(grade)
+    def reward(grade, text):
+        return bad if what == "reward" and now[0] in steps else paid(grade, text)
 
     def clipped(parameters, most):
         if what == "gradient" and now[0] in steps:
@@ -1089,7 +1089,7 @@ def test_rewards_are_of_the_text_up_to_its_end(train, prepare, policies, monkeyp
     monkeypatch.setattr(prepare, "grade", grade)
     read, grades = train.grade_completions(policy, QUESTIONS[:2], done)
     assert seen == [*zip(texts, ["one", "one", "large", "large"])] and len(read) == 4
-    assert [train.reward(grade) for grade in grades] == pytest.approx([0.0, 0.1, 0.9, 1.0])
+    assert [train.reward(grade, "") for grade in grades] == pytest.approx([0.0, 0.1, 0.9, 1.0])
     asked = []
     monkeypatch.setattr(prepare, "grade", lambda text, question, *how: asked.append(how) or prepare.Grade(True, True, None))
     monkeypatch.setattr(prepare, "opens_think", lambda tokenizer: tokenizer is policy.tokenizer)
