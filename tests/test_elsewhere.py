@@ -6,9 +6,11 @@ of vLLM, SGLang, EasyR1 and verl stand here as facts, none of their code does.
 """
 import json
 import re
+import shutil
 from types import SimpleNamespace
 
 import datasets
+import pyarrow.parquet as pq
 import pytest
 import torch
 from peft import PeftModel
@@ -76,12 +78,19 @@ def check_served(folder, layers, max_rank):
         assert values.shape["AB".index(matrix)] == settings["r"]
 
 
-def test_servers_find_every_matrix_of_a_policy(study):
-    data, *_ = study
-    config = json.loads((data / "model" / "config.json").read_text())
-    for run in (data / "policies").iterdir():
-        if run.is_dir():
-            check_served(run, config["text_config"]["num_hidden_layers"], max_rank=32)
+@pytest.fixture(scope="module")
+def policy_folder(train, study_folder, tmp_path_factory):
+    """What stage 3 leaves behind after a step."""
+    data = shutil.copytree(study_folder, tmp_path_factory.mktemp("trained") / "data")
+    config = train.Config(data=str(data), conditions=["standard"], seeds=[0], steps=1, prompts_per_step=2, group_size=2,
+                          max_new_tokens=8, lora_rank=32, workers=1)
+    train.main(config)
+    return data / "policies" / "standard-s0"
+
+
+def test_servers_find_every_matrix_of_a_policy(base_folder, policy_folder):
+    config = json.loads((base_folder / "config.json").read_text())
+    check_served(policy_folder, config["text_config"]["num_hidden_layers"], max_rank=32)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -109,26 +118,22 @@ def first_logits(model, prompt):
                      mm_token_type_ids=(ids == model.config.image_token_id).int()).logits
 
 
-def test_a_policy_merged_by_peft_answers_alike(study, prepare, tmp_path):
-    """The README's lines, on an adapter whose B is large enough to matter; to 1e-4 of logits of about 10."""
-    data, *_ = study
-    folder = tmp_path / "policy"
-    folder.mkdir()
-    trained = data / "policies" / "standard-s0"
-    (folder / "adapter_config.json").write_bytes((trained / "adapter_config.json").read_bytes())
-    matrices, generator = load_file(trained / "adapter_model.safetensors"), torch.Generator().manual_seed(0)
+def test_a_policy_merged_by_peft_answers_alike(prepare, study_folder, base_folder, policy_folder, tmp_path):
+    """The README's lines, on an adapter whose B is large enough to change logits a thousand times as much."""
+    folder = shutil.copytree(policy_folder, tmp_path / "policy")
+    matrices, generator = load_file(folder / "adapter_model.safetensors"), torch.Generator().manual_seed(0)
     for name, values in matrices.items():
         if "lora_B" in name:
             values += 0.02 * torch.randn(values.shape, generator=generator)
     save_file(matrices, folder / "adapter_model.safetensors", {"format": "pt"})
-    code = code_block("merge_and_unload").replace(prepare.PRESETS["3b"]["model"], str(data / "model"))
+    code = code_block("merge_and_unload").replace(prepare.PRESETS["3b"]["model"], str(base_folder))
     code = code.replace("data/policies/standard-s0", str(folder)).replace('"merged"', repr(str(tmp_path / "merged")))
     exec(code, {})
     merged, base, other = [AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32).eval()
-                           for path in (tmp_path / "merged", data / "model", data / "model")]
+                           for path in (tmp_path / "merged", base_folder, base_folder)]
     unmerged = PeftModel.from_pretrained(other, folder).eval()
-    tokenizer, image_processor = prepare.load_processors(str(data / "model"), 112 * 112)
-    table = prepare.read_questions(data / "questions" / "shapes.parquet", "")
+    tokenizer, image_processor = prepare.load_processors(str(base_folder), 112 * 112)
+    table = prepare.read_questions(study_folder / "questions" / "shapes.parquet", "")
     for question in table.select(range(4)):
         prompt = prepare.encode(question, tokenizer, image_processor)
         truth, without = first_logits(unmerged, prompt), first_logits(base, prompt)
@@ -205,6 +210,7 @@ class Processor(Qwen2_5_VLProcessor):
 @pytest.fixture
 def processor(prepare, base_folder):
     tokenizer, image_processor = prepare.load_processors(str(base_folder), 112 * 112)
+    tokenizer.padding_side = "left"  # as TRL sets it in the processor that it loads itself
     return Processor(image_processor, tokenizer, chat_template=tokenizer.chat_template)
 
 
@@ -314,8 +320,16 @@ def counted(prepare, corrupt, train, evaluate, tmp_path_factory):
         study["artifacts"][clean] = prepare.sha256(data / clean)
     (data / "study.json").write_text(json.dumps(study))
 
+    def leave_as_it_is(data, source, digest, study, name):
+        clean, path = prepare.input_path(source, "clean"), data / prepare.input_path(source, name)
+        table = pq.read_table(data / clean)
+        origin = json.dumps({clean: digest, "seed": study["seed"]}).encode()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(table.replace_schema_metadata({**table.schema.metadata, b"made_from": origin}), path, write_page_checksum=True)
+        return len(table), f"{path}: a copy"
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(corrupt, "damage", lambda questions, *_: iter(questions))
+        patch.setattr(corrupt, "write_damaged", leave_as_it_is)
         corrupt.main(corrupt.Config(data=str(data), workers=1, preview_rows=0))
     policies = {"base": (None, {})}
     config = train.Config(data=str(data))
