@@ -810,10 +810,14 @@ def load_processors(model: str, max_pixels: int):
 # is not, for training finds it; and nothing here raises or takes more than linear time, whatever a
 # response or a question holds. Nothing in a response is ever executed.
 
+Choices = tuple[str, ...]  # their texts, A first
+
 FINAL_CHARACTERS = 10_000  # what is searched for the answer: the end of what follows the reasoning
 ANSWER_CHARACTERS = 400    # a longer text is no answer by itself
-MOST_BOXES = 8             # a response with more of them names everything and answers nothing
-BRACES = re.compile(r"\\boxed\s?\{|\\[{}\\]|[{}]")
+NESTED = r"(?:[^{}\\]|\\.)*"
+for _ in range(8):         # braces within braces, at most so deep
+    NESTED = rf"(?:[^{{}}\\]|\\.|\{{{NESTED}\}})*"
+BOX = re.compile(rf"\\boxed\s?\{{({NESTED})\}}", re.DOTALL)
 
 
 @dataclass
@@ -837,83 +841,60 @@ def grade(
     reasoning.
     """
     response = f"<think>{response}" if think_opened else str(response)
-    for loose, tight in (("< ", "<"), ("</ ", "</"), ("think >", "think>")):
-        response = response.replace(loose, tight)
+    response = response.replace("< ", "<").replace("</ ", "</").replace("think >", "think>")
     final = response.rpartition("</think>")[2]
     # reasoning that never ends answers nothing
     final = final.partition("<think>")[0][-FINAL_CHARACTERS:]
-    boxes = find_boxes(final)
-    answer = read_answer(final, [text for text, _ in boxes], question, reward)
+    answer = read_answer(final, question, reward)
     correct = answer is not None and is_right(answer, question)
-    well_formed = is_well_formed(response, final, boxes)
-    return Grade(correct, well_formed, answer and answer[:ANSWER_CHARACTERS])
+    return Grade(correct, is_well_formed(response, final), answer and answer[:ANSWER_CHARACTERS])
 
 
-def is_well_formed(response: str, final: str, boxes: Sequence[tuple[str, int]]) -> bool:
+def is_well_formed(response: str, final: str) -> bool:
     """White space, <think>, reasoning, </think>, text with one box that is not empty, closing
     punctuation."""
-    if not response.count("<think>") == response.count("</think>") == len(boxes) == 1:
+    parts = BOX.split(final)
+    if not response.count("<think>") == response.count("</think>") == 1 or len(parts) != 3:
         return False
-    text, end = boxes[0]
-    after = final[end:].strip(" \n\t\r$.)]\\*")
-    return response.lstrip().startswith("<think>") and text.strip() != "" and after == ""
+    _, box, after = parts
+    closed = after.strip(" \n\t\r$.)]\\*") == ""
+    return response.lstrip().startswith("<think>") and box.strip() != "" and closed
 
 
-def find_boxes(text: str) -> list[tuple[str, int]]:
-    """Contents of the outermost boxes whose braces balance, each with the position behind it."""
-    boxes, depth, start, outside = [], 0, None, 0
-    for token in BRACES.finditer(text) if "\\boxed" in text else ():
-        if token[0] == "}":
-            depth -= 1
-            if start is not None and depth == outside:
-                boxes.append((text[start:token.start()], token.end()))
-                start = None
-        elif token[0][-1] == "{" and token[0] != "\\{":
-            if start is None and len(token[0]) > 1:
-                start, outside = token.end(), depth
-            depth += 1
-    return boxes
+def read_answer(final: str, question: Mapping, reward: bool) -> str | None:
+    """What the text after the reasoning answers; of a choice question, the letter."""
+    kind, choices = as_text(question.get("answer_type")), choices_of(question)
+    rules = {} if reward else BENCHMARKS.get(as_text(question.get("source")), {})
+    boxes = BOX.findall(final)
+    if kind == "choice" and not choices or reward and len(boxes) > 1:
+        return None
+    if rules and not boxes:
+        boxes = re.findall(r"<answer>((?:(?!</?answer>).)*)</answer>", final, re.DOTALL)
+    answer, known = ", ".join(dict.fromkeys(boxes)).strip(), None
+    if boxes and kind != "choice":
+        return answer
+    if boxes:
+        known = read_choice(answer, choices)
+    # Several boxes that name no one choice are working. A box that never closes holds nothing.
+    unclosed = not boxes and "\\boxed" in final
+    if known or len(boxes) == 1 or unclosed or kind not in rules:
+        return known
+    return rules[kind](final, choices)
 
 
-# where a benchmark looks for an answer that stands in no box
+# free text: where a benchmark looks for an answer that stands in no box. BENCHMARKS, below, is the
+# table of its rules.
 
-
-@dataclass(frozen=True)
-class Rule:
-    """How a benchmark reads free text, for each answer type that it has."""
-    types: tuple[str, ...]
-    extracts: bool = False  # officially by an LLM: here number words and the nearest choice count
-
-
-# Where nothing is found, MMMU and ScienceQA officially toss a coin. Here nothing is answered.
-BENCHMARKS = {
-    # evaluation/extract_answer.py and calculate_score.py: an LLM extracts, then the choice at the
-    # smallest edit distance counts. Departures: rules extract, and the nearest choice counts only
-    # where a statement is made. Officially it also credits refusals, which a blank picture brings,
-    # and is right by luck in 4 of 10 of them: that luck would be counted as accuracy without the
-    # picture.
-    "mathvista": Rule(("choice", "integer", "float", "list", "text"), extracts=True),
-    # mmmu/utils/eval_utils.py: the last letter in brackets, else the last lone letter, else the
-    # last choice whose text occurs; of an open question the tail behind "answer", "is", "so" ...
-    # Departures: a claim ("the answer is B") and a letter before its own choice's text go first,
-    # and an article is no letter.
-    "mmmu": Rule(("choice", "open")),
-    # tools/evaluate_acc.py, and LLaVA's: a bare letter, or "The answer is X.". Departure: other
-    # claims count too.
-    "scienceqa": Rule(("choice",)),
-    # What follows "the answer is", else the last formula or number. Officially MathVerse and
-    # We-Math ask an LLM.
-    "mathvision": Rule(("choice", "math", "integer", "float")),
-    "mathverse": Rule(("choice", "math", "text", "open")),
-    "wemath": Rule(("choice",)),
-}
-NUMBER = re.compile(r"(?:(?<![\w)}\]])-)?(?<![A-Za-z\d.^_/])(?:(?:\d{1,3}(?:,\d{3}){1,6}(?![\d,])|\d{1,300})(?:\.\d{1,300})?|\.\d{1,300})"
-                    r"(?:[eE][-+]?\d{1,2}(?!\d))?")
-CLAIM = re.compile(
-    r"(?i)\b(?:answer|(?:correct|right|best) (?:option|choice)(?: letter)?)(?:\s?(?:is|would be|should be))?[\s:=*$({\[\\\"']{0,9}"
-    r"(?:text\{)?(?:option\s|choice\s)?[\s({]{0,3}")
-BOUND = re.compile(r"(?<= than )[-\d.,]+|(?<= least )[-\d.,]+|(?<= most )[-\d.,]+|(?<= of )[-\d.,]+")
-TOGETHER = re.compile(r"[\[(][^\[\]()]{0,60},[^\[\]()]{0,60}[\])]|\b[a-zA-Z]\([^()]{0,30}\)|(?<!\d)\d{1,30}(?:\s?[/:]\s?\d{1,30})+")  # (1, 2), f(0), 2/3
+NUMBER = re.compile(
+    r"(?:(?<![\w)}\]])-)?(?<![A-Za-z\d.^_/])(?:(?:\d{1,3}(?:,\d{3}){1,6}(?![\d,])|\d{1,300})(?:\.\d{1,300})?|\.\d{1,300})(?:[eE][-+]?\d{1,2}(?!\d))?")
+CLAIM = (
+    r"(?i:\b(?:answer|(?:correct|right|best) (?:option|choice)(?: letter)?)(?:\s?(?:is|would be|should be))?[\s:=*$({\[\\\"'>]{0,9}"
+    r"(?:text\{)?(?:option\s|choice\s)?[\s({]{0,3})")
+# no answers: (1, 2), f(0), 2/3, the bound of "more than 5", the 2 of "one of 2"
+NOT_ALONE = (
+    r"[\[(][^\[\]()]{0,60},[^\[\]()]{0,60}[\])]|\b[a-zA-Z]\([^()]{0,30}\)|(?<!\d)\d{1,30}(?:\s?[/:]\s?\d{1,30})+"
+    r"|(?<= than )[-\d.,]+|(?<= least )[-\d.,]+|(?<= most )[-\d.,]+|(?<= of )[-\d.,]+")
+STATES = r"\bis\b|=|:"
 REFUSAL = re.compile(
     r"(?i)\bcan(?:no|')?t\b|\b(?:unable|impossible|insufficient|unknown|unclear|undetermined|inconclusive|sorry|apologi[sz]e|as an ai|please provide)\b"
     r"|\bnot (?:possible|enough|provided?|given|available|listed|clear|able|specif|sufficient)|\bmore (?:information|context|details)"
@@ -925,81 +906,134 @@ NEGATION = re.compile(
     r"|\b(?:other than|(?:any|every|no)thing but|all but)\b|\b(?:exclud|eliminat|rul(?:e|es|ed|ing) out|reject)")
 
 
-def read_answer(final: str, boxed: Sequence[str], question: Mapping, reward: bool) -> str | None:
-    """What the text after the reasoning answers; of a choice question, the letter."""
-    source, kind = as_text(question.get("source")), question.get("answer_type")
-    rule = None if reward else BENCHMARKS.get(source)
-    if rule and not boxed:
-        boxed = re.findall(r"<answer>((?:(?!</?answer>).)*)</answer>", final, re.DOTALL)
-    answers = list(dict.fromkeys(boxed))
-    if len(answers) > MOST_BOXES or reward and len(boxed) > 1:
-        return None
-    if answers and kind != "choice":
-        return ", ".join(answers).strip()
-    letters = {read_choice(text, choices_of(question)) for text in answers}
-    if len(letters) == 1:
-        return letters.pop()
-    # Several boxes that name no one choice are working, no answer: a rule decides, where there is
-    # one.
-    unclosed = "\\boxed" in final and not boxed  # holds nothing
-    if rule is None or kind not in rule.types or unclosed:
-        return None
-    return search_answer(final, question, rule)
-
-
-def search_answer(text: str, question: Mapping, rule: Rule) -> str | None:
-    """The answer in free text, by a rule for each type."""
-    kind = question["answer_type"]
-    if kind == "choice":
-        return search_choice(text, choices_of(question), rule.extracts)
-    if kind == "list":
-        return (re.findall(r"\[[^\[\]]*\]", text) or [None])[-1]
-    if kind in ("integer", "float"):
-        return search_number(text, rule.extracts)
-    return search_maths(text) if kind == "math" else search_text(text)
-
-
 def last_sentence(text: str) -> str:
     return re.split(r"(?<=[.!?])\s|\n", text.strip())[-1]
 
 
-def search_text(text: str) -> str | None:
+def search_text(text: str, choices: Choices = ()) -> str:
     """MMMU's rule for open questions, the last line alone: what follows its last "answer", "is",
     "so", "=" ..."""
     last = text.strip().rpartition("\n")[2]
     cues = r"(?i)\b(?:could be|so|is|are|thus|therefore|final|answer|result)\b|=|:"
-    return re.split(cues, last)[-1].strip(" .*") or None
+    return re.split(cues, last)[-1].strip(" .*")
 
 
-def search_number(text: str, words: bool) -> str | None:
-    """The last number that is no bound: "2 bars are larger than 4" answers 2, and so does "two
-    bars" with `words`."""
+def search_number(text: str, choices: Choices = ()) -> str | None:
+    """The last number that stands alone: "2 bars are larger than 4" answers 2, and so does "two
+    bars"."""
     either = re.search(r"\d\s+(?:or|and)\s+[-\d.,]+\W*$", text[-40:])  # 5 or 7
     if either or REFUSAL.search(last_sentence(text)):
         return None
-    text = TOGETHER.sub(" ", text)
-    free = NUMBER.findall(BOUND.sub(" ", text))
-    if words and not free:
-        named = re.findall(rf"\b(?:{'|'.join(NUMBERS[2:])})\b", text.lower())
-        free = [str(NUMBERS.index(word)) for word in named]
-    found = free or NUMBER.findall(text)
+    text = re.sub(NOT_ALONE, " ", text)
+    words = re.findall(rf"\b(?:{'|'.join(NUMBERS[2:])})\b", text.lower())
+    found = NUMBER.findall(text) or [str(NUMBERS.index(word)) for word in words]
     return found[-1] if found else None
 
 
-def search_maths(text: str) -> str | None:
+def search_maths(text: str, choices: Choices = ()) -> str | None:
     """The whole text if it is maths, else what is claimed as the answer, what is stated last, the
     last formula or number."""
     last = last_sentence(text)
-    claims = [text[claim.end():claim.end() + 100] for claim in CLAIM.finditer(text)][-1:]
-    claims = [re.split(r"\n|\. ", claim)[0] for claim in claims]
-    stated = [re.split(r"\b(?:is|are|be)\b|:", sentence)[-1] for sentence in [*claims, last]]
-    formulas = re.findall(r"(?:\$|\\[(\[])(.{1,100}?)(?:\$|\\[)\]])", text, re.DOTALL)
     if NEGATION.search(last) or REFUSAL.search(last):
         return None
-    for candidate in (text, *claims, *stated, *formulas[-1:]):
-        if read_maths(candidate) or read_maths(without_unit(candidate, UNIT)[0]):
+    candidates = [text]
+    claims = re.split(CLAIM, text)[1:]
+    if claims:
+        claim = re.split(r"\n|\. ", claims[-1][:100])[0]
+        candidates += [claim, re.split(STATES, claim)[-1]]
+    candidates.append(re.split(r"\b(?:is|are|be)\b|:", last)[-1])
+    candidates += re.findall(r"(?:\$|\\[(\[])(.{1,100}?)(?:\$|\\[)\]])", text, re.DOTALL)[-1:]
+    for candidate in candidates:
+        if is_maths(candidate, UNIT):
             return candidate.strip()
-    return search_number(text, words=False)
+    return search_number(text)
+
+
+def search_choice(text: str, choices: Choices) -> str | None:
+    """The choice that free text claims as the answer, else the one that it ends on.
+
+    Benchmarks take the last of several; here two that are claimed, or joined by "or", are none.
+    """
+    lone, last = lone_letter(choices), last_sentence(text)
+    first, _, more = text.strip().partition("\n")
+    known = bare_choice(first[:ANSWER_CHARACTERS], choices)
+    if known and not re.search(r"\([A-Z]\)", more):
+        return known
+    claims = re.findall(CLAIM + lone, text)
+    either = rf"{lone}\W{{0,4}}(?:or|and|,|&)\W{{0,4}}(?!\1){lone}"
+    if re.search(CLAIM + either, text) or re.search(rf"{either}\W*$", text[-40:]):
+        return None
+    if len({*claims}) > 1:
+        return None
+    found = claims
+    if not claims and not REFUSAL.search(last):
+        found = read_choice(re.split(STATES, last)[-1], choices)
+    found = found or re.findall(lone, text) or named_choices(text, choices)
+    listed = len(found) == len({*found}) == len(choices) > 2  # all of them
+    return found[-1] if found and not listed else None
+
+
+def named_choices(text: str, choices: Choices) -> list[str]:
+    """The choices whose texts occur, in order; where one opens the text, that one."""
+    letters, words, said = choice_letters(choices), choice_words(choices), plain(text)
+    opening = words.match(said)
+    if opening:  # "No, because ..."
+        return [letters[opening[0]]]
+    if REFUSAL.search(last_sentence(text)):
+        return []
+    return [letters[name] for name in words.findall(said)]
+
+
+def search_nearest(text: str, choices: Choices) -> str | None:
+    """MathVista's rule: where no choice is found, the one at the smallest edit distance, which here
+    counts where the last sentence makes a statement."""
+    known, last = search_choice(text, choices), last_sentence(text)
+    if known or not last or REFUSAL.search(last) or re.search(lone_letter(choices), text):
+        return known
+    if NEGATION.search(last):  # it is not the largest
+        letters = choice_letters(choices)
+        return letters["no"] if letters.keys() <= {"yes", "no", "Yes", "No"} else None
+    stated = (last.partition(" is ")[2] or last)[:200]
+    nearest = min(choices, key=lambda choice: edit_distance(stated, choice[:200]))
+    return LETTERS[choices.index(nearest)]
+
+
+def edit_distance(text: str, choice: str) -> int:
+    """Levenshtein's."""
+    row = range(len(choice) + 1)
+    for i, here in enumerate(text, 1):
+        above, row = row, [i]
+        for j, there in enumerate(choice):
+            row.append(min(row[-1] + 1, above[j + 1] + 1, above[j] + (here != there)))
+    return row[-1]
+
+
+# How each benchmark reads free text: a function for each of its answer types. Where nothing is
+# found, MMMU and ScienceQA officially toss a coin. Here nothing is answered.
+BENCHMARKS = {
+    # evaluation/extract_answer.py and calculate_score.py: an LLM extracts, then the choice at the
+    # smallest edit distance counts. Departures: rules extract, and the nearest choice counts only
+    # where a statement is made. Officially it also credits refusals, which a blank picture brings,
+    # and is right by luck in 4 of 10 of them: that luck would be counted as accuracy without the
+    # picture.
+    "mathvista": {"choice": search_nearest, "integer": search_number, "float": search_number,
+                  "list": search_maths, "text": search_text},
+    # mmmu/utils/eval_utils.py: the last letter in brackets, else the last lone letter, else the
+    # last choice whose text occurs; of an open question the tail behind "answer", "is", "so" ...
+    # Departures: a claim ("the answer is B") and a letter before its own choice's text go first,
+    # and an article is no letter.
+    "mmmu": {"choice": search_choice, "open": search_text},
+    # tools/evaluate_acc.py, and LLaVA's: a bare letter, or "The answer is X.". Departure: other
+    # claims count too.
+    "scienceqa": {"choice": search_choice},
+    # What follows "the answer is", else the last formula or number. Officially MathVerse and
+    # We-Math ask an LLM.
+    "mathvision": {"choice": search_choice, "math": search_maths, "integer": search_number,
+                   "float": search_number},
+    "mathverse": {"choice": search_choice, "math": search_maths, "text": search_text,
+                  "open": search_text},
+    "wemath": {"choice": search_choice},
+}
 
 
 # the gold
@@ -1015,11 +1049,10 @@ def is_right(answer: str, question: Mapping) -> bool:
     kind, golds = question.get("answer_type"), gold_texts(question)
     if kind == "choice":  # another option with the same text is right too
         texts = dict(zip(LETTERS, choices_of(question)))
-        gold = texts.get(golds[0]) if golds else None
-        return gold is not None and texts[answer].split() == gold.split()
+        return golds[0] in texts and texts[answer].split() == texts[golds[0]].split()
     if kind in ("text", "open"):
         return any(same_text(answer, gold, phrase=kind == "open") for gold in golds)
-    gold = unboxed(golds[0]) if golds else ""
+    gold = unboxed(golds[0])
     if kind == "list" and "[" not in answer:
         answer = f"[{answer}]"
     if kind == "float" and same_number(answer, gold, question.get("precision")):
@@ -1035,7 +1068,7 @@ def as_text(value) -> str:
         return ""
 
 
-def choices_of(question: Mapping) -> tuple[str, ...]:
+def choices_of(question: Mapping) -> Choices:
     choices = question.get("choices")
     if not isinstance(choices, (list, tuple)):
         return ()
@@ -1044,7 +1077,7 @@ def choices_of(question: Mapping) -> tuple[str, ...]:
 
 def unboxed(text: str) -> str:
     """A gold without its boxes; where it has several, they are its answer together."""
-    return ", ".join(content.strip() for content, _ in find_boxes(text)) or text
+    return ", ".join(map(str.strip, BOX.findall(text))) or text
 
 
 def literal_list(text: str) -> list[str]:
@@ -1065,7 +1098,7 @@ def gold_texts(question: Mapping) -> list[str]:
         with suppress(ValueError, SyntaxError, MemoryError, RecursionError):
             golds = literal_list(golds)
     golds = golds if isinstance(golds, (list, tuple)) else [golds]
-    return [as_text(gold)[:FINAL_CHARACTERS] for gold in golds[:100]]
+    return [as_text(gold)[:FINAL_CHARACTERS] for gold in golds[:100]] or [""]
 
 
 class Rejected(ValueError):
@@ -1075,28 +1108,34 @@ class Rejected(ValueError):
 
 def check_gold(question: Mapping):
     """Reject a question for which no answer could be graded right."""
-    golds, letters = gold_texts(question), [*LETTERS[:len(choices_of(question))]]
-    if not golds or not all(plain(gold) for gold in golds):
+    golds, letters = gold_texts(question), LETTERS[:len(choices_of(question))]
+    if not all(plain(gold) for gold in golds):
         raise Rejected("gold: the answer is empty")
-    if question["answer_type"] == "choice" and golds[0] not in letters:
-        given = f"gold: the answer {golds[0][:40]!r}"
-        raise Rejected(f"{given} is not a letter of its {len(letters)} choices")
+    if question["answer_type"] == "choice" and golds[0] not in [*letters]:
+        raise Rejected(
+            f"gold: the answer {golds[0][:40]!r} is not a letter of its {len(letters)} choices")
 
 
 def reads_as_maths(question: Mapping) -> bool:
     """Whether a gold that should be a number, a list or maths can be read as such; else it is
     compared as text."""
-    gold = unboxed("".join(gold_texts(question)[:1]))
-    is_maths = question["answer_type"] in ("integer", "float", "list", "math")
-    return not is_maths or bool(read_maths(gold) or read_maths(without_unit(gold, GOLD_UNIT)[0]))
+    is_text = question["answer_type"] not in ("integer", "float", "list", "math")
+    return is_text or is_maths(unboxed(gold_texts(question)[0]), GOLD_UNIT)
 
 
 # text
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 MARKS = str.maketrans({"²": "^2", "³": "^3", "′": "'", "’": "'", "‘": "'", "“": '"', "”": '"'})
+WRAPPED = re.compile(r"\\(?:text(?:bf|it|normal|rm)?|mathrm|mathbf|mbox)\s?\{([^{}\\]*)\}")
 WRAPPING = re.compile(r"\\(?:text(?:bf|it|normal|rm)?|mathrm|mathbf|mbox)\s?\{|\\[()\[\],;! ]|[$*\\{}\"°]")
+SEVERAL = re.compile(r"[,;/|]|\b(?:or|and|yes)\b")
 SYMBOL = re.compile(r"[A-Za-z]|(?!NO\b)[A-Z]{2}|\w*[a-z][A-Z]\w*")  # mW, CO, pH: not as words
+
+
+def unwrapped(text: str) -> str:
+    """Text without LaTeX's commands and marks around it: \\text{Na}+ is Na+."""
+    return WRAPPING.sub(" ", WRAPPED.sub(r"\1", text))
 
 
 def plain(text: str) -> str:
@@ -1106,10 +1145,11 @@ def plain(text: str) -> str:
     Case, points, signs and powers stay where they carry meaning: 5 MW is not 5 mW, .5 not 5,
     10^2 not 102, f' not f.
     """
-    text = WRAPPING.sub(" ", text.translate(MARKS))
+    text = unwrapped(text.translate(MARKS))
     text = " ".join(unicodedata.normalize("NFKC", text).split()).strip(" ,;:?").rstrip(".,;:? ")
     text = re.sub("^'(.*)'$", r"\1", text)
-    text = re.sub(r"(?<=[^\W\d_]{2})!+$|(?<=\d) (?=[A-Za-z]{1,3}\b)", "", text)  # 5 MW is 5MW
+    # 5 MW is 5MW, 3 : 1 is 3:1
+    text = re.sub(r"(?<=[^\W\d_]{2})!+$|(?<=\d) (?=[A-Za-z]{1,3}\b|:)|(?<=:) (?=\d)", "", text)
     return re.sub(r"[^\W\d_]+", in_one_case, text)
 
 
@@ -1124,174 +1164,94 @@ def same_text(answer: str, gold: str, phrase: bool) -> bool:
     Unlike MMMU's, the phrase may not list several things or deny one: naming everything is
     no answer.
     """
-    number = one_number(gold, re.compile("(?!)")) if re.search(r"\d", gold) else None
-    if number is not None:
-        value = one_number(answer, UNIT)
-        if value is None:
-            return False
-        rounded = phrase and round(float(value), 2) == round(float(number), 2)
-        return equal(value, number) or rounded
+    if re.search(r"\d", gold) and one_number(gold) is not None:
+        return same_maths(answer, gold) or phrase and same_number(answer, gold, 2)
     answer, gold = plain(answer[:FINAL_CHARACTERS]), plain(gold)
-    if answer == gold or not gold or not phrase or len(gold) > len(answer):
+    if answer == gold or not gold or not phrase:
         return answer == gold != ""
     rest = re.sub(rf"(?<![\w.+^'-]){re.escape(gold)}(?![\w+^'-]|\.\d)", "", answer, count=1)
-    if rest == answer or len(rest) >= 100 or re.search(r"[,;/|]|\b(?:or|and|yes)\b", rest):
+    if rest == answer or len(rest) >= 100:
         return False
-    return not NEGATION.search(rest) and not REFUSAL.search(rest)
+    return not any(pattern.search(rest) for pattern in (SEVERAL, NEGATION, REFUSAL))
 
 
 # choices
 
 
 @lru_cache(64)
-def choice_letters(choices: tuple[str, ...]) -> dict[str, str]:
-    """The letter of each text, plain or exact, of equals the first."""
+def choice_letters(choices: Choices) -> dict[str, str]:
+    """The letter of each text, exact or plain, of equals the first."""
     backwards = [*zip(choices, LETTERS)][::-1]
-    plains = {plain(choice): letter for choice, letter in backwards}
-    return plains | {choice.strip(): letter for choice, letter in backwards}
+    letters = {plain(choice): letter for choice, letter in backwards}
+    return letters | {choice.strip(): letter for choice, letter in backwards}
 
 
 @lru_cache(64)
-def choice_pattern(choices: tuple[str, ...]) -> re.Pattern:
+def choice_words(choices: Choices) -> re.Pattern:
     """The plain texts as words, the longest first: 5 is not in -5, 3/5 or 4:5, and no answer is not
     the answer no."""
-    texts = {plain(choice) for choice in choices if len(choice) <= ANSWER_CHARACTERS} - {""}
-    words = "|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)"
-    return re.compile(rf"(?<![\w.+/^√-])(?<!\d[:,])(?:{words})(?![\w/^!%']|[.,:]\d|-\w)(?:(?<!\bno)|(?! \w))")
+    texts = sorted({plain(choice[:ANSWER_CHARACTERS]) for choice in choices} - {""}, key=len)
+    words = "|".join(map(re.escape, reversed(texts))) or "(?!)"
+    return re.compile(
+        rf"(?<![\w.+/^√-])(?<!\d[:,])(?:{words})(?![\w/^!%']|[.,:]\d|-\w)(?:(?<!\bno)|(?! \w))")
 
 
-def lone_letter(choices: Sequence[str]) -> str:
-    """Pattern of a letter that stands alone: no article (A rhombus), unit (43°C) or name (∠A, A').
-    Pattern of a letter that stands alone: no article (A rhombus), unit (43°C) or name (∠A, A')."""
-    if not choices:
-        return "(?!)()"
+def lone_letter(choices: Choices) -> str:
+    """Pattern of a letter that stands alone: no article (A rhombus), unit (43°C) or name (∠A)."""
     verbs = "is|was|and|or|because|since|as|but|for"
-    return (rf"(?<![A-Za-z0-9'/∠△⊙°])(?<![\d°]\s)([A-{LETTERS[len(choices) - 1]}])(?![A-Za-z0-9'’/])"
-            rf"(?:(?<!A)|(?!\s(?!(?:{verbs})\b)[a-z]))(?:(?<!I)|(?!\s[a-z]))")
+    return (
+        rf"(?<![A-Za-z0-9'/∠△⊙°])(?<![\d°]\s)([A-{LETTERS[len(choices) - 1]}])(?![A-Za-z0-9'’/])"
+        rf"(?:(?<!A)|(?!\s(?!(?:{verbs})\b)[a-z]))(?:(?<!I)|(?!\s[a-z]))")
 
 
-def bare_choice(text: str, choices: tuple[str, ...]) -> str | None:
+def bare_choice(text: str, choices: Choices) -> str | None:
     """The choice that a text is, and nothing else: a letter, a choice's text, or both as in "C. A
     to B"."""
-    if len(text) > ANSWER_CHARACTERS or not choices:
-        return None
     texts, letters = choice_letters(choices), LETTERS[:len(choices)]
-    letter = re.fullmatch(r"\(?\s?([A-Za-z])\s?[).:]{0,2}", WRAPPING.sub(" ", text).strip())
+    letter = re.fullmatch(r"\(?([A-Za-z])\s?[).:]*", plain(text))
     if letter and letter[1].upper() in letters:
         return letter[1].upper()
     known = texts.get(text.strip()) or texts.get(plain(text))
-    first = re.match(rf"[\s(]{{0,3}}([{letters}])[).:=\s]{{1,3}}(?=\S)", text)
-    if not known and first and same_maths(text[first.end():], choices[LETTERS.index(first[1])]):
-        return first[1]
+    both = re.match(rf"[\s(]{{0,3}}([{letters}])[).:=\s]{{1,3}}(?=\S)", text)
+    if not known and both and same_maths(text[both.end():], choices[LETTERS.index(both[1])]):
+        return both[1]
     return known
 
 
-def read_choice(text: str, choices: tuple[str, ...]) -> str | None:
+def read_choice(text: str, choices: Choices) -> str | None:
     """The one choice that an answer names by letter, text or value; None where it names none or
     several, or denies one."""
+    if len(text) > ANSWER_CHARACTERS:
+        return None
     known = bare_choice(text, choices)
-    if known or len(text) > ANSWER_CHARACTERS or not choices:
+    if known:
         return known
-    said, named = plain(text), set(re.findall(lone_letter(choices), text))
+    letters, words, said = choice_letters(choices), choice_words(choices), plain(text)
+    named = {*re.findall(lone_letter(choices), text)}
     if not named and read_maths(text):  # 1.8 for \frac{9}{5}; as words, 5 would stand in -5
         named = {letter for letter, choice in zip(LETTERS, choices) if same_maths(text, choice)}
     else:
-        pattern = choice_pattern(choices)
-        named.update(choice_letters(choices)[found] for found in pattern.findall(said))
-        if NEGATION.search(pattern.sub(" ", said)):  # isn't stable, A is wrong
+        named.update(letters[found] for found in words.findall(said))
+        if NEGATION.search(words.sub(" ", said)):  # isn't stable, A is wrong
             return None
     return named.pop() if len(named) == 1 else None
-
-
-def search_choice(text: str, choices: tuple[str, ...], nearest: bool) -> str | None:
-    """The choice that free text claims as the answer, else the one that it ends on.
-
-    Benchmarks take the last of several; here two that are claimed, or joined by "or", are none.
-    """
-    first, *more = text.strip().split("\n", 1)
-    known = bare_choice(first, choices) if not re.search(r"\([A-Z]\)", "".join(more)) else None
-    if known or not choices or not text.strip():
-        return known
-    lone, joined = lone_letter(choices), r"\W{0,4}(?:or|and|,|&)\W{0,4}"
-    claimed = set()
-    for claim in CLAIM.finditer(text):
-        found = re.match(f"{lone}(?:{joined}{lone})?", text[claim.end():claim.end() + 20])
-        claimed.update(found.groups() if found else ())
-    claimed.discard(None)
-    if claimed:  # "A or B" claims nothing, nor does A here and B there
-        return claimed.pop() if len(claimed) == 1 else None
-    if re.search(rf"{lone}{joined}(?!\1){lone}\W*$", text[-40:]):
-        return None
-    found = found_choices(text, choices)
-    if len(found) == len(set(found)) == len(choices) > 2:  # all of them, listed
-        return None
-    if found:
-        return found[-1]
-    return nearest_choice(text, choices) if nearest else None
-
-
-def found_choices(text: str, choices: tuple[str, ...]) -> list[str]:
-    """The choices that free text names, in order, by the first of these ways that names any."""
-    lone, last, said = lone_letter(choices), last_sentence(text), plain(text)
-    found = re.findall(rf"\({lone}\)", text)
-    if found:
-        return found
-    stated = re.split(r"\bis\b|=|:", last)[1:]
-    states = read_choice(stated[-1], choices) if stated and not REFUSAL.search(last) else None
-    found = [states] if states else re.findall(lone, text)
-    if found:
-        return found
-    pattern, letters = choice_pattern(choices), choice_letters(choices)
-    opening = pattern.match(said)  # "No, because ..."
-    if REFUSAL.search(last) and not opening:
-        return []
-    return [letters[named] for named in ([opening[0]] if opening else pattern.findall(said))]
-
-
-def nearest_choice(text: str, choices: tuple[str, ...]) -> str | None:
-    """MathVista's rule: the choice nearest to the answer, which here is what the last sentence
-    states, if it states one."""
-    last = last_sentence(text)
-    yes_no = choice_letters(choices).keys() <= {"yes", "no", "Yes", "No"}
-    if yes_no and NEGATION.search(last) and not REFUSAL.search(last):
-        return choice_letters(choices)["no"]  # it is not the largest
-    if REFUSAL.search(last) or NEGATION.search(last):
-        return None
-    stated = re.split(r"\bis\b|=|:", last)
-    if len(stated) > 1 and re.match(r"(?i)(?:therefore|thus|so|hence)\b", last):
-        last = stated[-1].strip(" .*$")
-    distances = [edit_distance(last[:200], choice[:200]) for choice in choices]
-    return LETTERS[distances.index(min(distances))]  # the first of equals
-
-
-def edit_distance(text: str, choice: str) -> int:
-    """Levenshtein's."""
-    row = range(len(choice) + 1)
-    for i, here in enumerate(text, 1):
-        above, row = row, [i]
-        for j, there in enumerate(choice, 1):
-            row.append(min(row[-1] + 1, above[j] + 1, above[j - 1] + (here != there)))
-    return row[-1]
 
 
 # maths: small, bounded arithmetic instead of a computer algebra system
 #
 # A text is rewritten to one notation, cut into tokens and read by recursive descent into claims. An
-# expression with variables is worth its values at some random places of them: expressions are equal
-# where these are, whatever their form.
+# expression is worth its values at some random places of its letters: expressions are equal where
+# these are, whatever their form.
 
 PLACES = 8  # positive, then of either sign, for x is not |x|; the last complex, for ab is not |ab|
 CONSTANTS = {"pi": math.pi, "e": math.e, "i": 1j, "infty": math.inf}
-FUNCTIONS = {
-    "sqrt": cmath.sqrt, "exp": cmath.exp, "ln": cmath.log, "log": cmath.log10, "lg": cmath.log10, "abs": abs,
-    "sin": cmath.sin, "cos": cmath.cos, "tan": cmath.tan, "sinh": cmath.sinh, "cosh": cmath.cosh, "tanh": cmath.tanh,
-    "sec": lambda x: 1 / cmath.cos(x), "csc": lambda x: 1 / cmath.sin(x), "cot": lambda x: 1 / cmath.tan(x),
+FUNCTIONS = {name: getattr(cmath, name) for name in "sqrt exp sin cos tan sinh cosh tanh".split()} | {
+    "ln": cmath.log, "log": cmath.log10, "lg": cmath.log10, "abs": abs,
     "arcsin": cmath.asin, "arccos": cmath.acos, "arctan": cmath.atan}
 GREEK = ("alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho varsigma sigma tau "
          "upsilon phi chi psi omega").split()
-SYMBOLS = str.maketrans({
-    "√": r"\sqrt ", "×": "*", "·": "*", "⋅": "*", "÷": "/", "−": "-", "–": "-", "±": r"\pm ", "∞": r"\infty ", "∈": r"\in ", "²": "^2 ",
-    "³": "^3 ", "$": " ", "（": "(", "）": ")", "，": ",", "~": " ", "∠": " ", "△": " ", "′": "'", "’": "'"}
+SYMBOLS = str.maketrans("×·⋅÷−–（），′’$~△", "***/--(),''   ") | str.maketrans({
+    "√": r"\sqrt ", "∞": r"\infty ", "∈": r"\in ", "∠": r"\angle ", "²": "^2 ", "³": "^3 "}
     | {chr(0x3b1 + i): rf"\{name} " for i, name in enumerate(GREEK)})  # 0x3b1: α
 
 # A noun may stand behind a number, or before an equals sign, without changing the value.
@@ -1310,67 +1270,60 @@ UNIT_END = rf"{POWER}(?=[\s.]*(?:$|[,)\]∪]))"
 GOLD_UNIT = re.compile(CLEAR_UNIT + UNIT_END)
 UNIT = re.compile(rf"(?:{CLEAR_UNIT}|(?<=[\d)}}]\s){ANY_UNIT}){UNIT_END}")
 
-
-NAME = r"(?:(?:\\[a-z]+|[A-Z]{1,6}|[A-Za-z])(?:_(?:\{\w+\}|\w))?'*(?:\(\w(?:,\s?\w)*\))?|\(\s?[a-z](?:,\s?[a-z])+\s?\))"
-SIDE = r"(?:[^<>≤≥=≠≈,A-Za-z]|\\[a-z]+|pi|sqrt)+"  # without variables
-INEQUALITY = (rf"(?:^|(?<=,))\s*(?:{SIDE}[<≤]\s?{NAME}\s?[<≤]{SIDE}|{SIDE}[>≥]\s?{NAME}\s?[>≥]{SIDE}|{NAME}?\s?[<>≤≥]{SIDE}|"
-              rf"{SIDE}[<>≤≥]\s?{NAME})(?=$|,)")
-
-
-def as_interval(found: re.Match) -> str:
-    """x < 2 as ⟨x⟩(-infty, 2): a name and the values that it may have."""
-    sides = [side.strip() for side in re.split("([<>≤≥])", found[0])]
-    if sides[1] in ">≥":
-        sides.reverse()
-    if len(sides) == 3 and re.fullmatch(f"{NAME}?", sides[0]):
-        sides = ["-infty", "<", *sides]
-    low = "[" if sides[1] in "≤≥" else "("
-    if len(sides) == 3:
-        return f"⟨{sides[2]}⟩{low}{sides[0]},infty)"
-    high = "]" if sides[3] in "≤≥" else ")"
-    return f"⟨{sides[2]}⟩{low}{sides[0]},{sides[4]}{high}"
-
-
+# what is one name although it is no single letter: AB = 5, f(x) = 2x, (x, y) = (1, 2), e = 1/2
+NAME = r"(?:[A-Z]{2,6}|[A-Za-z]'*\(\w(?:,\s?\w)*\)|\(\s?[a-z](?:,\s?[a-z])+\s?\)|[ei])"
 REWRITES = [(re.compile(pattern), new) for pattern, new in (
-    (r"\\begin\{[pb]?matrix\}(.*?)\\end\{[pb]?matrix\}",
-     lambda found: "⟦[" + found[1].replace("&", ",").replace(r"\\", "],[") + "]⟧"),
-    (r"\\!\s?|\\displaystyle|\\(?:left|right)(?![a-z])\.?|\\[bB]igg?[lr]?(?![a-z])|\\(?:angle|triangle)(?![a-z])", ""),
+    (r"\\begin\{[pb]?matrix\}", "⟦["), (r"\\end\{[pb]?matrix\}", "]⟧"), (r"\\\\", "],["), ("&", ","),
+    (r"\\!\s?|\\displaystyle|\\(?:left|right)(?![a-z])\.?|\\[bB]igg?[lr]?(?![a-z])|(?:\bm\s?)?\\(?:angle|triangle)(?![a-z])", ""),
     (r"\\(?:q?quad|[;: ()\[\]])|\\,(?!\d{3})", " "),
     (r"\\(?:text(?:bf|it|normal|rm|sf)?|math(?:rm|bf|it)|mbox|operatorname\*?)\s?\{\s*([^{}]*?)\s*\}", r"\\text{\1}"),
     (r"\\text\{(and|or|pi|e|(?:arc)?(?:sin|cos|tan|cot)|ln|log|lg|exp)\}", r" \1 "),
     (r"\\(?:overline|vec|hat|bar)\s?\{([A-Za-z]+)\}", r"\1"),
-    (r"\\[dtc]frac(?![a-z])", r"\\frac"), (r"\\(?:cdot|times|ast)(?![a-z])", "*"), (r"\\div(?![a-z])", "/"),
+    (r"\\pm(?![a-z])", "±"), (r"\\mp(?![a-z])", "∓"), (r"\*\*", "^"),
+    (r"\\[dtc]?(frac|binom)(?![a-z])", r"\\\1"), (r"\\(?:cdot|times|ast)(?![a-z])", "*"), (r"\\div(?![a-z])", "/"),
     (r"\\(?:approx|simeq|doteq)(?![a-z])", "≈"), (r"\\in(?![a-z])", "="), (r"(sin|cos|tan)\s?\^\s?\{?\s?-1\s?\}?", r"arc\1"),
-    (r"log\s?_\s?(?:\{([^{}]*)\}|(\w))", r"log[\1\2]"), (r"\\neq?(?![a-z])|\\not\s?=|!=", "≠"),
+    (r"\\?log\s?_\s?(?:\{([^{}]*)\}|(\w))", r"\\logarithm{\1\2}"), (r"\\sqrt\s?\[([^\[\]]*)\]", r"\\root{\1}"),
+    (r"\\sec(?![a-z])", r"\\frac{1}\\cos"), (r"\\csc(?![a-z])", r"\\frac{1}\\sin"), (r"\\cot(?![a-z])", r"\\frac{1}\\tan"), (r"\\neq?(?![a-z])|\\not\s?=|!=", "≠"),
     (r"\\leq?(?:slant|q)?(?![a-z])|<=", "≤"), (r"\\geq?(?:slant|q)?(?![a-z])|>=", "≥"), (r"\\lt(?![a-z])", "<"), (r"\\gt(?![a-z])", ">"),
-    (r"\^\s?\{?\s?\\circ\s?\}?|\\circ(?![a-z])|\\degree|\s?\bdegrees?\b", "°"), (r"\\%|\b(?:percent|pct)\b", "%"),
+    (r"\^\s?\{?\s?\\circ\s?\}?|\\circ(?![a-z])|\\degree|\s?\bdegrees?\b", "°"), (r"\\?%|\s?\b(?:percent|pct)\b", " "),
     (r"\\[lr]?[vV]ert(?![a-z])|\\\|", "|"),
     # thousands: a comma between round or square brackets separates
-    (r"(?<![\d.,])(\d{1,3}(?:,\d{3}){1,6})(?![\d,])(?![^()\[\]]*?(?:[)\]]|\\\}))", lambda found: found[1].replace(",", "")),
-    (r"(?<![\d.,])(\d{1,3}(?:(?:\{,\}|\\,|\s)\d{3}){1,6})(?!\d)", lambda found: re.sub(r"\D", "", found[1])),
-    (r"\\frac\s?(\d)\s?(\d)", r"\\frac{\1}{\2}"),
+    (r"(?<![\d.,])\d{1,3}(?:(?:,\d{3}){1,6}(?![\d,])(?![^()\[\]]*?(?:[)\]]|\\\}))|(?:(?:\{,\}|\\,|\s)\d{3}){1,6}(?!\d))",
+     lambda found: re.sub(r"\D", "", found[0])),
+    (r"(?<!\d)\.(?=\d)", "0."), (r"_\s?\{(\w)\}", r"_\1"),
+    (r"\\(frac|binom)\s?(\d)\s?(\d)", r"\\\1{\2}{\3}"), (r"!(?=\d)", "!*"),
     (r"(?<![\d.^])(\d+)\s?\\frac\s?\{\s?(\d+)\s?\}\s?\{\s?(\d+)\s?\}", r"(\1+\2/\3)"),  # mixed numbers
     (r"(?<![\d.^])(\d+)\s(\d+)\s?/\s?(\d+)(?!\d)", r"(\1+\2/\3)"),
-    (r"\\([{}])", r"\1"), (r",?\s*\b(?:and|or)\b|;|∪|\\cup(?![a-z])", ","),
+    (r"\\[{}]|^\s*\{([^{}]*)\}\s*$", r" \1 "),  # a set is its members
+    (r",?\s*\b(?:and|or)\b|;|∪|\\cup(?![a-z])", ","),
     (r"(?i)^\s*(?:(?:about|approximately|around|roughly|exactly|(?:so|thus|therefore|hence),?|(?:the )?(?:final )?answer is|there (?:are|is)|it is)\s)+", ""),
     (rf"(?:^|(?<=,))\s*(?:\\text\{{[^{{}}]*\}}|{NOUN}(?:\s[a-z]+){{0,3}})?\s*[=≈]", ""),  # Area = 12
-    (INEQUALITY, as_interval), (rf"^([-\d./\s]+)=\s*({NAME})$", r"⟨\2⟩\1"), (rf"(?:^|(?<=[,({{]))\s*({NAME})\s?[=≈]", r"⟨\1⟩"))]
-KNOWN = "|".join(["frac", "pi", "pm", "mp", "infty", *sorted(FUNCTIONS, key=len, reverse=True)])
+    (rf"(?:^|(?<=,))\s*({NAME})\s?(?=[=≈<>≤≥])", r"⟨\1⟩"))]
+BINARY = {  # of two arguments
+    "frac": truediv, "binom": lambda n, k: factorial(n) / factorial(k) / factorial(n - k),
+    "root": lambda degree, value: power(value, 1 / degree),
+    "logarithm": lambda base, value: cmath.log(value) / cmath.log(base)}
+KNOWN = "|".join(["pi", "infty", *sorted([*BINARY, *FUNCTIONS], key=len, reverse=True)])
 TOKEN = re.compile(
-    r"(\d+(?:\.\d*)?(?:[eE][-+]?\d{1,2}(?![\d.]))?|\.\d+)"  # a number
-    rf"|\\?((?:{KNOWN})(?![a-z]))"
-    r"|([A-Za-z]{3,})"                                      # a word, or a product of letters
-    rf"|(\\(?:var)?(?i:{'|'.join(GREEK)})(?![a-z])(?:_(?:\{{\w{{1,9}}\}}|\w))?"
-    r"|[A-Za-z](?:_(?:\{\w{1,9}\}|\w))?'*|\*\*|⟨[^⟩]*⟩|\S)")
+    rf"\\?((?:{KNOWN})(?![a-z])|\d{{1,60}}(?:\.\d{{0,60}})?(?:[eE][-+]?\d{{1,2}}(?![\d.]))?)"
+    r"|((?![abcxyz]{3}(?![A-Za-z]))(?=[A-Za-z]*[aeiou])[A-Za-z]{3,})"  # prose, no product of letters
+    rf"|\\?((?:(?<=\\)(?:var)?(?i:{'|'.join(GREEK)})(?![a-z])|[A-Za-z])(?:_(?:\{{\w{{1,9}}\}}|\w))?'*)|⟨([^⟩]*)⟩|(\S)")
 BRACKETS = {"(": ")]", "[": "])", "{": "}", "⟦": "⟧", "⌈": "⌉"}  # and what may close them; ⌈ and ⌉ are the bars of |x|
+END = "end"  # behind the last token
 RELATIONS = {*"=≈<>≤≥≠"}
-ENDS = {None, *",:)]}⟧⌉", *RELATIONS}
+ENDS = {END, *",)]}⟧⌉", *RELATIONS}
+PLUS, MINUS = str.maketrans("±∓", "+-"), str.maketrans("±∓", "-+")
+UPWARDS = str.maketrans(">≥", "<≤")
+OPENING, CLOSING = {"<": "(", "≤": "["}, {"<": ")", "≤": "]"}  # of an interval
+
+
+class Letter(tuple):
+    """The value of a letter or another name, at each of the PLACES."""
 
 
 @dataclass
 class Group:
-    """Several claims between brackets: a pair, an interval, a set, the rows of a matrix, the terms
-    of a ratio."""
+    """Several values between brackets: a pair, an interval, or the rows of a matrix."""
     brackets: str
     parts: list
 
@@ -1380,19 +1333,12 @@ class Claim:
     """One thing that an answer says: a value, perhaps named (x = 3), or a relation between two
     sides.
 
-    An expression is a number, or a tuple of its values at the PLACES; a relation is the
+    A value is a tuple of numbers, one at each of the PLACES, or a Group; a relation's is the
     difference of its sides.
     """
-    name: str | None
-    value: object
-    rounded: object  # of 1/3 ≈ 0.33 the 0.33, else the value
-    sign: str = ""          # of a relation: =, ≠, < or ≤
-
-    @property
-    def constant(self) -> bool:
-        if isinstance(self.value, Group):
-            return all(part.constant for part in self.value.parts)
-        return not isinstance(self.value, tuple) and not self.sign
+    values: list      # of 1/3 ≈ 0.33 both
+    name: tuple = ()  # a Letter
+    sign: str = ""    # of a relation: =, ≠, < or ≤
 
 
 def same_maths(answer: str, gold: str) -> bool:
@@ -1402,21 +1348,25 @@ def same_maths(answer: str, gold: str) -> bool:
         return True
     if same_claims(read_maths(answer), read_maths(gold)):
         return True
+    if gold.startswith("(") and same_claims(read_maths(f"({answer})"), read_maths(gold)):  # 1, 2
+        return True
     answer, unit = without_unit(answer, UNIT)
     gold, gold_unit = without_unit(gold, GOLD_UNIT)
     if not unit and not gold_unit:
         return False
     if unit and gold_unit and not same_unit(unit, gold_unit):
         return False
-    golds = read_maths(gold)
-    # a letter that is a factor is no unit: 2 is not 2mg
-    return all(part.constant for part in golds) and same_claims(read_maths(answer), golds)
+    golds = read_maths(gold)  # a letter that is a factor is no unit: 2 is not 2mg
+    if not all(is_constant(gold.values[0]) for gold in golds):
+        return False
+    return same_claims(read_maths(answer), golds)
 
 
 def same_unit(unit: str, gold: str) -> bool:
     """mW is not MW; of words, or a word and a symbol, the beginning counts (metres, m)."""
-    symbols = not re.search("[a-z]{4}", f"{unit} {gold}")
-    return unit == gold or not symbols and unit[0].lower() == gold[0].lower()
+    if re.search("[a-z]{4}", f"{unit} {gold}"):
+        return unit[0].lower() == gold[0].lower()
+    return unit == gold
 
 
 def without_unit(text: str, pattern: re.Pattern) -> tuple[str, str]:
@@ -1426,108 +1376,105 @@ def without_unit(text: str, pattern: re.Pattern) -> tuple[str, str]:
     return pattern.sub("", text), re.sub(r"\\text|[{}\s.]", "", found[0]) if found else ""
 
 
-def one_number(text: str, pattern: re.Pattern):
-    """The one real number that a text says, with or without a unit; else None."""
-    for shorter in (text, without_unit(text, pattern)[0]):
-        claims = read_maths(shorter)
-        value = claims[0].rounded if len(claims) == 1 and claims[0].constant else None
-        if not isinstance(value, Group) and value is not None and is_real(value):
-            return value.real
-    return None
+def is_maths(text: str, unit: re.Pattern) -> bool:
+    """Whether a text can be read as maths, with or without its unit."""
+    return bool(read_maths(text) or read_maths(without_unit(text, unit)[0]))
 
 
 def same_number(answer: str, gold: str, decimals) -> bool:
     """Equal when rounded to the gold's decimals, as MathVista has it."""
-    value, number = one_number(answer, UNIT), one_number(gold, GOLD_UNIT)
+    value = one_number(without_unit(answer, UNIT)[0])
+    number = one_number(without_unit(gold, GOLD_UNIT)[0])
     if value is None or number is None or not isinstance(decimals, int) or not 0 <= decimals <= 15:
         return False
-    return round(float(value), decimals) == round(float(number), decimals)
+    return round(value, decimals) == round(number, decimals)
 
 
-def same_claims(claims: Sequence[Claim], golds: Sequence[Claim]) -> bool:
-    """Order counts between brackets and of values with different names, not of solutions."""
-    group = golds[0].value if len(golds) == 1 and len(claims) > 1 and not golds[0].name else None
-    if isinstance(group, Group) and group.brackets == "()":  # 1, 2 for (1, 2)
-        return len(claims) == len(group.parts) and all(map(same_claim, claims, group.parts))
-    if not claims or len(claims) != len(golds):
-        return False
-    names, gold_names = ({claim.name for claim in some if claim.name} for some in (claims, golds))
-    if all(map(same_claim, claims, golds)) and len(names) <= max(1, len(gold_names)):
-        return True
+def one_number(text: str) -> float | None:
+    """The one real number that a text says; else None."""
+    claims = read_maths(text)
+    return real_number(claims[0].values[-1]) if len(claims) == 1 and not claims[0].sign else None
+
+
+def real_number(value) -> float | None:
+    """What a value is everywhere, where that is one real number; else None."""
+    if isinstance(value, Group) or not is_constant(value) or isinstance(value[0], complex):
+        return None
+    return float(value[0])
+
+
+def is_constant(value) -> bool:
+    if isinstance(value, Group):
+        return all(map(is_constant, value.parts))
+    return len({*value}) == 1
+
+
+def same_claims(claims, golds) -> bool:
+    """Whether each claim is another of the golds, in whatever order; names may be left out where
+    there is but one."""
+    names = {claim.name for claim in (*claims, *golds)} - {()}
     left = list(golds)
-    for claim in claims:  # each must be another of the golds
-        others = [gold for gold in left if claim.name == gold.name or len(names | gold_names) < 2]
-        fits = [gold for gold in others if same_claim(claim, gold)]
+    for claim in claims:
+        fits = [gold for gold in left if same_claim(claim, gold)]
+        if len(names) > 1:
+            fits = [gold for gold in fits if bool(claim.name) == bool(gold.name)]
         if not fits:
             return False
         left.remove(fits[0])
-    return True
+    return len(claims) > 0 and not left
 
 
-def same_claim(claim: Claim, gold: Claim) -> bool:
+def same_claim(claim, gold) -> bool:
     """A name on the left of a plain value may be left out; another name is another claim."""
     other_names = claim.name and gold.name and claim.name != gold.name
     if claim.sign or gold.sign or other_names:
-        if (claim.sign or "=") != (gold.sign or "="):
-            return False
-        return same_relation(difference(claim), difference(gold), gold.sign)
-    if gold.name and not claim.name and not gold.constant:
+        return same_relation(as_relation(claim), as_relation(gold))
+    if gold.name and not claim.name and not is_constant(gold.values[0]):
         return False
-    pairs = product((claim.value, claim.rounded), (gold.value, gold.rounded))
-    return any(same_value(*pair) for pair in pairs)
+    return any(same_value(*pair) for pair in product(claim.values, gold.values))
 
 
 def same_value(value, gold) -> bool:
-    """Expressions equal wherever the gold is real, for a root is asked only where it is defined;
-    groups part by part."""
-    if isinstance(value, Group) != isinstance(gold, Group):
+    """Expressions equal wherever the gold is real, for a root is asked only where it is defined,
+    and at the last place; groups part by part."""
+    if isinstance(gold, Group) and isinstance(value, Group):
+        same_shape = value.brackets == gold.brackets and len(value.parts) == len(gold.parts)
+        return same_shape and all(map(same_value, value.parts, gold.parts))
+    if isinstance(gold, Group) or isinstance(value, Group):
         return False
-    if not isinstance(gold, Group):
-        pairs = [*zip(*at_places(value, gold))]
-        asked = [pair for pair in pairs[:-1] if is_real(pair[1])]
-        asked += [pair for pair in pairs[-1:] if not cmath.isnan(pair[1])]
-        return bool(asked) and all(equal(*pair) for pair in asked)
-    if value.brackets != gold.brackets or len(value.parts) != len(gold.parts):
-        return False
-    if gold.brackets == "{}":
-        return same_claims(value.parts, gold.parts)
-    return all(map(same_claim, value.parts, gold.parts))
+    *pairs, last = zip(value, gold)
+    asked = {last, *(pair for pair in pairs if not isinstance(pair[1], complex))}
+    asked = [pair for pair in asked if not cmath.isnan(pair[1])]  # too large there
+    return len(asked) > 0 and all(equal(*pair) for pair in asked)
 
 
-def difference(claim: Claim):
-    """Of the sides of a relation; of x = 3, x - 3."""
-    if claim.sign or not claim.name or isinstance(claim.value, Group):
-        return claim.value if claim.sign else 0
-    return each(sub, variable(claim.name), claim.value)
+def as_relation(claim) -> Claim:
+    """x = 3 as x - 3 = 0."""
+    if claim.sign or not claim.name or isinstance(claim.values[0], Group):
+        return claim
+    return Claim([each(sub, claim.name, claim.values[0])], sign="=")
 
 
-def same_relation(value, gold, sign: str) -> bool:
+def same_relation(relation, gold) -> bool:
     """Relations hold in the same places where their differences are a constant factor apart, in an
     inequality a positive one."""
-    value, gold = at_places(value, gold)
-    if not all(value) or not all(gold):
+    if not relation.sign or relation.sign != gold.sign:
         return False
-    factor = value[0] / gold[0]
-    if sign in ("<", "≤") and factor.real < 0:
+    factors = each(truediv, relation.values[0], gold.values[0])
+    if gold.sign in "<≤" and not factors[0].real > 0:
         return False
-    return all(equal(one, factor * other) for one, other in zip(value, gold))
+    return all(equal(factor, factors[0]) for factor in factors)
 
 
 def equal(value, gold) -> bool:
-    """Whole numbers must be the same; others may differ by half a unit of the sixth decimal, where
-    Math-Verify rounds."""
+    """Numbers may differ by half a unit of the sixth decimal, where Math-Verify rounds, so that
+    whole ones must be the same."""
     exact = isinstance(value, Fraction) and isinstance(gold, Fraction)
-    if exact and value.denominator == gold.denominator == 1 or math.inf in (abs(value), abs(gold)):
-        return value == gold
-    value, gold = complex(value), complex(gold)
     noise = 0 if exact else 1e-12 * (abs(gold) or 1)  # of floating point: sin(pi) is 1e-16
-    return abs(value - gold) <= 5e-7 * min(1, abs(gold)) + noise
+    return value == gold or abs(value - gold) < 5e-7 * min(1, abs(gold)) + noise
 
 
-def is_real(value) -> bool:
-    return abs(complex(value).imag) <= 1e-12 * abs(complex(value))
-
-
+@lru_cache(1024)
 def rewrite(text: str) -> str:
     """LaTeX and Unicode in one notation; a text too long to be an answer as none."""
     text = " ".join(text.translate(SYMBOLS).split()) if len(text) <= ANSWER_CHARACTERS else ""
@@ -1539,236 +1486,228 @@ def rewrite(text: str) -> str:
 @lru_cache(1024)
 def read_maths(text: str) -> list[Claim]:
     """What a text claims, with commas, "and" or "or" between; none where it is no maths."""
+    text, claims = re.sub(r"\\text\{([^{}]*)\}", r" \1 ", rewrite(text)), []
     try:
-        tokens = tokenize(re.sub(r"\\text\{([^{}]*)\}", r" \1 ", rewrite(text)))
-        claims = read_all(tokens)
-        if "pm" in tokens:  # was read as plus; now as minus
-            turned = {"pm": "mp", "mp": "pm"}
-            claims += read_all([turned.get(token, token) for token in tokens])
-    except (ValueError, ArithmeticError, RecursionError, TypeError, AttributeError):
-        # the last two: arithmetic with a pair or a set
+        for signs in (PLUS, MINUS) if "±" in text else (PLUS,):
+            tokens = [END, *reversed(tokenize(text.translate(signs)))]
+            claims += read_claims(tokens)
+            if tokens != [END]:
+                raise ValueError("more brackets close than open")
+    except (ValueError, LookupError, RecursionError, TypeError):
+        # a mark in the place of a number, brackets too deep, arithmetic with a pair
         return []
-    group = claims[0].value
-    if len(claims) > 1 or not isinstance(group, Group) or group.brackets != "{}":
-        return claims
-    name = claims[0].name  # {1, 2} is 1, 2
-    return [Claim(part.name or name, part.value, part.rounded, part.sign) for part in group.parts]
-
-
-def read_all(tokens: Sequence) -> list[Claim]:
-    stack = [None, *reversed(tokens)]
-    claims = read_claims(stack)
-    if len(stack) > 1:
-        raise ValueError("more brackets close than open")
     return claims
 
 
-def tokenize(text: str) -> list:
-    """Fractions for numbers, else strings; bars as brackets that open and close."""
+def tokenize(text: str) -> list[str]:
+    """Functions, numbers, names as in ⟨x⟩, and marks; bars as brackets that open and close."""
     tokens, bars = [], 0
-    for number, known, word, other in TOKEN.findall(text):
-        if word and re.search("[aeiou]", word) and not re.fullmatch("[abcxyz]{3}", word):
-            raise ValueError(f"{word} is prose, not a product")
-        if other == "|":
-            closes = bars and (str(tokens[-1])[-1].isalnum() or tokens[-1] in [*")]}⌉!°%"])
+    for known, prose, letter, name, mark in TOKEN.findall(text):
+        if prose:
+            raise ValueError(f"{prose} is prose, not a product")
+        if mark == "|":
+            closes = bars and (tokens[-1][-1].isalnum() or tokens[-1][-1] in ")]}⌉⟩!°")
             bars += -1 if closes else 1
-            other = "⌉" if closes else "⌈"
-        tokens += word or [Fraction(number) if number else known or other.lstrip("\\") or other]
+            mark = "⌉" if closes else "⌈"
+        constant = letter if letter in CONSTANTS else ""
+        tokens.append(known or constant or mark or f"⟨{letter or name}⟩")
     return tokens
 
 
-@lru_cache(256)
-def variable(name: str) -> tuple:
-    """A letter's values at the PLACES, independent of every other letter's."""
-    draw = random.Random(name)
-    values = [draw.uniform(0.3, 2.7) * draw.choice([-1, 1]) for _ in range(PLACES)]
-    return abs(values[0]), *values[1:-1], cmath.rect(draw.uniform(0.8, 1.2), draw.uniform(0.01, 0.05))
+# the parser: `tokens` is a stack, the next one last
 
 
-def at_places(*operands) -> list[tuple]:
-    return [operand if isinstance(operand, tuple) else (operand,) * PLACES for operand in operands]
-
-
-def each(apply: Callable, *operands):
-    """An operation on numbers, or at each of the places."""
-    if not any(isinstance(operand, tuple) for operand in operands):
-        return bounded(apply(*operands))
-    return tuple(at_place(apply, *numbers) for numbers in zip(*at_places(*operands)))
-
-
-def at_place(apply: Callable, *numbers):
-    """The value at one place; nan where there is none, or one out of bounds: others remain."""
-    try:
-        return bounded(apply(*numbers))
-    except ArithmeticError:
-        return math.nan
-
-
-def bounded(value):
-    """A number that is small enough for comparing not to overflow."""
-    if 1e-90 < abs(value) < 1e90 or abs(value) in (0, math.inf):
-        return value
-    raise OverflowError("out of bounds")
-
-
-def read_claims(tokens: list) -> list[Claim]:
-    """Claims with commas between, or the terms of a ratio. `tokens`: a stack, the next one last."""
-    claims, separators = [read_claim(tokens)], set()
-    while tokens[-1] in (",", ":"):
-        separators.add(tokens.pop())
+def read_claims(tokens) -> list[Claim]:
+    """Claims with commas between."""
+    claims = [read_claim(tokens)]
+    while tokens[-1] == ",":
+        tokens.pop()
         claims.append(read_claim(tokens))
-    if len(separators) > 1:
-        raise ValueError("a list and a ratio")
-    ratio = Group(":", claims)
-    return [Claim(None, ratio, ratio)] if ":" in separators else claims
+    return claims
 
 
-def read_claim(tokens: list) -> Claim:
-    """A value that may be worked out (x = 1 + 2 = 3, 1/3 ≈ 0.33), else two sides."""
-    name = tokens.pop()[1:-1] or None if str(tokens[-1])[0] == "⟨" else None
-    sides, signs = [read_terms(tokens)], [""]
+def as_group(brackets, claims) -> Group:
+    if any(claim.sign or claim.name for claim in claims):
+        raise ValueError("a relation between brackets")
+    return Group(brackets, [claim.values[0] for claim in claims])
+
+
+def read_claim(tokens) -> Claim:
+    """A value that may be worked out (x = 1 + 2 = 3, 1/3 ≈ 0.33), a letter's interval, else two
+    sides."""
+    sides, signs = [read_terms(tokens)], ""
     while tokens[-1] in RELATIONS:
-        signs.append(tokens.pop())
+        signs += tokens.pop()
         sides.append(read_terms(tokens))
-    first, last, sign = sides[0], sides[-1], signs[-1]
-    worked_out = all(side is last or same_or_rounded(side, last, sign) for side in sides)
-    if worked_out and {*signs} <= {"", "=", "≈"}:
-        return Claim(name, first, last)
-    if len(sides) != 2 or name or sign == "≈":
-        raise ValueError("sides that differ")
-    if sign in (">", "≥"):
-        first, last, sign = last, first, {">": "<", "≥": "≤"}[sign]
-    return Claim(None, each(sub, last, first), None, sign)
+    if signs and signs[0] in ">≥":
+        sides, signs = sides[::-1], signs[::-1].translate(UPWARDS)
+    letters = [side for side in sides if isinstance(side, Letter)]
+    values = [side for side in sides if not isinstance(side, Letter)]
+    if not signs:
+        return Claim(sides)
+    if len(letters) < 2 and {*signs} <= {*"=≈"}:
+        if all(rounds_to(value, values[-1]) for value in values):
+            return Claim([values[0], values[-1]], *letters)
+    if len(letters) == 1 and {*signs} <= {*"<≤"} and all(map(is_constant, values)):
+        return Claim([as_interval(sides, signs)], *letters)
+    left, right = sides  # if there are more, they differ: ValueError
+    difference = each(sub, right, left)
+    if is_constant(difference):
+        raise ValueError("a relation of numbers, as in 17 ≈ 18")
+    return Claim([difference], sign=signs)
 
 
-def same_or_rounded(value, rounded, sign: str) -> bool:
+def as_interval(sides, signs) -> Group:
+    """x < 2 as (-infty, 2)."""
+    if isinstance(sides[0], Letter):
+        sides, signs = [everywhere(-math.inf), *sides], "<" + signs
+    if isinstance(sides[-1], Letter):
+        sides, signs = [*sides, everywhere(math.inf)], signs + "<"
+    low, _, high = sides
+    return Group(OPENING[signs[0]] + CLOSING[signs[1]], [low, high])
+
+
+def rounds_to(value, rounded) -> bool:
     """Whether a value is another, or is that when rounded to its decimals."""
-    if same_value(value, rounded):
-        return True
-    if not isinstance(rounded, Fraction) or isinstance(value, tuple | Group) or not is_real(value):
-        return False
-    decimals = [k for k in range(sign != "≈", 16) if round(rounded, k) == rounded]
-    return bool(decimals) and round(Fraction(value.real), decimals[0]) == rounded
+    number, short = real_number(value), real_number(rounded)
+    if same_value(value, rounded) or number is None or short is None:
+        return same_value(value, rounded)
+    return round(number, len(str(short).partition(".")[2])) == short
 
 
-def read_terms(tokens: list, rank: int = 1):
+def read_terms(tokens, rank=1):
     """What operators of at least `rank` join (precedence climbing). Side by side is a product, but
     not before a number."""
     value = read_atom(tokens)
     while tokens[-1] not in ENDS:
         token = tokens[-1]
-        if isinstance(token, Fraction):
+        if token[0].isdigit():
             raise ValueError("two numbers side by side")
-        own_rank, apply = OPERATORS.get(token, OPERATORS["*"])
+        own_rank, next_rank, apply = OPERATORS.get(token, OPERATORS["*"])
         if own_rank < rank:
             break
         if token in OPERATORS:
             tokens.pop()
-        value = each(apply, value, read_terms(tokens, own_rank + (apply is not power)))
+        value = each(apply, value, read_terms(tokens, next_rank))
     return value
 
 
-def read_atom(tokens: list):
-    """A number, a letter, a bracket or a function, and the signs behind it. Degrees and percents do
-    not count."""
+def read_atom(tokens):
+    """A number, a letter, a bracket or a function, with what stands behind it: degrees do not
+    count."""
     token = tokens.pop()
-    if token in ("+", "-", "pm", "mp"):
+    if token in "+-":
         value = read_terms(tokens, 3)  # -2^2 is -4
-        return each(neg, value) if token in ("-", "mp") else value
-    if isinstance(token, Fraction):
-        value = bounded(token)
+        return each(neg, value) if token == "-" else value
+    if token[0].isdigit():
+        value = everywhere(Fraction(token))
+    elif token[0] == "⟨":
+        value = variable(token)
     elif token in BRACKETS:
         value = read_brackets(tokens, token)
-    elif token == "frac":
-        value = each(truediv, read_atom(tokens), read_atom(tokens))
+    elif token in BINARY:
+        value = each(BINARY[token], read_atom(tokens), read_argument(tokens, token))
     elif token in FUNCTIONS:
         value = read_function(tokens, token)
-    elif token in CONSTANTS:
-        value = CONSTANTS[token]
-    elif token and (token[0].isalpha()):
-        value = variable(re.sub("[{}]", "", token))
     else:
-        raise ValueError(f"{token} is no number")
-    while tokens[-1] in ("°", "%", "!"):
+        value = everywhere(CONSTANTS[token])
+    while tokens[-1] in "°!":
         if tokens.pop() == "!":
             value = each(factorial, value)
     return value
 
 
-def read_brackets(tokens: list, opening: str):
+def read_brackets(tokens, opening):
     """The value between brackets or bars; several values as a group."""
     parts, closing = read_claims(tokens), tokens.pop()
-    if closing is None or closing not in BRACKETS[opening]:
+    if closing not in BRACKETS[opening]:
         raise ValueError("unbalanced brackets")
-    part = parts[0]
-    single = len(parts) == 1 and not part.sign and not part.name
-    single = single and opening + closing not in ("[)", "(]")
-    if opening == "⌈":
-        return each(abs, part.value if single else None)
-    return part.value if single else Group(opening + closing, parts)
+    group = as_group(opening + closing, parts)
+    value = group if len(parts) > 1 else group.parts[0]
+    return each(abs, value) if opening == "⌈" else value
 
 
-def read_function(tokens: list, name: str):
-    """sin x, sin^2 x, a root's degree or a logarithm's base in square brackets; an angle in degrees
-    is taken as such."""
-    index = read_atom(tokens) if tokens[-1] == "[" and name in ("sqrt", "log") else None
-    exponent, degrees = None, tokens.count("°")
+def read_function(tokens, name):
+    """sin x or sin^2 x; an angle in degrees is taken as such."""
+    exponent = everywhere(Fraction(1))
     if tokens[-1] == "^":
         tokens.pop()
         exponent = read_atom(tokens)
+    degrees = tokens.count("°")
     value = read_argument(tokens, name)
     if tokens.count("°") < degrees:
-        value = each(mul, value, math.pi / 180)
-    if name == "sqrt" and index is not None:
-        return each(root, value, index)
-    value = each(FUNCTIONS[name], each(principal, value))
-    if index is not None:
-        value = each(truediv, value, each(cmath.log10, each(principal, index)))
-    return value if exponent is None else each(power, value, exponent)
+        value = each(mul, value, everywhere(math.pi / 180))
+    return each(power, each(FUNCTIONS[name], value), exponent)
 
 
-def read_argument(tokens: list, name: str):
+def read_argument(tokens, name):
     """What brackets hold, else factors side by side: the 2x of sin 2x cos x."""
-    if tokens[-1] in BRACKETS or name == "sqrt":
+    if tokens[-1] in BRACKETS or name in ("sqrt", "frac", "binom", "root"):
         return read_atom(tokens)
     value = read_terms(tokens, 3)
-    while isinstance(tokens[-1], str) and tokens[-1][0].isalpha() and tokens[-1] not in FUNCTIONS:
+    while tokens[-1][0] == "⟨" or tokens[-1] in ("pi", "frac"):
         value = each(mul, value, read_terms(tokens, 3))
     return value
 
 
-def principal(value) -> complex:
-    """Without a negative zero as imaginary part, which would take the other branch of a root."""
-    return complex(value.real) if value.imag == 0 else value
+# arithmetic at the places
+
+
+@lru_cache(256)
+def variable(name: str) -> Letter:
+    """A letter's values at the PLACES, independent of every other letter's."""
+    draw = random.Random(name)
+    either_sign = [draw.uniform(-2.7, 2.7) for _ in range(PLACES - 2)]
+    turned = cmath.rect(draw.uniform(0.8, 1.2), draw.uniform(0.01, 0.05))
+    return Letter([draw.uniform(0.3, 2.7), *either_sign, turned])
+
+
+def everywhere(number) -> tuple:
+    return (number,) * PLACES
+
+
+def each(apply, *values) -> tuple:
+    """An operation at each of the places."""
+    return tuple(at_place(apply, *numbers) for numbers in zip(*values))
+
+
+def at_place(apply, *numbers):
+    """The result at one place, real where it is; nan where there is none, or one that comparing
+    could overflow: others remain."""
+    try:
+        result = apply(*numbers)
+        size = abs(result)
+    except (ArithmeticError, ValueError):
+        return math.nan
+    if 1e-90 < size < 1e90 or size in (0, math.inf):
+        # no -0j, which would take the other branch of a root
+        return result if result.imag else result.real
+    return math.nan
 
 
 def power(base, exponent):
     """Exact for small whole exponents, else in floating point, where what is huge overflows at
-    once."""
-    exact = isinstance(base, Fraction) and isinstance(exponent, Fraction)
+    once. The cube root of -8 is -2."""
+    if not isinstance(exponent, Fraction) or isinstance(base, complex):
+        return complex(base) ** complex(exponent)
+    if base < 0 and exponent.denominator % 2 == 1:
+        size = power(-base, exponent)
+        return -size if exponent.numerator % 2 == 1 else size
+    exact = isinstance(base, Fraction) and base.denominator < 10 ** 9
     if exact and exponent.denominator == 1 and abs(exponent) <= 64:
-        bits = base.numerator.bit_length() + base.denominator.bit_length()
-        if abs(exponent) * bits <= 2000:
-            return base ** int(exponent)
-    return principal(base) ** principal(exponent)
-
-
-def root(value, degree):
-    """The cube root of -8 is -2."""
-    if is_real(value) and value.real < 0 and degree % 2 == 1:
-        return -power(-value, 1 / degree)
-    return power(value, 1 / degree)
+        return base ** exponent
+    return complex(base) ** complex(exponent)
 
 
 def factorial(value) -> Fraction:
-    if not isinstance(value, Fraction) or value.denominator > 1 or not 0 <= value <= 50:
+    if value not in range(51):
         raise ValueError("no small whole number")
     return Fraction(math.factorial(int(value)))
 
 
-OPERATORS = {"+": (1, add), "-": (1, sub), "pm": (1, add), "mp": (1, sub), "*": (2, mul), "/": (2, truediv),
-             "^": (3, power), "**": (3, power)}
-
+# each with its rank, and that of what stands behind it
+OPERATORS = {"+": (1, 2, add), "-": (1, 2, sub), "*": (2, 3, mul), "/": (2, 3, truediv),
+             "^": (3, 3, power)}
 
 
 # The embedded world: pictures of shapes, and questions whose need for the picture is known
@@ -2665,9 +2604,9 @@ def read_json(path: Path, shape: Mapping, remedy: str) -> dict:
 
 
 def has_shape(value, shape) -> bool:
-    """Whether a value from JSON is of this type, text of this pattern, a list of this, or a mapping
-    with such values."""
-    if isinstance(shape, type):
+    """Whether a value from JSON is of this type (or one of these), text of this pattern, a list of
+    this, or a mapping with such values."""
+    if isinstance(shape, type | tuple):
         return isinstance(value, shape)
     if isinstance(shape, re.Pattern):
         return isinstance(value, str) and shape.fullmatch(value) is not None

@@ -2,10 +2,8 @@
 """Stage 4: every policy, and the base it came from, on every benchmark, clean and damaged.
 
 Greedy decoding; the same prompts, batches and grader for all. Beside right or wrong each answer keeps
-what tells seeing from guessing: its form, its length, whether it was cut, and how likely the gold
-answer was where the policy gave its own. The difference of that between a clean and a blank picture
-is the visual information, in nats. Along each answer to an intact question it is told token by
-token: which words came from the picture, and which from habit.
+its form, its length and whether it was cut. Of each token of an answer to an intact question it keeps
+the visual information, in nats: which words came from the picture, and which from habit.
 
 Training questions are asked too, clean and damaged as in training: the paper's settings S1 to S8
 (arXiv 2604.03179) cross how a policy was trained with how it is asked and whether it knows the
@@ -266,7 +264,6 @@ def answer(policy: Policy, questions: Sequence[Question], encoded: Sequence[tupl
         done = train.generate(policy, cache, max_new_tokens)
         responses, grades = train.grade_completions(
             policy, questions, done, box_only=False)
-        golds = gold_logprobs(policy, cache, questions, responses, micro_batch_tokens)
         if draws is not None:
             drawn = train.generate(policy, cache, max_new_tokens, draws)
             _, drawn_grades = train.grade_completions(policy, questions, drawn, box_only=False)
@@ -280,7 +277,7 @@ def answer(policy: Policy, questions: Sequence[Question], encoded: Sequence[tupl
                "needs_image": question["needs_image"], "response": responses[i],
                "answer": grade.answer, "gold": question["answer"], "correct": grade.correct,
                "well_formed": grade.well_formed, "truncated": not done.finished[i].item(),
-               "tokens": length, "gold_logprob": round(golds[i], 4)}
+               "tokens": length}
         if prepare.opens_think(policy.tokenizer):  # for a later grader, which sees no tokenizer
             row["think_opened"] = True
         if len(encoded) == 2:
@@ -294,49 +291,7 @@ def answer(policy: Policy, questions: Sequence[Question], encoded: Sequence[tupl
     return rows
 
 
-# What an answer is worth beside right or wrong: log-probabilities, in nats.
-
-
-def gold_logprobs(policy: Policy, cache: train.PromptCache, questions: Sequence[Question],
-                  responses: Sequence[str], micro_batch_tokens: int) -> list[float]:
-    """log p(gold answer | question, the policy's own reasoning), teacher-forced in its own box.
-
-    The reasoning is the greedy one, and stands for the sum over all that might have been reasoned.
-    """
-    pairs = []
-    for question, response in zip(questions, responses):
-        gold = prepare.gold_texts(question)[0]
-        pairs.append(split_gold(response, gold, policy.tokenizer))
-    texts = [head + gold for head, gold in pairs]
-    lengths = [cache.mask.shape[1] + len(text) for text in texts]
-    nats = [0.0] * len(pairs)
-    for rows in train.micro_batches(range(len(pairs)), lengths, micro_batch_tokens):
-        tokens = torch.full((len(rows), len(texts[rows[0]])), policy.tokenizer.pad_token_id)
-        for line, row in zip(tokens, rows):
-            line[:len(texts[row])] = torch.tensor(texts[row])
-        owners = torch.tensor(rows, device=policy.device)
-        logprobs = train.score_tokens(policy, cache, owners, tokens.to(policy.device))
-        for line, row in zip(logprobs, rows):
-            head, gold = pairs[row]
-            nats[row] = line[len(head):len(head) + len(gold)].sum().item()
-    return nats
-
-
-def split_gold(response: str, gold: str, tokenizer) -> tuple[list[int], list[int]]:
-    """Tokens up to the gold answer, and those of the gold in its box.
-
-    Tokenised as one text, for `{D` may be a single token. The closing brace belongs to the answer:
-    without it, gold 1 would also be paid for 12.
-    """
-    before, box, _ = response.rpartition("\\boxed{")
-    prefix = (before if box else response) + "\\boxed{"  # without a box, one is opened at the end
-    head, whole = (
-        tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        for text in (prefix, prefix + gold + "}"))
-    same = 0
-    while same < len(head) and head[same] == whole[same]:
-        same += 1
-    return whole[:same], whole[same:]
+# Which words came from the picture.
 
 
 def token_information(policy: Policy, blank: train.PromptCache, done: train.Completions,

@@ -25,7 +25,7 @@ import re
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
 from statistics import NormalDist
@@ -511,6 +511,8 @@ def observe(panel: "Panel", policy: str) -> dict:
     """
     right = {name: panel.column(policy, name, "correct") for name in panel.answers[policy]}
     found = {("accuracy", name): Observed("accuracy", x) for name, x in right.items()}
+    for name, rows in panel.sampled.get(policy, {}).items():
+        found["accuracy", name] = Observed("accuracy", np.array([row["correct"] for row in rows], float))
     with_picture = panel.weights @ right["clean"]
     with_picture[with_picture == 0] = np.nan  # then there is no ratio
     for name in panel.withouts:
@@ -1131,7 +1133,7 @@ def check_shapes(panel: "Panel") -> list:
 
 
 ROW = {"id": str, "response": str, "answer": (str, type(None)), "gold": str, "correct": bool,
-       "well_formed": bool, "truncated": bool, "tokens": int, "gold_logprob": (int, float),
+       "well_formed": bool, "truncated": bool, "tokens": int,
        "made_from": dict}
 TOKENS = {"token_texts": [str], "token_nats": [(int, float)]}
 
@@ -1144,6 +1146,8 @@ class Panel:
     answers: dict[str, dict]      # policy -> input -> n rows of stage 4
     weights: np.ndarray           # (R, n)
     shown: dict[str, np.ndarray]  # input -> (n,): what its swapped picture says, "" where nobody knows
+    # policy -> input that was asked of fewer questions -> rows
+    sampled: dict[str, dict] = field(default_factory=dict)
 
     @property
     def strata(self) -> np.ndarray:
@@ -1153,7 +1157,8 @@ class Panel:
 
     @property
     def inputs(self) -> list:
-        return sorted(set().union(*self.answers.values()), key=input_order)
+        asked = [*self.answers.values(), *self.sampled.values()]
+        return sorted(set().union(*asked), key=input_order)
 
     @property
     def withouts(self) -> list:
@@ -1233,7 +1238,7 @@ def read_benchmarks(data, study, resamples, seen: Seen) -> list:
             continue
         for policy in sorted({"base"} | policies):
             clean = data / "answers" / policy / source / "clean.jsonl"
-            if clean not in files:
+            if not clean.exists():
                 raise UserError(f"{clean} is missing: run 04_evaluate.py --data {data}")
         panels.append(read_panel(data, study, source, files, resamples, seen))
         if source in CLUSTERED:
@@ -1261,6 +1266,7 @@ def read_panel(data, study, source, files, resamples, seen: Seen) -> Panel:
         raise UserError(f"{data / 'answers'}: some answers to {source} were cut after "
                         f"{' tokens, others after '.join(sorted(cuts))}: {again}")
     records = {name: records_of(data, source, name) for name in {"clean"} | {name for _, name in given}}
+    sampled = take_sampled(given)
     ids = [i for i in records["clean"] if all(i in rows for rows in given.values())]
     if not ids:
         raise UserError(f"{data / 'answers'}: no question of {source} has an answer of every policy under "
@@ -1281,7 +1287,24 @@ def read_panel(data, study, source, files, resamples, seen: Seen) -> Panel:
     shown = {name: np.array([canonical(records[name][i]["shown_answer"]) for i in ids])
              for name in ("edited", "kept") if all(name in inputs for inputs in answers.values())}
     weights = resample(len(ids), resamples, study["seed"], source)
-    return Panel(source, questions, answers, weights, shown)
+    return Panel(source, questions, answers, weights, shown, sampled)
+
+
+def take_sampled(given) -> dict:
+    """Take out of `given` the inputs that every policy was asked about fewer questions than about
+    clean pictures, as stage 4 does where no sentence rests on an input: policy -> input -> rows, on
+    the questions that all policies have there."""
+    asked = defaultdict(dict)  # input -> policy -> id -> row
+    for (policy, name), rows in given.items():
+        asked[name][policy] = rows
+    sampled = {}
+    for name, by_policy in asked.items():
+        if all(rows.keys() < given[policy, "clean"].keys() for policy, rows in by_policy.items()):
+            common = sorted(set.intersection(*(set(rows) for rows in by_policy.values())))
+            for policy in by_policy:
+                rows = given.pop((policy, name))
+                put(sampled, [rows[i] for i in common], policy, name)
+    return sampled
 
 
 def records_of(data, source, name) -> dict:

@@ -70,9 +70,9 @@ def test_training_reads_one_box_and_a_score_reads_all_as_one_answer(prepare):
 
 def test_each_benchmark_has_one_rule_for_its_own_types(prepare):
     assert set(prepare.BENCHMARKS) == {"mathvista", "mmmu", "scienceqa", "mathvision", "mathverse", "wemath"}
-    for source, rule in prepare.BENCHMARKS.items():
+    for source, rules in prepare.BENCHMARKS.items():
         assert prepare.grade("The answer is (B).", question("choice", "B", ["12", "14"], source=source)).correct
-        assert prepare.grade("So the answer is 4.", question("math", "4", source=source)).correct is ("math" in rule.types)
+        assert prepare.grade("So the answer is 4.", question("math", "4", source=source)).correct is ("math" in rules)
 
 
 @pytest.mark.parametrize("answer_type", ["integer", "float", "math", "text", "open", "choice", "list"])
@@ -353,8 +353,8 @@ def test_a_conclusion_is_nearer_than_the_sentence_around_it(prepare):
 
 @pytest.mark.parametrize("response, answer", [
     ("There are two bags with at least 60 buttons.", "2"), ("Three of them are larger than 4.", "3"), ("It has 5 legs, one of two.", "5"),
-    ("More than 7.", "7"), ("One of them.", None)])
-def test_number_words_count_where_an_llm_extracts(prepare, response, answer):
+    ("More than 7.", None), ("One of them.", None)])
+def test_number_words_count_and_bounds_do_not(prepare, response, answer):
     assert prepare.grade(response, question("integer", "1", source="mathvista")).answer == answer
     assert prepare.grade("There are two.", question("integer", "2", source="shapes")).answer is None
 
@@ -440,7 +440,7 @@ KINDS = [
      [r"90-\alpha", "90°-α", r"90^{\circ} - \alpha"],
      ["90", r"180-\alpha", "90-a"]),
     ("math", "(3,-1)",
-     ["(3, -1)", r"\left( 3,-1 \right)", "(3.0,-1)", "(6/2, -1)"],
+     ["(3, -1)", r"\left( 3,-1 \right)", "(3.0,-1)", "(6/2, -1)", "3,-1"],
      ["(-1,3)", "[3,-1]", "3", "(3,1)", "-1,3", "(3,-1,0)", "[3,-1)"]),
     ("math", "(1,000,2)",
      ["(1,0,2)"],
@@ -586,6 +586,30 @@ KINDS = [
     ("open", "Na",
      ["Na"],
      ["Na+"]),
+    ("open", "Na+",
+     ["Na+", r"\text{Na}+", r"\mathrm{Na}+"],
+     ["Na", "Na-", "K+"]),
+    ("math", "10",
+     [r"\binom{5}{2}", r"\dbinom52", r"\binom 5 3", "5!/(3!2!)"],
+     [r"\binom{2}{5}", r"\frac52", r"\binom{5}{1}"]),
+    ("math", "m+1",
+     ["1+m"],
+     ["1"]),
+    ("math", "97",
+     [r"m\angle A = 97^\circ", "m∠ABC = 97", "e = 97", "AB = 97", "f(2) = 97"],
+     [r"m\angle A = 96", "AB = CD"]),
+    ("math", r"-2",
+     [r"\sqrt[3]{-8}", "-8^{1/3}", "(-8)^{1/3}"],
+     [r"\sqrt{-8}", "2"]),
+    ("math", r"17.4 \approx 17.32",
+     [],
+     [r"10\sqrt3 \approx 18", "17.32", "1 = 2"]),
+    ("math", "e=0.5",
+     ["0.5", "e = 1/2"],
+     ["e", "i = 0.5", "2e"]),
+    ("math", "2^{60}",
+     ["1152921504606846976"],
+     ["1152921504606846977", "2^{60}+1"]),
     ("text", ".25",
      [".25", "0.25"],
      ["25"]),
@@ -864,10 +888,13 @@ def test_no_field_of_a_question_raises(prepare, about, response, reward):
 def test_a_million_hostile_characters_in_a_question_take_no_time(prepare, kind, piece):
     text = piece * (1_000_000 // len(piece))
     for about in (question(kind, text, [text, "B"], source="mathvista"), question(kind, "B", [text, "B"], source="mathvista")):
-        start = time.process_time()
-        prepare.grade("\\boxed{B}", about)
-        prepare.grade("The answer is B.", about)
-        assert time.process_time() - start < 0.1  # of two
+        times = []
+        for _ in range(2):  # the better of two: a full garbage collection may fall into one
+            start = time.process_time()
+            prepare.grade("\\boxed{B}", about)
+            prepare.grade("The answer is B.", about)
+            times.append(time.process_time() - start)
+        assert min(times) < 0.1  # of two responses
 
 
 PIECES = st.lists(

@@ -23,16 +23,13 @@ def config(evaluate, data, **changes):
     return evaluate.Config(**{"data": str(data), "workers": 1, "policies": ["base"], "corruptions": ["clean"], "splits": ["test"], "max_new_tokens": 24} | changes)
 
 
-def without_logprobs(rows):
-    return [{key: value for key, value in row.items() if key != "gold_logprob"} for row in rows]
-
-
 @pytest.mark.parametrize("memory", [{"cache_gb": 0.003}, {"cache_gb": 1e-9}, {"memory_gb": 0.45}])
 def test_batches_change_no_answer(study, evaluate, data, memory):
     key = ("base", "shapes", "clean")
     again = evaluate.main(config(evaluate, data, **memory))[key]
-    assert without_logprobs(again) == without_logprobs(study[1][key])
-    assert [row["gold_logprob"] for row in again] == pytest.approx([row["gold_logprob"] for row in study[1][key]], abs=1e-3)
+    for row, expected in zip(again, study[1][key], strict=True):
+        assert row.pop("token_nats") == pytest.approx(expected["token_nats"], abs=2e-3)
+        assert row == {name: value for name, value in expected.items() if name != "token_nats"}
 
 
 @pytest.mark.parametrize("call", range(6))
@@ -159,27 +156,6 @@ def test_limit_takes_the_same_share_of_every_group(evaluate, data):
     assert len(rows) == 10 and {groups.count(group) for group in groups} == {2}
 
 
-def test_gold_logprob_is_that_of_a_plain_forward(study, evaluate, prepare, train):
-    """One sequence a question, through the model's own forward: sum of log p over the gold's tokens, behind the policy's own reasoning."""
-    data, answers, _ = study
-    record = json.loads((data / "study.json").read_text())
-    policy = train.load_policy(str(data / "model"), record["max_pixels"], {"standard-s0": data / "policies" / "standard-s0"})
-    questions = {q["id"]: q for q in prepare.read_questions(data / "questions" / "shapes.parquet", "")}
-    for row in answers["standard-s0", "shapes", "clean"][::9]:
-        prompt = policy.encode(questions[row["id"]])
-        head = row["response"].rpartition("\\boxed{")[0] or row["response"]
-        whole = policy.tokenizer(head + "\\boxed{" + row["gold"] + "}", add_special_tokens=False)["input_ids"]
-        before = max(k for k in range(len(whole)) if (head + "\\boxed{").startswith(policy.tokenizer.decode(whole[:k])))
-        gold = whole[before:]  # `{D` may be one token: it belongs to the gold
-        ids = torch.tensor([prompt.input_ids + whole])
-        with torch.no_grad():
-            logits = policy.model(input_ids=ids, pixel_values=prompt.pixel_values, image_grid_thw=prompt.image_grid_thw, use_cache=False,
-                                  mm_token_type_ids=(ids == policy.full.config.image_token_id).int()).logits[0, -len(gold) - 1:-1].float()
-        logits[:, policy.banned] = -torch.inf
-        expected = logits.log_softmax(-1)[range(len(gold)), gold].sum().item()
-        assert row["gold_logprob"] == pytest.approx(expected, abs=2e-3)
-
-
 def test_information_of_tokens_is_the_difference_of_two_plain_forwards(study, evaluate, prepare, train):
     """Whole sequences, picture and blank, through the model's own forward; the recorded rows have the same numbers and all of the text."""
     data, answers, _ = study
@@ -228,15 +204,6 @@ def test_the_word_that_depends_on_the_picture_has_the_information_and_the_form_h
     for nats in found:
         assert 0.35 < nats[letter] < 2 and all(abs(x) < 0.1 for i, x in enumerate(nats) if i != letter)
     assert 0 < sum(math.exp(-nats[letter]) for nats in found) < 1.05  # what a blank picture leaves for A and for B
-
-
-@pytest.mark.parametrize("gold", ["D", "yes", "3", "12", "\\frac{1}{2}", "a, b"])
-def test_a_right_answer_is_scored_along_the_very_tokens_of_its_response(evaluate, prepare, study, gold):
-    tokenizer, _ = prepare.load_processors(str(study[0] / "model"), 112 * 112)
-    response = f"<think>I see: so {gold}.</think>\\boxed{{{gold}}}"
-    head, answer = evaluate.split_gold(response, gold, tokenizer)
-    assert head + answer == tokenizer(response)["input_ids"] and tokenizer.decode(answer).endswith(gold + "}")
-    assert tokenizer.decode(head).endswith("\\boxed") or tokenizer.decode(head).endswith("{")
 
 
 def test_fewer_questions_leave_the_file_and_another_grader_gives_other_verdicts(evaluate, prepare, data, monkeypatch):

@@ -45,7 +45,7 @@ def simulated_answer(question, donor_answer, name, rng, sees, reads, formed):
     probability = quality if answer == question["answer"] else 0.05
     return {"id": question["id"], "group": question["group"], "needs_image": question["needs_image"], "response": response,
             "answer": answer if good else None, "gold": question["answer"], "correct": good and answer == question["answer"],
-            "well_formed": good, "truncated": rng.random() < 0.02, "tokens": len(response) // 4, "gold_logprob": math.log(probability)}
+            "well_formed": good, "truncated": rng.random() < 0.02, "tokens": len(response) // 4}
 
 
 def make_study(data, prepare, corrupt, policies=POLICIES, names=("blank", "removed", "mismatch"), limit=100, steps=30, trained=()):
@@ -538,6 +538,19 @@ def test_accuracy_is_what_the_files_say(results, study):
             assert cell["ci95"][0] < cell["accuracy"] < cell["ci95"][1]
 
 
+def test_an_input_asked_of_a_sample_takes_no_question_from_the_others(report, results, copy, prepare):
+    kept = {}
+    for path in copy.glob("answers/*/shapes/removed.jsonl"):
+        rows = sorted(prepare.read_jsonl(path), key=lambda row: row["id"])[:30]
+        prepare.write_jsonl(path, rows)
+        kept[path.parent.parent.name] = sum(row["correct"] for row in rows)
+    found = run(report, copy)["accuracy"]
+    for policy, right in kept.items():
+        there = found[policy]["shapes"]
+        assert (there["removed"]["n"], there["removed"]["correct"]) == (30, right)
+        assert there["clean"] == results["accuracy"][policy]["shapes"]["clean"]
+
+
 def test_every_number_has_its_n_and_interval(study, results):
     def walk(x):
         if isinstance(x, dict):
@@ -632,7 +645,7 @@ def test_the_fingerprint_is_of_the_answers_alone(seeds_results, seeds_study, rep
     found = seeds_results["fingerprint"]
     assert found == hashlib.sha256(b"".join(sorted(lines))).hexdigest()
     data = shutil.copytree(seeds_study, tmp_path / "data")
-    for change, same in ((lambda row: row | {"tokens": 99, "gold_logprob": -1.0}, True), (lambda row: row | {"response": "other"}, False)):
+    for change, same in ((lambda row: row | {"tokens": 99}, True), (lambda row: row | {"response": "other"}, False)):
         rewrite(data, "base", "blank", lambda rows: [change(row) for row in rows[::-1]])
         assert (run(report, data)["fingerprint"] == found) is same
     (tmp_path / "README.md").write_text(f"as in {found[:16]}")
