@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, Qwen2_5_VLProcessor
 
-from conftest import ROOT, tiny_model
+from conftest import ROOT, VISION, tiny_model
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 ELSEWHERE = README.partition("## Outgrowing the kit\n")[2].partition("\n## ")[0]
@@ -66,7 +66,8 @@ def check_served(folder, layers, max_rank):
     assert sorted(settings["target_modules"]) == sorted(SERVED)  # SGLang: a list, not a regular expression
     assert settings["exclude_modules"] == ".*visual.*"
     assert settings["r"] <= max_rank and settings["lora_alpha"] == 2 * settings["r"] and settings["bias"] == "none"
-    assert not any(settings[name] for name in ("use_dora", "use_rslora", "modules_to_save", "rank_pattern", "alpha_pattern"))
+    for name in ("use_dora", "use_rslora", "lora_bias", "modules_to_save", "rank_pattern", "alpha_pattern"):
+        assert not settings[name]
     expected = {(f"language_model.model.layers.{layer}.{packed.partition('.')[0]}.{part}", matrix)
                 for layer in range(layers) for part, packed in SERVED.items() for matrix in "AB"}
     assert {name_in_vllm(name) for name in matrices} == expected and len(matrices) == len(expected)
@@ -231,7 +232,8 @@ def as_trl(messages, images):
 @pytest.mark.parametrize("name", ["blank", "misleading", "removed"])
 def test_the_prompts_there_are_those_of_the_kit(prepare, study_folder, mapped, processor, rows, messages_of, name):
     """To the token, pictures included."""
-    originals = {row["id"]: row for row in prepare.read_questions(study_folder / "corrupted" / "shapes" / f"{name}.parquet", "")}
+    table = prepare.read_questions(study_folder / "corrupted" / "shapes" / f"{name}.parquet", "")
+    originals = {row["id"]: row for row in table}
     for row in getattr(mapped(name), rows):
         messages = messages_of(row["prompt"], row["images"])
         text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -245,7 +247,8 @@ def test_the_prompts_there_are_those_of_the_kit(prepare, study_folder, mapped, p
 def test_what_verl_reads_survives_its_file(mapped, tmp_path):
     rows = mapped().verl_rows
     rows.to_parquet(tmp_path / "train.parquet")
-    table = datasets.load_dataset("parquet", data_files=str(tmp_path / "train.parquet"), split="train", cache_dir=str(tmp_path / "read"))
+    table = datasets.load_dataset("parquet", data_files=str(tmp_path / "train.parquet"), split="train",
+                                  cache_dir=str(tmp_path / "read"))
     assert len(table) == len(rows) > 0
     for row, original in zip(table, rows):
         assert all(row[name] == original[name] for name in ("prompt", "data_source", "reward_model"))
@@ -265,17 +268,18 @@ def test_trl_trains_on_the_mapped_questions(prepare, base_folder, mapped, proces
         asked.extend(zip(id, answer))
         return [float(number % 2) for number in range(len(completions))]
 
-    tokenizer = processor.tokenizer
-    unwanted = [*tokenizer.convert_tokens_to_ids(["<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"])]
     model = AutoModelForImageTextToText.from_pretrained(base_folder, dtype=torch.float32)
-    unwanted += range(len(tokenizer), model.get_input_embeddings().num_embeddings)
+    # random weights would draw tokens of pictures, and such as the tokenizer has not
+    unused = range(len(processor.tokenizer), model.get_input_embeddings().num_embeddings)
+    unwanted = [*processor.tokenizer.convert_tokens_to_ids(VISION), *unused]
     trainer = GRPOTrainer(
         model=model, train_dataset=rows, processing_class=processor, reward_funcs=reward,
         peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"], exclude_modules=".*visual.*"),
         args=GRPOConfig(
-            output_dir=str(tmp_path / "trl"), max_steps=2, per_device_train_batch_size=4, num_generations=2, max_completion_length=8,
-            learning_rate=1e-3, bf16=False, use_cpu=True, gradient_checkpointing=False, save_strategy="no", report_to=[],
-            logging_steps=1, disable_tqdm=True, dataloader_pin_memory=False, generation_kwargs={"suppress_tokens": unwanted}))
+            output_dir=str(tmp_path / "trl"), max_steps=2, per_device_train_batch_size=4, num_generations=2,
+            max_completion_length=8, learning_rate=1e-3, bf16=False, use_cpu=True, gradient_checkpointing=False,
+            save_strategy="no", report_to=[], logging_steps=1, disable_tqdm=True, dataloader_pin_memory=False,
+            generation_kwargs={"suppress_tokens": unwanted}))
     before = {name: value.clone() for name, value in trainer.model.named_parameters() if value.requires_grad}
     trainer.train()
     losses = [row for row in trainer.state.log_history if "loss" in row]
@@ -296,27 +300,28 @@ def test_edits_are_for_asking_not_for_training(train, prepare, study_folder, nam
 
 # A night or a weekend: what the preset for the 3B does, by the stages' own counting
 
-QUESTIONS = {"geometry3k": {"train": 2101}, "mathvista": {"test": 1000}, "mmmu": {"test": 900}, "scienceqa": {"test": 2017}}
+QUESTIONS = {"geometry3k": ("train", 2101), "mathvista": ("test", 1000), "mmmu": ("test", 900),
+             "scienceqa": ("test", 2017)}
+
+
+def question(source, split, number):
+    """A row of a question that has no picture."""
+    return {"id": f"{source}/{split}/{number}", "problem": f"What is {number}?", "images": [], "answer": "1",
+            "answer_type": "integer", "choices": [], "source": source, "split": split,
+            "group": f"subject {number % 7}", "image_tokens": 0, "prompt_tokens": 20}
 
 
 @pytest.fixture(scope="module")
-def counted(prepare, corrupt, train, evaluate, tmp_path_factory):
-    """Stages 2, 3 and 4 on a study of preset 3b whose questions have no picture and are left as they are."""
-    data = tmp_path_factory.mktemp("real")
-    preset = prepare.PRESETS["3b"]
+def real_study(prepare, corrupt, tmp_path_factory):
+    """A study of preset 3b as stages 1 and 2 leave it; the damaged questions are copies of the clean ones."""
+    data, preset = tmp_path_factory.mktemp("real"), prepare.PRESETS["3b"]
+    assert {preset["train"], *preset["benchmarks"]} == set(QUESTIONS)
     study = {"preset": "3b", "model": preset["model"], "seed": 0, "limit": None, "max_pixels": preset["max_pixels"],
              "versions": prepare.versions(), "artifacts": {}, "model_files": {},
              "sources": {"train": preset["train"], "benchmarks": preset["benchmarks"]}}
-    assert {preset["train"], *preset["benchmarks"]} == set(QUESTIONS)
-    for source, splits in QUESTIONS.items():
-        rows = []
-        for split, count in splits.items():
-            for number in range(count):
-                rows.append({
-                    "id": f"{source}/{split}/{number}", "problem": f"What is {number}?", "images": [], "answer": "1", "answer_type": "integer",
-                    "choices": [], "source": source, "split": split, "group": f"subject {number % 7}", "image_tokens": 0, "prompt_tokens": 20})
+    for source, (split, count) in QUESTIONS.items():
         clean = prepare.input_path(source, "clean")
-        prepare.write_questions(data / clean, rows, {})
+        prepare.write_questions(data / clean, (question(source, split, number) for number in range(count)), {})
         study["artifacts"][clean] = prepare.sha256(data / clean)
     (data / "study.json").write_text(json.dumps(study))
 
@@ -324,24 +329,31 @@ def counted(prepare, corrupt, train, evaluate, tmp_path_factory):
         clean, path = prepare.input_path(source, "clean"), data / prepare.input_path(source, name)
         table = pq.read_table(data / clean)
         origin = json.dumps({clean: digest, "seed": study["seed"]}).encode()
+        table = table.replace_schema_metadata({**table.schema.metadata, b"made_from": origin})
         path.parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(table.replace_schema_metadata({**table.schema.metadata, b"made_from": origin}), path, write_page_checksum=True)
+        pq.write_table(table, path, write_page_checksum=True)
         return len(table), f"{path}: a copy"
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(corrupt, "write_damaged", leave_as_it_is)
         corrupt.main(corrupt.Config(data=str(data), workers=1, preview_rows=0))
+    return data
+
+
+@pytest.fixture(scope="module")
+def counted(prepare, train, evaluate, real_study):
+    """What stages 3 and 4 would do there with their defaults, as they count it: the base and three policies."""
+    config = train.Config(data=str(real_study), **train.PRESETS["3b"])
     policies = {"base": (None, {})}
-    config = train.Config(data=str(data))
-    for name, value in train.PRESETS["3b"].items():
-        setattr(config, name, value)
-    for condition in train.Config().conditions:
-        policies[train.run_name(condition, 0, config)] = None, {}
-        folder = data / "policies" / train.run_name(condition, 0, config)
+    for condition in config.conditions:
+        run = train.run_name(condition, 0, config)
+        policies[run] = None, {}
+        folder = real_study / "policies" / run
         folder.mkdir(parents=True)
-        settings = {"made_from": {}, "max_new_tokens": config.max_new_tokens, "corruption": train.corruptions_of(condition, config)}
+        settings = {"made_from": {}, "max_new_tokens": config.max_new_tokens,
+                    "corruption": train.corruptions_of(condition, config)}
         (folder / "config.json").write_text(json.dumps({"settings": settings}))
-    inputs = evaluate.find_inputs(evaluate.Config(data=str(data)), prepare.load_study(data), policies)
+    inputs = evaluate.find_inputs(evaluate.Config(data=str(real_study)), prepare.load_study(real_study), policies)
     runs = len(config.conditions) * len(config.seeds)
     return SimpleNamespace(policies=policies, inputs=inputs, runs=runs, config=config,
                            training=train.amount(runs, config), asking=evaluate.amount(inputs, policies))
@@ -355,7 +367,7 @@ def test_the_study_of_the_3b_is_bounded(counted, corrupt):
     """By stage 4's own counting, against counting by hand."""
     greedy, drawn = number_before("greedy answers", counted.asking), number_before("drawn ones", counted.asking)
     assert greedy <= 100_000 and drawn <= 40_000
-    tested = sum(count for splits in QUESTIONS.values() for count in [splits.get("test", 0)])
+    tested = sum(count for split, count in QUESTIONS.values() if split == "test")
     in_full = {"clean", "blank", "mismatch"}
     assert {asked.name.split()[-1] for asked in counted.inputs} == in_full | set(corrupt.STRESS)
     assert greedy == 4 * (tested * len(in_full) + 3 * 300 * len(corrupt.STRESS) + 2 * 160)
@@ -365,8 +377,8 @@ def test_the_study_of_the_3b_is_bounded(counted, corrupt):
 
 def test_the_readme_shows_this_arithmetic(counted):
     """Counts are those of the stages, products and sums are right, and both cards are within what is said."""
-    rows = [line.split("|")[1:-1] for line in re.findall(r"^\|.*\|$", README.partition("**A night or a weekend.**")[2], re.M)[2:6]]
-    training, asking, drawing, together = rows
+    lines = re.findall(r"^\|.*\|$", README.partition("**A night or a weekend.**")[2], re.M)
+    training, asking, drawing, together = [line.split("|")[1:-1] for line in lines[2:6]]
     steps = counted.runs * counted.config.steps
     batches = sum(len(asked.batches()) for asked in counted.inputs) * len(counted.policies)
     drawn_batches = sum(len(asked.batches()) for asked in counted.inputs if asked.samples) * len(counted.policies)
