@@ -30,14 +30,12 @@ import re
 import sys
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pyarrow.compute as pc
-from datasets import Dataset
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from tqdm import tqdm
 
@@ -64,7 +62,7 @@ class Config:
         3, "questions of each source on preview.png, of different groups; 0 draws none")
 
 
-def main(config: Config) -> dict[str, int]:
+def main(config):
     """Damage every source; returns the number of rows of each file."""
     data = Path(config.data)
     prepare.check_least(config, 0, "preview_rows")
@@ -78,7 +76,7 @@ def main(config: Config) -> dict[str, int]:
     written = {}
 
     with tqdm(total=len(tasks), desc="files", disable=None) as bar:
-        def receive(path: str, result: tuple[int, str]):
+        def receive(path, result):
             written[path], line = result
             tqdm.write(line)
             bar.update()
@@ -89,11 +87,11 @@ def main(config: Config) -> dict[str, int]:
     return written
 
 
-def sources_of(study: Mapping) -> list[str]:
+def sources_of(study):
     return list(dict.fromkeys([study["sources"]["train"], *study["sources"]["benchmarks"]]))
 
 
-def find_tasks(data: Path, study: Mapping, names: list[str]) -> dict[str, tuple]:
+def find_tasks(data, study, names):
     """File to write -> arguments of `write_damaged`."""
     tasks = {}
     for source in sources_of(study):
@@ -105,7 +103,7 @@ def find_tasks(data: Path, study: Mapping, names: list[str]) -> dict[str, tuple]
     return tasks
 
 
-def corrupt(question: Question, donor: Question | None, seed: int, name: str) -> Question:
+def corrupt(question, donor, seed, name):
     """Apply a corruption by name: a pure function of its arguments."""
     kind, severity = parse_corruption(name)
     return CORRUPTIONS[kind](question, donor, random(seed, question["id"], name), severity)
@@ -115,10 +113,9 @@ def corrupt(question: Question, donor: Question | None, seed: int, name: str) ->
 # its name in CORRUPTIONS. `donor` is the question that lends its picture or its answer (`find_donors`).
 
 
-def blank(question: Question, donor: Question | None, rng: np.random.Generator,
-          severity: float | None) -> Question:
+def blank(question, donor, rng, severity):
     """Each picture becomes its mean colour: nothing is left of it but size and brightness."""
-    def flat(picture: Image.Image) -> Image.Image:
+    def flat(picture):
         return Image.new("RGB", picture.size, mean_colour(picture))
     return repaint(question, flat)
 
@@ -277,7 +274,7 @@ CORRUPTIONS = {function.__name__: function for function in (
 # the corruption's name alone, so that files do not depend on the order of work.
 
 
-def parse_corruption(name: str) -> tuple[str, float | None]:
+def parse_corruption(name):
     """`occlude-0.25` -> ("occlude", 0.25). A severity has one spelling, as the name is a file name."""
     kind, _, level = name.partition("-")
     if name in CORRUPTIONS:
@@ -288,7 +285,7 @@ def parse_corruption(name: str) -> tuple[str, float | None]:
                             "or blur-S and occlude-S with 0 < S <= 1, written as in blur-0.05")
 
 
-def random(*seeds: int | str) -> np.random.Generator:
+def random(*seeds: int | str):
     """Random numbers that depend on `seeds` only: on no order, number of workers or machine."""
     digest = hashlib.sha256(json.dumps(seeds).encode()).digest()
     return np.random.Generator(np.random.Philox(int.from_bytes(digest[:16])))
@@ -297,16 +294,16 @@ def random(*seeds: int | str) -> np.random.Generator:
 # Pictures.
 
 
-def repaint(question: Question, paint: Callable[[Image.Image], Image.Image]) -> Question:
+def repaint(question, paint):
     return {**question, "images": [paint(picture) for picture in question["images"]]}
 
 
-def mean_colour(picture: Image.Image) -> tuple[int, ...]:
+def mean_colour(picture):
     mean = np.asarray(picture).reshape(-1, 3).mean(axis=0)
     return tuple(int(channel) for channel in mean.round())
 
 
-def cell_detail(pixels: np.ndarray, side: int) -> tuple[np.ndarray, np.ndarray]:
+def cell_detail(pixels, side):
     """How much there is to see in each cell of a grid of that side, and the cells' areas in pixels.
 
     Detail is the change from pixel to pixel; a neighbour's counts half, so that what lies between
@@ -355,17 +352,17 @@ TAIL = re.compile(rf"^(\S+ .*?){NO_TAIL},? ((?:if|given that|assuming|knowing th
                   re.I | re.S)
 
 
-def tidy(text: str) -> str:
+def tidy(text):
     """Single spaces, no empty lines."""
     lines = [" ".join(line.split()) for line in text.split("\n")]
     return "\n".join(line for line in lines if line)
 
 
-def only_tags(text: str) -> str:
+def only_tags(text):
     return " ".join([TAG] * text.count(TAG))
 
 
-def split_choices(question: Question) -> tuple[str, str]:
+def split_choices(question):
     """The text, and the choices that stand at its end with whatever follows them."""
     text = question["problem"]
     blocks = list(CHOICES.finditer(text)) if question["choices"] else []
@@ -373,7 +370,7 @@ def split_choices(question: Question) -> tuple[str, str]:
     return text[:start], text[start:]
 
 
-def without_conditions(sentence: str) -> str:
+def without_conditions(sentence):
     """"If $AB=5$, find $x$." -> "Find $x$."; "What is $x$ if $y=3$?" -> "What is $x$?".
 
     Tags in what goes stay.
@@ -387,8 +384,7 @@ def without_conditions(sentence: str) -> str:
     return sentence
 
 
-def wrong_answers(question: Question, donor: Question | None,
-                  rng: np.random.Generator) -> Iterator[tuple[str, str]]:
+def wrong_answers(question, donor, rng):
     """Candidates for a wrong hint, as the hint says them and as the grader reads them; plausible
     ones first."""
     if question["answer_type"] == "choice":
@@ -407,7 +403,7 @@ def wrong_answers(question: Question, donor: Question | None,
     yield "none of these", "none of these"  # one choice, or words and no other question: still wrong
 
 
-def shifted(number: re.Match, steps: int) -> str:
+def shifted(number, steps):
     """A number that many steps away, with as many decimals.
 
     A step is a tenth of it, or one in its last digit.
@@ -423,7 +419,7 @@ def shifted(number: re.Match, steps: int) -> str:
 # Donors: which question's picture, or answer, a question gets.
 
 
-def pair(rows: list[Mapping], rng: np.random.Generator) -> list[int]:
+def pair(rows, rng):
     """The donor of each row: a permutation in which no donor shares the answer, wherever there is one.
 
     Everyone starts as its own donor; whoever clashes with its donor trades with someone so that
@@ -433,7 +429,7 @@ def pair(rows: list[Mapping], rng: np.random.Generator) -> list[int]:
     policy that follows the picture says; then one of the same group, so that no picture is of an
     odd kind. Letters of choices should differ as well as the texts; where not all can, the texts do.
     """
-    def codes(key: Callable[[Mapping], object]) -> np.ndarray:
+    def codes(key):
         return np.unique([json.dumps(key(row)) for row in rows], return_inverse=True)[1]
 
     text = codes(answer_text)
@@ -462,7 +458,7 @@ def pair(rows: list[Mapping], rng: np.random.Generator) -> list[int]:
     return donor.tolist()
 
 
-def answer_text(row: Mapping) -> str:
+def answer_text(row):
     """What an answer says, for comparing: a choice's text instead of its letter, 97 for 97.0."""
     text = row["answer"]
     if row["answer_type"] == "choice" and len(text) == 1 and 0 <= ord(text) - 65 < len(row["choices"]):
@@ -474,7 +470,7 @@ def answer_text(row: Mapping) -> str:
         return text
 
 
-def find_donors(questions: Dataset, study: Mapping, name: str) -> dict[int, Callable[[], Question]]:
+def find_donors(questions, study, name):
     """Row -> its donor, for the corruptions that need one: a picture, or an answer in words."""
     if name in EDITS:
         scenes = prepare.counterfactuals(study["seed"], study["limit"], name == "edited")
@@ -501,7 +497,7 @@ def find_donors(questions: Dataset, study: Mapping, name: str) -> dict[int, Call
 WORKER_BYTES = 1e9  # a process: what it imports, and 64 pictures of a file
 
 
-def write_damaged(data: Path, source: str, digest: str, study: Mapping, name: str) -> tuple[int, str]:
+def write_damaged(data, source, digest, study, name):
     """One file of damaged questions; returns its number of rows and a line about it."""
     clean = prepare.input_path(source, "clean")
     path = data / prepare.input_path(source, name)
@@ -519,7 +515,7 @@ def write_damaged(data: Path, source: str, digest: str, study: Mapping, name: st
     return rows, ", ".join(said)
 
 
-def damage(questions: Dataset, study: Mapping, name: str, notes: Counter) -> Iterator[Question]:
+def damage(questions, study, name, notes):
     """Damaged rows, one at a time. `notes` counts what to tell."""
     donors = find_donors(questions, study, name)
     for i in range(len(questions)):
@@ -533,12 +529,12 @@ def damage(questions: Dataset, study: Mapping, name: str, notes: Counter) -> Ite
         yield damaged
 
 
-def load(questions: Dataset, i: int) -> Question:
+def load(questions, i):
     row = questions[i]
     return {**row, "images": [image.convert("RGB") for image in row["images"]]}
 
 
-def same(one: Question, two: Question) -> bool:
+def same(one, two):
     """Whether a model would see the same."""
     if one["problem"] != two["problem"] or len(one["images"]) != len(two["images"]):
         return False
@@ -550,7 +546,7 @@ def same(one: Question, two: Question) -> bool:
 # first, with the question, takes 120 more.
 
 
-def draw_preview(data: Path, sources: list[str], names: list[str], per_source: int):
+def draw_preview(data, sources, names, per_source):
     """Rows are questions of different groups, columns are corruptions."""
     strips = []
     for source in sources:
@@ -575,7 +571,7 @@ def draw_preview(data: Path, sources: list[str], names: list[str], per_source: i
         sheet.save(part, "PNG")
 
 
-def shown_rows(clean: Dataset, count: int) -> list[int]:
+def shown_rows(clean, count):
     """One row of each of `count` groups, from the first group to the last, with a picture if it can."""
     pictures = pc.list_value_length(clean.data.column("images")).to_pylist()
     firsts = {}
@@ -585,11 +581,11 @@ def shown_rows(clean: Dataset, count: int) -> list[int]:
     return [list(firsts.values())[place] for place in places]
 
 
-def left_of(column: int) -> int:
+def left_of(column):
     return 12 if column == 0 else 132 + 180 * column
 
 
-def draw_row(row: dict[str, Question], columns: list[str]) -> Image.Image:
+def draw_row(row, columns):
     """A question on the left, then its pictures, clean and damaged, with what became of its text."""
     font = ImageFont.load_default(13)
     clean = row["clean"]
@@ -615,7 +611,7 @@ def draw_row(row: dict[str, Question], columns: list[str]) -> Image.Image:
     return strip
 
 
-def caption(clean: Question, question: Question) -> str:
+def caption(clean, question):
     """What was changed, in a few words."""
     if question["donor"]:
         return f"picture of {question['donor']}"
@@ -627,7 +623,7 @@ def caption(clean: Question, question: Question) -> str:
     return split_choices({**question, "problem": changed})[0].replace(TAG, "")
 
 
-def wrap(text: str, font: ImageFont.FreeTypeFont, width: int, most: int) -> list[str]:
+def wrap(text, font, width, most):
     """Lines of at most `width` pixels, `most` of them."""
     lines = []
     for line in text.split("\n"):

@@ -23,7 +23,6 @@ import json
 import re
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +34,6 @@ train = importlib.import_module("03_train_grpo")
 
 import numpy as np
 import torch
-from datasets import Dataset
 from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
@@ -79,7 +77,7 @@ class Config:
     plan: bool = option(False, "say what would be done and how long it takes, and end")
 
 
-def main(config: Config) -> dict[tuple[str, ...], list[dict]]:
+def main(config):
     """Evaluate; returns the rows of each answers file, by its folders and name below data/answers/:
     (policy, source, clean or a corruption), with "train" before the last for training questions."""
     data = Path(config.data)
@@ -131,21 +129,21 @@ class Input:
     files: dict[str, Path]    # answers by policy
     origins: dict[str, dict]  # by policy, what stands in every line: what its answers come from
 
-    def batches(self) -> list[tuple[int, ...]]:
+    def batches(self):
         """They depend on the study alone, not on workers, so that rounding does too."""
         return [self.rows[start:start + BATCH] for start in range(0, len(self.rows), BATCH)]
 
-    def questions(self) -> dict[str, Question]:
+    def questions(self):
         """By id, without their pictures, in the order of `rows`."""
         table = open_questions(self.path).remove_columns("images")
         return {table[row]["id"]: table[row] for row in self.rows}
 
 
-def find_inputs(config: Config, study: dict, policies: Mapping[str, tuple]) -> list[Input]:
+def find_inputs(config, study, policies):
     """What is asked: the test split of every benchmark under every input, and the training set clean
     and under what its policies were trained with."""
+    data = Path(config.data)
     only = read_ids(config.only)
-    runs = finished_runs(Path(config.data))
     inputs = []
     if "test" in config.splits:
         for source in config.benchmarks or study["sources"]["benchmarks"]:
@@ -157,42 +155,44 @@ def find_inputs(config: Config, study: dict, policies: Mapping[str, tuple]) -> l
     if "train" in config.splits and not only:
         limit = config.limit or TRAIN_LIMIT
         source = study["sources"]["train"]
-        damages = {name for run in runs for name in run["settings"].get("corruption", [])}
+        damages = set()
+        for run in finished_runs(data):
+            damages |= {*run["settings"]["corruption"]}
         for name in ("clean", *sorted(damages or {"blank"})):
-            if not config.corruptions or name in config.corruptions:
+            there = (data / prepare.input_path(source, name)).exists()
+            if there and name in (config.corruptions or [name]):
                 inputs.append(make_input(config, study, policies, source, name, "train", limit))
     return inputs
 
 
-def make_input(config: Config, study: dict, policies: Mapping[str, tuple], source: str, name: str,
-               split: str, limit: int | None, only: set[str] | None = None) -> Input:
+def make_input(config, study, policies, source, name, split, limit, only=None):
+    """One source, clean or damaged: which rows of it, what answers come from, where they go."""
     data = Path(config.data)
     made_from = prepare.check_input(data, study, source, name)
     path = data / prepare.input_path(source, name)
     blank = data / prepare.input_path(source, "blank")
     if name == "clean" and split == "test" and blank.exists():
+        # each token's information is wanted, which depends on the blank picture too
         made_from |= prepare.check_input(data, study, source, "blank")
     else:
         blank = None
-    settings = {
-        "made_with": ", ".join(f"{package} {number}" for package, number in prepare.versions().items()),
-        "max_new_tokens": longest_answer(config, study)}
+    packages = [f"{package} {number}" for package, number in prepare.versions().items()]
+    settings = {"made_with": ", ".join(packages), "max_new_tokens": longest_answer(config, study)}
     samples = config.samples if name == "blank" and split == "test" else 0
     if samples:  # what is drawn is not kept, but its verdicts
         settings |= {"samples": samples, "graded_by": prepare.sha256(Path(prepare.__file__))}
-    files = {}
-    for who in policies:
-        folder = data / "answers" / who / source
-        files[who] = (folder if split == "test" else folder / split) / f"{name}.jsonl"
+    title, folder = f"{source} {name}", Path(source)
+    if split == "train":
+        title, folder = f"{source} training questions {name}", Path(source) / "train"
+    files = {who: data / "answers" / who / folder / f"{name}.jsonl" for who in policies}
     return Input(
-        name=" ".join(filter(None, (source, "training questions" * (split == "train"), name))), path=path,
-        blank=blank, rows=choose_rows(path, split, limit, only, config.only),
+        name=title, path=path, blank=blank, rows=choose_rows(path, split, limit, only, config.only),
         max_new_tokens=settings["max_new_tokens"], samples=samples, files=files,
         origins={who: {"made_from": made_of | made_from, **settings}
                  for who, (_, made_of) in policies.items()})
 
 
-def evaluate(model: Model, inputs: Sequence[Input], workers: int) -> dict[str, dict[str, list[dict]]]:
+def evaluate(model, inputs, workers):
     """Ask all inputs; returns the rows of each answers file by input and policy.
 
     A batch is asked again where any of its answers is missing, or was made from something else than
@@ -210,7 +210,7 @@ def evaluate(model: Model, inputs: Sequence[Input], workers: int) -> dict[str, d
     answers = sum(len(rows) * len(policies) for _, _, rows, policies in tasks.values())
 
     with tqdm(total=answers, desc="answers", disable=None) as bar:
-        def receive(task: str, answered: dict[str, list[dict]]):
+        def receive(task, answered):
             _, asked, _, _ = tasks[task]
             for who, rows in answered.items():
                 prepare.append_jsonl(partial_path(asked.files[who]), rows)
@@ -224,8 +224,7 @@ def evaluate(model: Model, inputs: Sequence[Input], workers: int) -> dict[str, d
             for name, by_policy in found.items()}
 
 
-def answer_batch(model: Model, asked: Input, rows: Sequence[int],
-                 policies: Sequence[str]) -> dict[str, list[dict]]:
+def answer_batch(model, asked, rows, policies):
     """The answers of some policies to some rows of an input: the task of a worker.
 
     Pictures are prepared, and seen by the frozen vision tower, once for all policies.
@@ -235,6 +234,7 @@ def answer_batch(model: Model, asked: Input, rows: Sequence[int],
     lengths = [sum(table[row]["prompt_tokens"] for table in without_images(tables)) for row in rows]
     sizes = batch_sizes(model, policy, asked, max(lengths))
     answers = {who: [] for who in policies}
+    # as many questions at a time as memory holds keys and values for
     for some in train.rollout_batches(policy, lengths, sizes.group_size, asked.max_new_tokens,
                                       sizes.cache_gb):
         questions = [tables[0][row] for row in rows[some]]
@@ -251,15 +251,13 @@ def answer_batch(model: Model, asked: Input, rows: Sequence[int],
 
 
 @torch.no_grad()
-def answer(policy: Policy, questions: Sequence[Question], encoded: Sequence[tuple],
-           max_new_tokens: int, micro_batch_tokens: int,
-           draws: torch.Tensor | None = None) -> list[dict]:
+def answer(policy, questions, encoded, max_new_tokens, micro_batch_tokens, draws=None):
     """Greedy answers to a batch of questions, graded: rows of the answers file.
 
     `encoded`: (prompts, image features) of the questions, and, where each token's information is
     wanted, of the same questions blank. `draws`: as of `train.generate`, where answers are drawn too.
     """
-    with train.dequantized(policy):
+    with train.dequantized(policy):  # 4-bit weights as plain ones for the whole batch
         cache = train.encode_prompts(policy, *encoded[0])
         done = train.generate(policy, cache, max_new_tokens)
         responses, grades = train.grade_completions(
@@ -294,15 +292,14 @@ def answer(policy: Policy, questions: Sequence[Question], encoded: Sequence[tupl
 # Which words came from the picture.
 
 
-def token_information(policy: Policy, blank: train.PromptCache, done: train.Completions,
-                      micro_batch_tokens: int) -> list[list[float]]:
+def token_information(policy, blank, done, micro_batch_tokens):
     """log p(token | picture) - log p(token | blank) of each token of each completion.
 
     `done`: completions of the intact prompts, whose log-probabilities are known from decoding;
     `blank`: the same prompts with blank pictures.
     """
     lengths = done.lengths.tolist()
-    nats = [[]] * len(lengths)
+    nats = [[]] * len(lengths)  # of unequal lengths
     whole = [blank.mask.shape[1] + length for length in lengths]
     for rows in train.micro_batches(range(len(lengths)), whole, micro_batch_tokens):
         tokens = done.tokens[rows, :lengths[rows[0]]]
@@ -314,7 +311,7 @@ def token_information(policy: Policy, blank: train.PromptCache, done: train.Comp
     return nats
 
 
-def token_texts(tokens: Sequence[int], tokenizer) -> list[str]:
+def token_texts(tokens, tokenizer):
     """The text of each token; a character that several share belongs to the last of them."""
     texts = []
     start = 0
@@ -334,21 +331,21 @@ def token_texts(tokens: Sequence[int], tokenizer) -> list[str]:
 # Plan: what will be done, counted, and how long it takes, by a batch of each input.
 
 
-def amount(inputs: Sequence[Input], policies: Mapping) -> str:
+def amount(inputs, policies):
     greedy = len(policies) * sum(len(asked.rows) for asked in inputs)
     drawn = len(policies) * sum(len(asked.rows) * asked.samples for asked in inputs)
     return (f"{len(policies)} policies x {len(inputs)} inputs: {greedy:,} greedy answers and {drawn:,} "
             f"drawn ones of at most {inputs[0].max_new_tokens} tokens")
 
 
-def measure(model: Model, inputs: Sequence[Input], policies: Sequence[str], workers: int) -> str:
+def measure(model, inputs, policies, workers):
     """Time and memory of the whole stage from the middle batch of each input, asked of one policy."""
     prepare.begin_worker(0)
     policy = load_policies(model)
     seconds = 0.0
     for asked in inputs:
         batches = asked.batches()
-        middle = batches[len(batches) // 2]
+        middle = batches[len(batches) // 2]  # batches go from the longest prompts to the shortest
         start = time.perf_counter()
         answer_batch(model, asked, middle, policies[-1:])
         each = (time.perf_counter() - start) / len(middle)
@@ -361,7 +358,7 @@ def measure(model: Model, inputs: Sequence[Input], policies: Sequence[str], work
 
 
 @functools.lru_cache(maxsize=1)
-def load_policies(model: Model) -> Policy:
+def load_policies(model):
     """One model with all adapters; stops if one does not fit it, or fits in part, which PEFT lets pass."""
     adapters = dict(model.adapters)
     try:
@@ -383,15 +380,15 @@ def load_policies(model: Model) -> Policy:
 
 
 @functools.lru_cache(maxsize=4)
-def open_questions(path: Path) -> Dataset:
+def open_questions(path):
     return prepare.read_questions(path, "run 02_corrupt.py")
 
 
-def without_images(tables: Sequence[Dataset]) -> list[Dataset]:
+def without_images(tables):
     return [table.remove_columns("images") for table in tables]
 
 
-def batch_sizes(model: Model, policy: Policy, asked: Input, longest: int) -> train.Config:
+def batch_sizes(model, policy, asked, longest):
     """How much of a batch is answered at a time, as stage 3 plans it."""
     wanted = train.Config(
         memory_gb=model.memory_gb, cache_gb=model.cache_gb, checkpoint=True,
@@ -399,7 +396,7 @@ def batch_sizes(model: Model, policy: Policy, asked: Input, longest: int) -> tra
     return train.plan(policy, wanted, train.PRESETS[model.preset], longest)
 
 
-def draw_numbers(policy: Policy, questions: Sequence[Question], asked: Input) -> torch.Tensor:
+def draw_numbers(policy, questions, asked):
     """(questions * samples, tokens) numbers in [0, 1) that depend on the question alone."""
     rows = []
     for question in questions:
@@ -412,13 +409,13 @@ def draw_numbers(policy: Policy, questions: Sequence[Question], asked: Input) ->
 # better grader needs no model.
 
 
-def find_missing(asked: Input) -> tuple[dict[str, dict], dict[int, tuple]]:
+def find_missing(asked):
     """(by policy the rows that are there, by id; number of a batch -> its rows, the policies to ask)."""
     questions = asked.questions()
     found = {}
     for who, path in asked.files.items():
         found[who] = previous_answers([path, partial_path(path)], questions, asked.origins[who])
-    names = dict(zip(asked.rows, questions))
+    names = dict(zip(asked.rows, questions))  # row -> id
     missing = {}
     for number, rows in enumerate(asked.batches(), 1):
         policies = [who for who in found if not all(names[row] in found[who] for row in rows)]
@@ -430,13 +427,13 @@ def find_missing(asked: Input) -> tuple[dict[str, dict], dict[int, tuple]]:
     return found, missing
 
 
-def previous_answers(files: Iterable[Path], questions: Mapping[str, Question],
-                     origin: dict) -> dict[str, dict]:
+def previous_answers(files, questions, origin):
     """Answers in these files to `questions` that were made from `origin`, by id, graded anew; of two
     to the same question the later."""
     rows = {}
     for file in files:
         for row in prepare.read_jsonl(file) if file.exists() else ():
+            # a row may be of another study, or no answer at all
             known = row.get("id") in questions and isinstance(row.get("response"), str)
             if not known or row | origin != row:
                 continue
@@ -447,12 +444,12 @@ def previous_answers(files: Iterable[Path], questions: Mapping[str, Question],
     return rows
 
 
-def partial_path(path: Path) -> Path:
+def partial_path(path):
     """Beside an answers file: what is answered of it so far, batch by batch."""
     return path.with_name(f"{path.name}.part")
 
 
-def finish_input(asked: Input, found: dict[str, dict]):
+def finish_input(asked, found):
     """Write the answers files, and say how many answers are right."""
     right = []
     for who, path in asked.files.items():
@@ -463,7 +460,7 @@ def finish_input(asked: Input, found: dict[str, dict]):
     tqdm.write(f"{asked.name}, n = {len(asked.rows)}: {', '.join(right)}")
 
 
-def write_answers(path: Path, rows: dict[str, dict], origin: dict):
+def write_answers(path, rows, origin):
     """Write the whole file, unless it has these answers under today's verdicts; others of the same
     origin stay."""
     old = {}
@@ -478,7 +475,7 @@ def write_answers(path: Path, rows: dict[str, dict], origin: dict):
 # Which questions: rows of a file, chosen by ids and groups alone.
 
 
-def input_names(config: Config, study: dict, source: str) -> list[str]:
+def input_names(config, study, source):
     """clean and the corruptions of a benchmark that are asked."""
     benchmarks = study["sources"]["benchmarks"]
     data = Path(config.data)
@@ -489,10 +486,10 @@ def input_names(config: Config, study: dict, source: str) -> list[str]:
     return config.corruptions or ["clean", *there]
 
 
-def choose_rows(path: Path, split: str, limit: int | None, only: set[str] | None,
-                only_file: str | None) -> tuple[int, ...]:
+def choose_rows(path, split, limit, only, only_file):
     """Rows of a split, `limit` of them spread over the groups, the longest prompt first."""
     table = open_questions(path).remove_columns("images")
+    # columns one by one: a row would decode its pictures
     rows = [row for row, its in enumerate(table["split"]) if its == split]
     ids = table["id"][:]
     if only is not None:
@@ -506,7 +503,7 @@ def choose_rows(path: Path, split: str, limit: int | None, only: set[str] | None
     return tuple(sorted((rows[number] for number in numbers), key=lambda row: -lengths[row]))
 
 
-def read_ids(path: str | None) -> set[str] | None:
+def read_ids(path):
     """The ids that a file of stage 5 names; None: no file is asked for."""
     if path is None:
         return None
@@ -517,7 +514,7 @@ def read_ids(path: str | None) -> set[str] | None:
                         f"(report/strict-SOURCE.json): {error}") from error
 
 
-def longest_answer(config: Config, study: dict) -> int:
+def longest_answer(config, study):
     """Tokens that every policy may use, whichever are asked."""
     if config.max_new_tokens:
         return config.max_new_tokens
@@ -525,11 +522,11 @@ def longest_answer(config: Config, study: dict) -> int:
     return max(runs, default=train.PRESETS[study["preset"]]["max_new_tokens"])
 
 
-def finished_runs(data: Path) -> list[dict]:
+def finished_runs(data):
     return [train.read_run(path.parent) for path in sorted((data / "policies").glob("*/config.json"))]
 
 
-def check_config(config: Config):
+def check_config(config):
     prepare.check_least(config, 1, "limit", "max_new_tokens", "workers")
     prepare.check_least(config, 0, "samples")
     prepare.check_least(config, 1e-9, "memory_gb", "cache_gb")
@@ -550,7 +547,7 @@ LORA_SETTINGS = (
     "exclude_modules layers_to_transform layers_pattern").split()
 
 
-def find_policies(config: Config, study: dict) -> dict[str, tuple[Path | None, dict[str, str]]]:
+def find_policies(config, study):
     """Name -> (folder of its adapter, None for the base; what it was made from, artifact -> sha256)."""
     data = Path(config.data)
     finished = sorted(path.parent.name for path in (data / "policies").glob("*/config.json"))
@@ -578,7 +575,7 @@ def find_policies(config: Config, study: dict) -> dict[str, tuple[Path | None, d
     return found
 
 
-def own_run(data: Path, study: dict, name: str) -> tuple[Path, dict[str, str]]:
+def own_run(data, study, name):
     """A finished run of this study, as `find_policies` returns it."""
     folder, again = data / "policies" / name, "run 03_train_grpo.py again"
     made_from = train.read_run(folder)["settings"]["made_from"]
@@ -594,7 +591,7 @@ def own_run(data: Path, study: dict, name: str) -> tuple[Path, dict[str, str]]:
     return folder, study["model_files"] | hashes
 
 
-def current_name(weight: str) -> str:
+def current_name(weight):
     """The name of a saved matrix under today's transformers: before 4.52 the language model was called
     `model` or `language_model.model`."""
     for old, now in train.OLD_ADAPTER_NAMES.items():
@@ -602,7 +599,7 @@ def current_name(weight: str) -> str:
     return weight
 
 
-def check_adapter(folder: Path) -> str:
+def check_adapter(folder):
     """Stop unless the folder holds a plain LoRA of the language model, as PEFT saves it; returns the
     model that it says it is of."""
     try:
@@ -615,6 +612,7 @@ def check_adapter(folder: Path) -> str:
     usual = LoraConfig().to_dict()
     odd = [] if tensors else ["empty"]
     for key, value in settings.items():
+        # what is at its usual value changes nothing, whatever it means
         if key not in LORA_SETTINGS and value and value != usual.get(key):
             odd.append(f"{key} {value}")
     if settings.get("peft_type") != "LORA":
