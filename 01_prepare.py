@@ -1952,8 +1952,8 @@ CHAT_TEMPLATE = (  # of Qwen's kind; a message's content is text, or a list of p
     "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}{% endfor %}"
     "{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-WARM_START = {"scenes": 2400, "blanks": 200, "vision_steps": 40, "first_steps": 200,
-              "reasoned_steps": 300, "styled_steps": 100, "batch": 32, "learning_rate": 2e-3}
+WARM_START = {"scenes": 2400, "blanks": 200, "vision_steps": 40, "first_steps": 300,
+              "reasoned_steps": 450, "styled_steps": 150, "batch": 32, "learning_rate": 2e-3}
 
 
 def make_embedded_model(folder: Path, seed: int, max_pixels: int):
@@ -2459,7 +2459,7 @@ def embedded_model(data, seed, max_pixels):
     if (folder / RECIPE).exists() and read_jsonl(folder / RECIPE) == [recipe]:
         print(f"{folder}: up to date")
         return str(folder)
-    print(f"{folder}: learning for three minutes, and again after a change of this file, --seed, "
+    print(f"{folder}: learning for four minutes, and again after a change of this file, --seed, "
           "--max_pixels or packages", flush=True)
     with replacing(folder) as part:
         make_embedded_model(part, seed, max_pixels)

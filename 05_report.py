@@ -1225,6 +1225,8 @@ def read_benchmarks(data, study, resamples, seen: Seen) -> list:
     sources, panels = study["sources"]["benchmarks"], []
     for path in sorted((data / "answers").glob("*/*/*")):
         # train/ holds answers to questions that were trained on
+        if path.name.startswith("."):  # a lock
+            continue
         if path.name != "train" and (path.suffix != ".jsonl" or path.parent.name not in sources):
             seen.notes.append(f"{path.relative_to(data)} is unfinished, or of no benchmark of this study: "
                               "not counted")
