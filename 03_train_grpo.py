@@ -1002,7 +1002,7 @@ class PromptCache:
     @cached_property
     def bias(self):
         """(P, 1, 1, L): what a score of attention gets where padding stands."""
-        return minus_infinity(self.mask == 0, self.last_hidden.dtype)[:, None, None]
+        return minus_infinity(self.mask == 0)[:, None, None]
 
     def tensors(self):
         """K and V of each layer, and z."""
@@ -1015,9 +1015,9 @@ class PromptCache:
         return replace(self, keys_values=pairs, last_hidden=last_hidden)
 
 
-def minus_infinity(where, dtype):
-    """-inf where a score of attention must not count, else 0."""
-    return torch.zeros_like(where, dtype=dtype).masked_fill(where, -torch.inf)
+def minus_infinity(where):
+    """-inf where a score of attention must not count, else 0, in fp32 as scores are."""
+    return torch.zeros_like(where, dtype=torch.float32).masked_fill(where, -torch.inf)
 
 
 def encode_prompts(policy, prompts, images, checkpoint_layers=False):
@@ -1037,7 +1037,7 @@ def encode_prompts(policy, prompts, images, checkpoint_layers=False):
         ids, mm_token_type_ids=(ids == core.config.image_token_id).int(), image_grid_thw=grids,
         attention_mask=mask)                                                      # (3, P, L)
     cache = DynamicCache()
-    with checkpointed(policy, cache) if checkpoint_layers else nullcontext():
+    with checkpointed(policy) if checkpoint_layers else nullcontext():
         hidden = core(
             input_ids=ids.to(device), attention_mask=mask.to(device),
             position_ids=positions.to(device), mm_encoder_outputs=pictures,
@@ -1073,9 +1073,38 @@ def micro_batches(rows, lengths, tokens):
 
 def next_logprobs(policy, hidden):
     """log p(next token | ...) in fp32 over the tokens that may be sampled, in nats:
-    (..., hidden) -> (..., vocabulary)."""
-    logits = policy.full.lm_head(hidden).float()
+    (n, hidden) -> (n, vocabulary)."""
+    head = policy.full.lm_head
+    if hidden.dtype == torch.bfloat16 and isinstance(head, torch.nn.Linear):
+        logits = HeadIn16Bits.apply(hidden, head.weight)
+    else:  # also where an adapter from elsewhere sits on the head
+        logits = head(hidden).float()
     return logits.index_fill(-1, policy.banned, -torch.inf).log_softmax(-1)
+
+
+class HeadIn16Bits(torch.autograd.Function):
+    """Logits in fp32 of hidden states (n, hidden) and a frozen head (vocabulary, hidden) in 16
+    bits. Rounded to 16 bits, logits of 16 to 32 are off by up to 0.06, and the likeliest tie."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight):
+        ctx.weight = weight
+        return product_in_fp32(hidden, weight.T)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient.to(ctx.weight.dtype) @ ctx.weight, None
+
+
+def product_in_fp32(a, b):
+    """a @ b in fp32, (..., n, k) and (..., k, m) -> (..., n, m); in 16 bits without a derivative.
+
+    A card sums products of 16 bits in fp32 anyway, and rounds the result unless it is told not to.
+    """
+    if a.dtype == torch.float32 or a.device.type == "cpu":
+        return a.float() @ b.float()
+    matrices = a.reshape(-1, *a.shape[-2:]), b.reshape(-1, *b.shape[-2:])
+    return torch.bmm(*matrices, out_dtype=torch.float32).view(*a.shape[:-1], -1)
 
 
 def score_tokens(policy, prompts, owner, tokens, checkpoint_layers=False):
@@ -1123,7 +1152,8 @@ def in_chunks(policy, function, *inputs):
 
 def completion_hidden(policy, prompts, owner, tokens, checkpoint_layers=False):
     """Hidden states (R, T, hidden), of which the one at t predicts token t of (R, T) tokens."""
-    # index_select: the backward pass of plain indexing adds up in the order in which threads arrive
+    # index_select: its backward pass on a CPU adds up in one order, that of plain indexing as threads
+    # arrive; on a card both add as threads arrive, or nearly so
     first = prompts.last_hidden.index_select(0, owner)[:, None]  # (R, 1, hidden)
     known = tokens[:, :-1]
     if not known.shape[1]:
@@ -1133,7 +1163,7 @@ def completion_hidden(policy, prompts, owner, tokens, checkpoint_layers=False):
     mask = torch.cat([prompts.mask[owner], torch.ones_like(known)], 1)
     places = torch.arange(known.shape[1], device=tokens.device)
     positions = prompts.next_position[owner, None] + places
-    with checkpointed(policy, cache) if checkpoint_layers else nullcontext():
+    with checkpointed(policy) if checkpoint_layers else nullcontext():
         later = policy.full.model(
             input_ids=known, attention_mask=mask, position_ids=positions.expand(3, -1, -1),
             past_key_values=cache, use_cache=True).last_hidden_state
@@ -1159,23 +1189,26 @@ def base_logprobs(policy, batch, config):
 
 
 @contextmanager
-def checkpointed(policy, cache):
+def checkpointed(policy):
     """Each run of a layer has a cache that begins with what was there before, and what it appended
     is a result of the layer, through which gradients flow."""
     layers = policy.full.model.language_model.layers
 
-    def run(number, forward, hidden, **rest):
-        before = [(layer.keys, layer.values) for layer in cache.layers[number:number + 1]]
+    # the cache has a name of its own, for `again` must not hold it: it holds results, whose graph
+    # holds `again`, and a backward pass that runs out of memory would leave that ring for good
+    def run(number, forward, hidden, past_key_values, **rest):
+        cached = past_key_values.layers
+        before = [(layer.keys, layer.values) for layer in cached[number:number + 1]]
 
         def again(hidden, *before):
             own = DynamicCache()
             if before:
                 own.update(*before, number)
-            output = forward(hidden, **rest | {"past_key_values": own})
+            output = forward(hidden, past_key_values=own, **rest)
             return output, own.layers[number].keys, own.layers[number].values
 
         output, *keys_values = checkpoint(again, hidden, *chain(*before), use_reentrant=False)
-        cache.layers[number:number + 1] = DynamicCache([keys_values]).layers
+        cached[number:number + 1] = DynamicCache([keys_values]).layers
         return output
 
     for number, layer in enumerate(layers):
@@ -1239,10 +1272,10 @@ class CompletionCache:
         store[1].index_copy_(2, self.column, values)
         return store[:, :, :, :self.seen].unbind()
 
-    def bias(self, dtype):
+    def bias(self):
         """(seen,): what a score of attention gets at the places that are not written yet."""
         places = torch.arange(self.seen, device=self.column.device)
-        return minus_infinity(places > self.column, dtype)
+        return minus_infinity(places > self.column)
 
     def get_seq_length(self, *_):
         return self.seen
@@ -1282,16 +1315,20 @@ class GroupLayout:
 def attend(module, query, key, value, mask, scaling, prompts, layout, bias, **_):
     """Attention of one new token per row to its prompt and its own completion.
 
-    query (R, heads, 1, d), key and value (R, kv heads, t, d), of the completion so far.
+    query (R, heads, 1, d), key and value (R, kv heads, t, d), of the completion so far. Scores are
+    in fp32: the keys of a Qwen2 have large biases, and scores of thousands, rounded to 16 bits, are
+    off by several nats.
     """
     rows, kv_heads, own_length, size = key.shape
     prompt_keys, prompt_values = prompts.keys_values[module.layer_idx]  # (P, kv heads, L, d)
     # the heads that share a kv head stand side by side: (R, kv heads, heads / kv heads, d)
-    query = scaling * query.view(rows, kv_heads, -1, size)
-    to_prompt = layout.scatter(layout.gather(query) @ prompt_keys.transpose(2, 3) + prompts.bias)
-    to_own = query @ key.transpose(2, 3) + bias
-    scores = torch.cat([to_prompt, to_own], -1)
-    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+    query = query.view(rows, kv_heads, -1, size)
+    if query.dtype == torch.float32:  # in 16 bits it would be rounded: there scores are scaled
+        query, scaling = scaling * query, 1.0
+    to_prompt = product_in_fp32(layout.gather(query), prompt_keys.transpose(2, 3)) + prompts.bias
+    to_own = product_in_fp32(query, key.transpose(2, 3)) + bias
+    scores = scaling * torch.cat([layout.scatter(to_prompt), to_own], -1)
+    weights = scores.softmax(-1).to(query.dtype)
     on_prompt, on_own = weights.split([prompts.length, own_length], -1)
     seen = layout.scatter(layout.gather(on_prompt) @ prompt_values) + on_own @ value
     return seen.reshape(rows, 1, -1, size), None
@@ -1310,7 +1347,7 @@ def decode_step(policy, prompts, layout, cache, tokens, position):
         hidden = text(
             input_ids=tokens, position_ids=position[:, None].expand(3, -1, -1),
             past_key_values=cache, use_cache=True,
-            prompts=prompts, layout=layout, bias=cache.bias(policy.dtype)).last_hidden_state
+            prompts=prompts, layout=layout, bias=cache.bias()).last_hidden_state
     finally:
         text.config._attn_implementation = usual
     return hidden[:, 0]
