@@ -23,9 +23,10 @@ Where this departs from textbook GRPO, and why:
   them through the prompt in one last backward pass. By the chain rule this is the exact gradient,
   at a fraction of the time and memory (`accumulate_gradients`).
 - Randomness is a function: token t of completion i of question q at step s comes from a number
-  seeded by (seed, s, q, i). Whatever ran before, a resumed run continues bit for bit. Nothing is
-  distributed inside a run: runs (conditions x seeds) are dealt out to worker processes, and one
-  worker and eight give the same bytes.
+  seeded by (seed, s, q, i), whatever ran before. Nothing is distributed inside a run: runs
+  (conditions x seeds) are dealt out to worker processes. So on a processor a resumed run continues
+  bit for bit, and one worker and eight give the same bytes. On a card both hold up to rounding, for
+  threads add up gradients in the order in which they arrive.
 - The default loss is DAPO's (arXiv 2503.14476): one mean over all completion tokens of the step, so
   that a long wrong answer is not cheaper per token; and a wider upper clip.
 - Completions are drawn at temperature 1 from the whole distribution, as the gradient supposes (the
@@ -46,6 +47,7 @@ run     python 03_train_grpo.py                # three conditions, seeds 0 to 4:
         python 03_train_grpo.py --conditions hallucination --corruption blank misleading --seeds 0 1
 The same command continues a run that was ended; a finished run is kept.
 """
+import gc
 import hashlib
 import importlib
 import json
@@ -67,6 +69,8 @@ from itertools import chain, islice
 from pathlib import Path
 from types import SimpleNamespace
 
+# before torch: memory that is given back in pieces can be given out whole
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 sys.path.insert(0, str(Path(__file__).parent))  # python -P leaves it out
 prepare = importlib.import_module("01_prepare")  # before torch: it says how its threads wait
 # before it is imported: on a CPU it asks for a package that the kit does without
@@ -194,6 +198,9 @@ def main(config):
             tasks[run] = study, condition, seed, config
     workers = prepare.count_workers(config.workers, len(tasks), prepare.worker_bytes(study))
     print(amount(len(tasks), config))
+    if study["preset"] != "tiny" and not torch.cuda.is_available():
+        print("torch finds no card that it can use (nvidia-smi shows card and driver): all is "
+              "computed on the processor", flush=True)
     if config.plan:
         print(measure(study, config, len(tasks), workers))
         return []
@@ -781,6 +788,7 @@ class Policy:
     eos: Tensor              # ids that end a completion
     banned: Tensor           # ids never sampled: vision tokens, and ids that no token has
     dequantize: bool = True  # whether memory holds 4-bit weights as plain ones while in use
+    patches: int = 8192      # encoded at a time, or one prompt's; four make an image token
 
     @property
     def full(self):
@@ -831,9 +839,11 @@ def load_policy(model, max_pixels, adapters={}, lora_rank=0, seed=0):
     Vision tower and lm_head stay as they are: quantising them saves little and costs accuracy.
     Weights come from safetensors only, code never from the model's folder.
     """
+    gc.collect()  # an earlier run's model: bitsandbytes' weights and their modules hold each other
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
+        torch.cuda.reset_peak_memory_stats()
     dtype = compute_dtype(device)
     nf4 = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
@@ -978,14 +988,17 @@ def encode_images(policy, prompts):
     The first, (image tokens, hidden), stands in the places of the picture's placeholders; a
     Qwen3-VL adds the others, of the same shape, after its first layers.
     """
-    shown = [prompt for prompt in prompts if prompt.pictures]
-    features = iter(())
-    if shown:
-        pixels = torch.cat([prompt.pixel_values for prompt in shown]).to(policy.device)
-        grids = torch.cat([prompt.image_grid_thw for prompt in shown]).to(policy.device)
+    shown = [p for p, prompt in enumerate(prompts) if prompt.pictures]
+    sizes = {p: len(prompts[p].pixel_values) for p in shown}  # in patches
+    features = [[] for _ in prompts]
+    for some in micro_batches(shown, sizes, policy.patches):
+        pixels = torch.cat([prompts[p].pixel_values for p in some]).to(policy.device)
+        grids = torch.cat([prompts[p].image_grid_thw for p in some]).to(policy.device)
         output = policy.full.get_image_features(pixels, grids, return_dict=True)
-        features = zip(output.pooler_output, *(output.get("deepstack_features") or []))
-    return [list(islice(features, prompt.pictures)) for prompt in prompts]
+        seen = zip(output.pooler_output, *(output.get("deepstack_features") or []))
+        for p in some:
+            features[p] = list(islice(seen, prompts[p].pictures))
+    return features
 
 
 @dataclass
@@ -1003,7 +1016,7 @@ class PromptCache:
     @cached_property
     def bias(self):
         """(P, 1, 1, L): what a score of attention gets where padding stands."""
-        return minus_infinity(self.mask == 0, self.last_hidden.dtype)[:, None, None]
+        return minus_infinity(self.mask == 0)[:, None, None]
 
     def tensors(self):
         """K and V of each layer, and z."""
@@ -1016,9 +1029,9 @@ class PromptCache:
         return replace(self, keys_values=pairs, last_hidden=last_hidden)
 
 
-def minus_infinity(where, dtype):
-    """-inf where a score of attention must not count, else 0."""
-    return torch.zeros_like(where, dtype=dtype).masked_fill(where, -torch.inf)
+def minus_infinity(where):
+    """-inf where a score of attention must not count, else 0, in fp32 as scores are."""
+    return torch.zeros_like(where, dtype=torch.float32).masked_fill(where, -torch.inf)
 
 
 def encode_prompts(policy, prompts, images, checkpoint_layers=False):
@@ -1037,15 +1050,24 @@ def encode_prompts(policy, prompts, images, checkpoint_layers=False):
     positions, _ = core.get_rope_index(
         ids, mm_token_type_ids=(ids == core.config.image_token_id).int(), image_grid_thw=grids,
         attention_mask=mask)                                                      # (3, P, L)
-    cache = DynamicCache()
-    with checkpointed(policy, cache) if checkpoint_layers else nullcontext():
+    cache, mask = DynamicCache(), mask.to(device)
+    seen = mask
+    if on_old_card(policy):  # (P, 1, L, L)
+        seen = mask.bool()[:, None, None] & mask.new_ones(2 * ids.shape[1:]).bool().tril()
+    with checkpointed(policy) if checkpoint_layers else nullcontext():
         hidden = core(
-            input_ids=ids.to(device), attention_mask=mask.to(device),
+            input_ids=ids.to(device), attention_mask=seen,
             position_ids=positions.to(device), mm_encoder_outputs=pictures,
             past_key_values=cache, use_cache=True).last_hidden_state              # (P, L, hidden)
     next_position = positions.amax(dim=(0, 2)) + 1  # padding has position 1
     keys_values = [(layer.keys, layer.values) for layer in cache.layers]
-    return PromptCache(keys_values, hidden[:, -1], mask.to(device), next_position.to(device))
+    return PromptCache(keys_values, hidden[:, -1], mask, next_position.to(device))
+
+
+def on_old_card(policy):
+    """Whether a card computes in fp32, as a T4. No fast kernel of it knows heads that share keys
+    and values, and transformers, which repeats them beside a mask, drops a mask without padding."""
+    return policy.device.type == "cuda" and policy.dtype == torch.float32
 
 
 def encode_some(policy, prompts, images, some, checkpoint_layers=False):
@@ -1074,9 +1096,38 @@ def micro_batches(rows, lengths, tokens):
 
 def next_logprobs(policy, hidden):
     """log p(next token | ...) in fp32 over the tokens that may be sampled, in nats:
-    (..., hidden) -> (..., vocabulary)."""
-    logits = policy.full.lm_head(hidden).float()
+    (n, hidden) -> (n, vocabulary)."""
+    head = policy.full.lm_head
+    if hidden.dtype == torch.bfloat16 and isinstance(head, torch.nn.Linear):
+        logits = HeadIn16Bits.apply(hidden, head.weight)
+    else:  # also where an adapter from elsewhere sits on the head
+        logits = head(hidden).float()
     return logits.index_fill(-1, policy.banned, -torch.inf).log_softmax(-1)
+
+
+class HeadIn16Bits(torch.autograd.Function):
+    """Logits in fp32 of hidden states (n, hidden) and a frozen head (vocabulary, hidden) in 16
+    bits. Rounded to 16 bits, logits of 16 to 32 are off by up to 0.06, and the likeliest tie."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight):
+        ctx.weight = weight
+        return product_in_fp32(hidden, weight.T)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient.to(ctx.weight.dtype) @ ctx.weight, None
+
+
+def product_in_fp32(a, b):
+    """a @ b in fp32, (..., n, k) and (..., k, m) -> (..., n, m); in 16 bits without a derivative.
+
+    A card sums products of 16 bits in fp32 anyway, and rounds the result unless it is told not to.
+    """
+    if a.dtype == torch.float32 or a.device.type == "cpu":
+        return a.float() @ b.float()
+    matrices = a.reshape(-1, *a.shape[-2:]), b.reshape(-1, *b.shape[-2:])
+    return torch.bmm(*matrices, out_dtype=torch.float32).view(*a.shape[:-1], -1)
 
 
 def score_tokens(policy, prompts, owner, tokens, checkpoint_layers=False):
@@ -1124,7 +1175,8 @@ def in_chunks(policy, function, *inputs):
 
 def completion_hidden(policy, prompts, owner, tokens, checkpoint_layers=False):
     """Hidden states (R, T, hidden), of which the one at t predicts token t of (R, T) tokens."""
-    # index_select: the backward pass of plain indexing adds up in the order in which threads arrive
+    # index_select: its backward pass on a CPU adds up in one order, that of plain indexing as threads
+    # arrive; on a card both add as threads arrive, or nearly so
     first = prompts.last_hidden.index_select(0, owner)[:, None]  # (R, 1, hidden)
     known = tokens[:, :-1]
     if not known.shape[1]:
@@ -1134,7 +1186,7 @@ def completion_hidden(policy, prompts, owner, tokens, checkpoint_layers=False):
     mask = torch.cat([prompts.mask[owner], torch.ones_like(known)], 1)
     places = torch.arange(known.shape[1], device=tokens.device)
     positions = prompts.next_position[owner, None] + places
-    with checkpointed(policy, cache) if checkpoint_layers else nullcontext():
+    with checkpointed(policy) if checkpoint_layers else nullcontext():
         later = policy.full.model(
             input_ids=known, attention_mask=mask, position_ids=positions.expand(3, -1, -1),
             past_key_values=cache, use_cache=True).last_hidden_state
@@ -1160,23 +1212,26 @@ def base_logprobs(policy, batch, config):
 
 
 @contextmanager
-def checkpointed(policy, cache):
+def checkpointed(policy):
     """Each run of a layer has a cache that begins with what was there before, and what it appended
     is a result of the layer, through which gradients flow."""
     layers = policy.full.model.language_model.layers
 
-    def run(number, forward, hidden, **rest):
-        before = [(layer.keys, layer.values) for layer in cache.layers[number:number + 1]]
+    # the cache has a name of its own, for `again` must not hold it: it holds results, whose graph
+    # holds `again`, and a backward pass that runs out of memory would leave that ring for good
+    def run(number, forward, hidden, past_key_values, **rest):
+        cached = past_key_values.layers
+        before = [(layer.keys, layer.values) for layer in cached[number:number + 1]]
 
         def again(hidden, *before):
             own = DynamicCache()
             if before:
                 own.update(*before, number)
-            output = forward(hidden, **rest | {"past_key_values": own})
+            output = forward(hidden, past_key_values=own, **rest)
             return output, own.layers[number].keys, own.layers[number].values
 
         output, *keys_values = checkpoint(again, hidden, *chain(*before), use_reentrant=False)
-        cache.layers[number:number + 1] = DynamicCache([keys_values]).layers
+        cached[number:number + 1] = DynamicCache([keys_values]).layers
         return output
 
     for number, layer in enumerate(layers):
@@ -1240,10 +1295,10 @@ class CompletionCache:
         store[1].index_copy_(2, self.column, values)
         return store[:, :, :, :self.seen].unbind()
 
-    def bias(self, dtype):
+    def bias(self):
         """(seen,): what a score of attention gets at the places that are not written yet."""
         places = torch.arange(self.seen, device=self.column.device)
-        return minus_infinity(places > self.column, dtype)
+        return minus_infinity(places > self.column)
 
     def get_seq_length(self, *_):
         return self.seen
@@ -1283,16 +1338,20 @@ class GroupLayout:
 def attend(module, query, key, value, mask, scaling, prompts, layout, bias, **_):
     """Attention of one new token per row to its prompt and its own completion.
 
-    query (R, heads, 1, d), key and value (R, kv heads, t, d), of the completion so far.
+    query (R, heads, 1, d), key and value (R, kv heads, t, d), of the completion so far. Scores are
+    in fp32: the keys of a Qwen2 have large biases, and scores of thousands, rounded to 16 bits, are
+    off by several nats.
     """
     rows, kv_heads, own_length, size = key.shape
     prompt_keys, prompt_values = prompts.keys_values[module.layer_idx]  # (P, kv heads, L, d)
     # the heads that share a kv head stand side by side: (R, kv heads, heads / kv heads, d)
-    query = scaling * query.view(rows, kv_heads, -1, size)
-    to_prompt = layout.scatter(layout.gather(query) @ prompt_keys.transpose(2, 3) + prompts.bias)
-    to_own = query @ key.transpose(2, 3) + bias
-    scores = torch.cat([to_prompt, to_own], -1)
-    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+    query = query.view(rows, kv_heads, -1, size)
+    if query.dtype == torch.float32:  # in 16 bits it would be rounded: there scores are scaled
+        query, scaling = scaling * query, 1.0
+    to_prompt = product_in_fp32(layout.gather(query), prompt_keys.transpose(2, 3)) + prompts.bias
+    to_own = product_in_fp32(query, key.transpose(2, 3)) + bias
+    scores = scaling * torch.cat([layout.scatter(to_prompt), to_own], -1)
+    weights = scores.softmax(-1).to(query.dtype)
     on_prompt, on_own = weights.split([prompts.length, own_length], -1)
     seen = layout.scatter(layout.gather(on_prompt) @ prompt_values) + on_own @ value
     return seen.reshape(rows, 1, -1, size), None
@@ -1311,7 +1370,7 @@ def decode_step(policy, prompts, layout, cache, tokens, position):
         hidden = text(
             input_ids=tokens, position_ids=position[:, None].expand(3, -1, -1),
             past_key_values=cache, use_cache=True,
-            prompts=prompts, layout=layout, bias=cache.bias(policy.dtype)).last_hidden_state
+            prompts=prompts, layout=layout, bias=cache.bias()).last_hidden_state
     finally:
         text.config._attn_implementation = usual
     return hidden[:, 0]
@@ -1319,12 +1378,17 @@ def decode_step(policy, prompts, layout, cache, tokens, position):
 
 def captured(step, device):
     """On a card the same step as a CUDA graph: its kernels, some thousand, then wait for one
-    launch, not each for Python."""
+    launch, not each for Python. Where the capture fails, the step as it is."""
     if device.type != "cuda":
         return step
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # records, without running
-        step()
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # records, without running
+            step()
+    except RuntimeError as error:  # memory is out; whatever else it is, the step will say
+        torch.cuda.set_stream(stream)  # a capture that cannot end stays on its own
+        print(f"decoding without a CUDA graph: {error}", flush=True)
+        return step
     return graph.replay
 
 
@@ -1436,18 +1500,13 @@ def plan(policy, config, preset, longest):
     """
     memory_gb, card = config.memory_gb, policy.device.type == "cuda"
     if card and memory_gb is None:
-        free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
-        memory_gb = 0.95 * free / 1e9  # a rest for gaps between tensors
-    # dequantized; in fp32 also with the adapter added, and the gradient of that
-    copies = 1 if policy.dtype == torch.bfloat16 else 3
-    packed = [module for module in policy.full.modules() if is_packed(module)]
-    numbers = sum(math.prod(module.weight.quant_state.shape) for module in packed)
-    plain_bytes = copies * policy.dtype.itemsize * numbers
+        memory_gb = (torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()) / 1e9
     if memory_gb is None:
+        _, plain_bytes = weight_bytes(policy)
         policy.dequantize = 2 * plain_bytes < psutil.virtual_memory().available
         cache_gb, tokens = preset["cache_gb"], preset["micro_batch_tokens"]
     else:
-        cache_gb, tokens = divide_memory(policy, config, memory_gb, longest, plain_bytes)
+        cache_gb, tokens = divide_memory(policy, config, memory_gb, longest)
     if card:  # beyond it torch says that memory is out
         share = 1e9 * memory_gb / torch.cuda.mem_get_info()[1]
         torch.cuda.set_per_process_memory_fraction(min(1.0, share))
@@ -1455,17 +1514,29 @@ def plan(policy, config, preset, longest):
                    micro_batch_tokens=config.micro_batch_tokens or tokens)
 
 
-def divide_memory(policy, config, memory_gb, longest, plain_bytes):
+def weight_bytes(policy):
+    """Of all weights as they lie, and of the 4-bit ones dequantized."""
+    packed = [module for module in policy.full.modules() if is_packed(module)]
+    numbers = sum(math.prod(module.weight.quant_state.shape) for module in packed)
+    lying = sum(parameter.nbytes for parameter in policy.model.parameters())
+    # in fp32 also with the adapter added, and the gradient of that
+    copies = 1 if policy.dtype == torch.bfloat16 else 3
+    # 64 packed numbers share a scale of a byte, and 256 of these one of four
+    return lying + numbers // 63, copies * policy.dtype.itemsize * numbers
+
+
+def divide_memory(policy, config, memory_gb, longest):
     """GB for sampling and tokens of a micro-batch that fit into that memory.
 
-    It first goes to weights, gradients, Adam's two averages and some chunks of logits, then to
-    dequantized weights if they take less than half of the rest. A micro-batch holds as many tokens
-    of prompts as of completions: of each token keys and values twice (with gradients, or as a row's
-    copies), each layer's input, and one layer at work [without --checkpoint all of them].
+    A twentieth is left for gaps between tensors. The rest goes first to weights, gradients, Adam's
+    two averages and some chunks of logits, then to dequantized weights if they take less than half
+    of what is left. A micro-batch holds as many tokens of prompts as of completions: of each token
+    keys and values twice (with gradients, or as a row's copies), each layer's input, and one layer
+    at work [without --checkpoint all of them].
     """
-    held = 6 * CHUNK_BYTES + sum(parameter.nbytes for parameter in policy.model.parameters())
-    held += 3 * sum(parameter.nbytes for parameter in policy.trainable())
-    left = 1e9 * memory_gb - held
+    held, plain_bytes = weight_bytes(policy)
+    held += 6 * CHUNK_BYTES + 3 * sum(parameter.nbytes for parameter in policy.trainable())
+    left = 0.95e9 * memory_gb - held
     policy.dequantize = 2 * plain_bytes < left
     if policy.dequantize:
         left -= plain_bytes
@@ -1474,7 +1545,11 @@ def divide_memory(policy, config, memory_gb, longest, plain_bytes):
     if not config.checkpoint:
         token = 4 * cached + 60 * width * policy.full.config.text_config.num_hidden_layers
     sampling = question_bytes(policy, longest, config.group_size, config.max_new_tokens)
-    needed = max(sampling, (longest + config.max_new_tokens) * token)
+    # of a patch on its way through the vision tower, counted at the shapes of all families
+    vision_width = len(policy.full.model.visual.patch_embed.proj.weight)
+    patch = (22 + 11 * policy.dtype.itemsize) * vision_width
+    policy.patches = min(Policy.patches, int(left // patch))
+    needed = max(sampling, (longest + config.max_new_tokens) * token, 4 * longest * patch)
     if left < needed:
         raise UserError(
             f"{memory_gb:.1f} GB of memory are too little: {held / 1e9:.1f} GB are held all the "
@@ -1536,7 +1611,7 @@ def peak_gb(policy):
 # ---------------------------------------------------------------- the files of a run, and its end
 # A run is a folder. While it runs it has its log and a checkpoint, which is moved into place whole;
 # config.json comes last and says that the run is finished. So a kill at any moment costs the steps
-# since the checkpoint, and the continued run is the same, byte for byte.
+# since the checkpoint, and the continued run is the same: byte for byte, on a card up to rounding.
 
 # options that choose runs, or change rounding alone: a run may continue under others
 NOT_SETTINGS = {"data", "plan", "conditions", "seeds", "steps", "workers", "memory_gb",

@@ -11,11 +11,15 @@ runs out of memory says so in its line, and the others go on. Memory is that of 
     decode  tokens a second, against the same without a captured graph, and against model.generate with its default cache; and as a multiple
             of the time in which the card copies as many bytes as a token needs of weights and cache
     growth  seconds of a step over the group's size, and over new tokens
-    exact   on two layers: the largest relative error of a matrix's gradient against plain forwards over whole sequences in fp32
+    exact   on two layers, whose keys have biases as large as a Qwen2's: the largest relative error of a matrix's gradient against plain
+            forwards over whole sequences in fp32
     trl     seconds and peak memory of a step of TRL's GRPOTrainer on the same model (tests/requirements.txt; Qwen2.5-VL only)
+    planned not measured but counted, on any machine: what stage 3 plans in each of `--budgets`, and the most bytes that tensors of a step of
+            those sizes hold at a time, on the meta device (where they have sizes and no content); prints the rows of a table
 
     python tests/bench_gpu.py --models 3b --stages load step decode --image_tokens 256 1024 2048
     python tests/bench_gpu.py --models 7b --memory_gb 14 --stages step
+    python tests/bench_gpu.py --stages planned --models 2b 3b 7b --budgets 8 12 16 24
     python tests/bench_gpu.py --small       # all of it at toy size, also on a CPU
 """
 import argparse
@@ -32,9 +36,11 @@ import sys
 import tempfile
 import time
 import warnings
+import weakref
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
@@ -45,6 +51,8 @@ import bitsandbytes as bnb
 import torch
 import transformers as hf
 from accelerate import init_empty_weights
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 QWEN25_TEXT = dict(hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16, num_key_value_heads=2,
                    vocab_size=151936, rms_norm_eps=1e-6,
@@ -52,6 +60,8 @@ QWEN25_TEXT = dict(hidden_size=2048, intermediate_size=11008, num_hidden_layers=
 QWEN25_VISION = dict(depth=32, hidden_size=1280, num_heads=16, intermediate_size=3420, out_hidden_size=2048, patch_size=14, window_size=112,
                      fullatt_block_indexes=[7, 15, 23, 31])
 MODELS = {  # name -> configuration class, text, vision, whether lm_head is the embedding
+    "2b": (hf.Qwen2VLConfig, QWEN25_TEXT | dict(hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12),
+           dict(depth=32, embed_dim=1280, hidden_size=1536, num_heads=16, mlp_ratio=4, patch_size=14), True),
     "3b": (hf.Qwen2_5_VLConfig, QWEN25_TEXT, QWEN25_VISION, True),
     "7b": (hf.Qwen2_5_VLConfig, QWEN25_TEXT | dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
                                                    num_key_value_heads=4, vocab_size=152064),
@@ -66,7 +76,8 @@ MODELS = {  # name -> configuration class, text, vision, whether lm_head is the 
 SMALL_TEXT = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=1024,
                   rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]})
 SMALL_VISION = dict(depth=2, hidden_size=64, num_heads=4, intermediate_size=128, out_hidden_size=64)
-SMALL = {hf.Qwen2_5_VLConfig: (SMALL_TEXT, SMALL_VISION | dict(fullatt_block_indexes=[1], window_size=56)),
+SMALL = {hf.Qwen2VLConfig: (SMALL_TEXT, dict(depth=2, embed_dim=64, hidden_size=64, num_heads=4, mlp_ratio=2)),
+         hf.Qwen2_5_VLConfig: (SMALL_TEXT, SMALL_VISION | dict(fullatt_block_indexes=[1], window_size=56)),
          hf.Qwen3VLConfig: (SMALL_TEXT | dict(head_dim=16, rope_parameters=SMALL_TEXT["rope_parameters"] | {"mrope_interleaved": True}),
                             SMALL_VISION | dict(num_position_embeddings=64, deepstack_visual_indexes=[0, 1]))}
 GRIDS = {16: (4, 4), 256: (16, 16), 1024: (32, 32), 2048: (64, 32)}  # image tokens -> columns and rows
@@ -89,8 +100,11 @@ TOKENIZER = prepare.make_tokenizer(0)  # the kit's: the model's other ids are ba
 
 def build(options, layers: int | None = None, dtype: torch.dtype | None = None):
     """The model with random weights as stage 3 has it: NF4 in the language model's layers, an adapter on them, the rest in `dtype`."""
+    gc.collect()  # a policy from before is a ring of references
     config, device = configuration(options.model, options.small, layers), torch.device(options.device)
-    dtype, generator = dtype or train.compute_dtype(device), torch.Generator(device).manual_seed(0)
+    dtype, generator = dtype or train.compute_dtype(device), None
+    if device.type != "meta":
+        generator = torch.Generator(device).manual_seed(0)
     make = lambda like: torch.empty(like.shape, dtype=dtype, device=device)
     with init_empty_weights(include_buffers=False):
         full = hf.AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation="sdpa")
@@ -103,7 +117,11 @@ def build(options, layers: int | None = None, dtype: torch.dtype | None = None):
             setattr(module, key, torch.nn.Parameter(weight, requires_grad=False))
         if isinstance(module, torch.nn.Linear) and "language_model.layers" in name:
             packed = bnb.nn.Linear4bit(module.in_features, module.out_features, module.bias is not None, compute_dtype=dtype, device="meta")
-            packed.weight = bnb.nn.Params4bit(module.weight.data, requires_grad=False, quant_type="nf4", module=packed).to(device)
+            if device.type == "meta":  # where `to` does not pack
+                values, state = bnb.functional.quantize_4bit(module.weight.data, compress_statistics=True, quant_type="nf4")
+                packed.weight = bnb.nn.Params4bit(values, requires_grad=False, quant_state=state, bnb_quantized=True, module=packed)
+            else:
+                packed.weight = bnb.nn.Params4bit(module.weight.data, requires_grad=False, quant_type="nf4", module=packed).to(device)
             packed.bias = module.bias
             full.set_submodule(name, packed)
             module.weight = None
@@ -185,7 +203,7 @@ def step(options) -> dict:
 
 def copies_per_s(device: torch.device) -> float:
     """Bytes a second that a copy reads and writes."""
-    source = torch.empty(2**30 if device.type == "cuda" else 2**26, dtype=torch.uint8, device=device)
+    source = torch.empty(2**28 if device.type == "cuda" else 2**26, dtype=torch.uint8, device=device)  # more than caches hold
     target = torch.empty_like(source)
     return max(2 * len(source) / seconds_of(device, target.copy_, source)[1] for _ in range(5))
 
@@ -229,14 +247,15 @@ def decode(options) -> dict:
         ours, eager = ([seconds_of(policy.device, train.generate, policy, prefix, options.new, draws, *stretch)[1] for _ in range(2)][1]
                        for stretch in ((), (1,)))
     del prefix
-    bandwidth, tokens, size = copies_per_s(policy.device), rows * options.new, bytes_per_token(policy, prompts, options)
+    tokens, size = rows * options.new, bytes_per_token(policy, prompts, options)
     line = {"rows": rows, "tokens_per_s": round(tokens / ours), "without_graph_tokens_per_s": round(tokens / eager),
-            "dequantized": policy.dequantize, "gb_per_token": round(size / 1e9, 4), "copy_gb_per_s": round(bandwidth / 1e9, 1),
-            "times_bound": round(ours * bandwidth / options.new / size, 2)}
+            "dequantized": policy.dequantize, "gb_per_token": round(size / 1e9, 4)}
     allow_all(policy.device)
     try:
+        bandwidth = copies_per_s(policy.device)
+        line |= {"copy_gb_per_s": round(bandwidth / 1e9, 1), "times_bound": round(ours * bandwidth / options.new / size, 2)}
         theirs = generate_s(policy, prompts, options.group, options.new) - generate_s(policy, prompts, options.group, 1)
-    except torch.OutOfMemoryError:  # it keeps a prompt for each completion
+    except torch.OutOfMemoryError:  # generate keeps a prompt for each completion
         return line | {"generate_tokens_per_s": "out of memory"}
     return line | {"generate_tokens_per_s": round(tokens / theirs), "ratio": round(theirs / ours, 2)}
 
@@ -280,9 +299,17 @@ def plain_gradient(policy, batch, config) -> dict:
     return gradient(policy)
 
 
+def spread_keys(policy, size: float = 100.0):
+    """Biases of the keys with which scores of attention reach hundreds; a Qwen3 has none."""
+    for name, parameter in policy.full.named_parameters():
+        if "language_model" in name and "k_proj" in name and name.endswith("bias"):
+            parameter.data.normal_(0, size)
+
+
 def exact(options) -> dict:
     """The same packed weights in both: those of the second policy are computed with in fp32."""
     policy, truth = (build(options, layers=2, dtype=dtype) for dtype in (None, torch.float32))
+    spread_keys(policy)
     for one, other in zip(policy.full.modules(), truth.full.modules()):
         if train.is_packed(one):
             other.weight.data, other.weight.quant_state = one.weight.data, copy.copy(one.weight.quant_state)
@@ -324,7 +351,93 @@ def trl(options) -> dict:
     return {"step_s": round(watch.seconds[-1], 3), "peak_gb": gb("VmHWM"), "trl": importlib.metadata.version("trl")}
 
 
-STAGES = {function.__name__: function for function in (load, step, decode, growth, exact, trl)}
+class Held(TorchDispatchMode):
+    """The most bytes that tensors made here hold at a time. Truth values are true, and all rows stay: meta tensors have no content."""
+    def __init__(self, policy):
+        super().__init__()
+        self.now = self.most = 0
+        self.sizes = {t.untyped_storage()._cdata: 0 for t in [*policy.model.parameters(), *policy.model.buffers()]}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if "_local_scalar_dense" in str(function):
+            return 1
+        out = torch.arange(len(args[0]), device="meta")[:, None] if "nonzero" in str(function) else function(*args, **kwargs or {})
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and (key := (storage := tensor.untyped_storage())._cdata) not in self.sizes:
+                self.sizes[key] = storage.nbytes()
+                self.now += storage.nbytes()
+                self.most = max(self.most, self.now)
+                weakref.finalize(storage, self.gone, key)
+        return out
+
+    def gone(self, key):
+        self.now -= self.sizes.pop(key)
+
+
+class Fused(torch.autograd.Function):
+    """Attention as a card's kernel holds it: queries, keys, values and the result, no scores."""
+    @staticmethod
+    def forward(ctx, *qkv):
+        ctx.save_for_backward(*qkv, out := torch.empty_like(qkv[0]))
+        return out
+
+    @staticmethod
+    def backward(ctx, _):
+        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
+
+
+def counted(policy, config, length: int) -> tuple[int, int]:
+    """Bytes beyond the weights at the peak of a rollout batch and of an update of the planned sizes; the update's with gradients."""
+    group, new, own = config.group_size, config.max_new_tokens, train.CompletionCache
+    prompt = SimpleNamespace(input_ids=[5] * length, image_grid_thw=None)
+    batch = train.rollout_batches(policy, [length] * 99, group, new, config.cache_gb)[0].stop
+    prompts, rows = config.micro_batch_tokens // length, max(1, config.micro_batch_tokens // (length + new))
+    layout = lambda owner, prompts: train.GroupLayout(torch.arange(len(owner)).view(prompts, -1), torch.arange(len(owner)), True)
+    with contextlib.ExitStack() as stack:
+        for where, name, stand_in in (
+                (torch.nn.functional, "scaled_dot_product_attention", lambda q, k, v, **_: Fused.apply(q, k, v)),
+                (train.GroupLayout, "of", layout),
+                (train, "CompletionCache", lambda places, at: own(new, at))):  # room for all tokens, of which three are drawn
+            stack.enter_context(mock.patch.object(where, name, stand_in))
+        with Held(policy) as sampling, torch.no_grad(), train.dequantized(policy):
+            cache = train.encode_prompts(policy, [prompt] * batch, [[]] * batch)
+            train.generate(policy, cache, 3, torch.empty(batch * group, 3, dtype=torch.float64, device="meta"))
+        del cache
+        with Held(policy) as learning, train.dequantized(policy):
+            graph = train.encode_prompts(policy, [prompt] * prompts, [[]] * prompts, config.checkpoint)
+            leaves = graph.as_leaves()
+            for _ in range(2):
+                tokens = torch.zeros(rows, new, dtype=torch.long, device="meta")
+                train.score_tokens(policy, leaves, torch.zeros(rows, dtype=torch.long, device="meta"), tokens, config.checkpoint).sum().backward()
+            train.backward_through(graph.tensors(), leaves.tensors())
+    policy.model.zero_grad(set_to_none=True)
+    return sampling.most, learning.most
+
+
+def planned(options) -> dict:
+    """A step of 1,124 prompt tokens; memory of weights, gradients and Adam included."""
+    options = argparse.Namespace(**vars(options) | {"device": "meta"})
+    policy, length, rows = build(options, dtype=torch.bfloat16), options.image_tokens + 100, {}
+    lying = train.weight_bytes(policy)[0] + 2 * sum(parameter.nbytes for parameter in policy.trainable())
+    for budget in options.budgets:
+        config = train.Config(group_size=options.group, max_new_tokens=options.new, checkpoint=True, memory_gb=budget)
+        try:
+            config = train.plan(policy, config, {}, length)
+        except prepare.UserError as error:
+            rows[budget] = {"too_little": str(error)}
+            print(f"| {options.model} | {budget:g} | too little | | | | | |")
+            continue
+        sampling, learning = (round((lying + most) / 1e9, 2) for most in counted(policy, config, length))
+        batch = train.rollout_batches(policy, [length] * 99, options.group, options.new, config.cache_gb)[0].stop
+        rows[budget] = {"weights_and_adam_gb": round(lying / 1e9, 2), "dequantized": policy.dequantize, "prompts_at_a_time": batch,
+                        "micro_batch_tokens": config.micro_batch_tokens, "rollout_gb": sampling, "update_gb": learning}
+        plain = "yes" if policy.dequantize else "no"
+        print(f"| {options.model} | {budget:g} | {lying / 1e9:.2f} | {plain} | {batch} | {sampling} | {config.micro_batch_tokens:,} | {learning} |",
+              flush=True)
+    return {"budgets": rows}
+
+
+STAGES = {function.__name__: function for function in (load, step, decode, growth, exact, trl, planned)}
 
 
 def where(device: str) -> dict:
@@ -332,8 +445,9 @@ def where(device: str) -> dict:
     line = {"card": "none", **{name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")}}
     if device == "cuda":
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        driver = subprocess.run(query, check=True, capture_output=True, text=True).stdout.split()[0]
-        line |= {"card": torch.cuda.get_device_name(), "driver": driver}
+        line |= {"card": torch.cuda.get_device_name(), "driver": "unknown"}
+        with contextlib.suppress(OSError, subprocess.CalledProcessError, IndexError):  # a container may lack nvidia-smi
+            line["driver"] = subprocess.run(query, check=True, capture_output=True, text=True).stdout.split()[0]
     return line
 
 
@@ -350,11 +464,13 @@ def main(arguments=None) -> list[dict]:
     parser.add_argument("--news", nargs="+", type=int)
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--memory_gb", type=float, help="[what is free on the card]")
+    parser.add_argument("--budgets", nargs="+", type=float, help="GB, for planned")
     parser.add_argument("--small", action="store_true", help="toy models and sizes")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     usual = {"image_tokens": [1024], "prompts": 8, "group": 8, "new": 512, "rank": 32, "groups": [4, 8, 16, 32], "news": [128, 256, 512],
-             "rounds": 2}
-    toy = {"image_tokens": [16], "prompts": 2, "group": 2, "new": 8, "rank": 4, "groups": [2, 4], "news": [4, 8], "rounds": 1}
+             "rounds": 2, "budgets": [8, 12, 16, 24]}
+    toy = {"image_tokens": [16], "prompts": 2, "group": 2, "new": 8, "rank": 4, "groups": [2, 4], "news": [4, 8], "rounds": 1,
+           "budgets": [1]}
     options = parser.parse_args(arguments)
     vars(options).update({name: value for name, value in (toy if options.small else usual).items() if getattr(options, name) is None})
     warnings.filterwarnings("ignore")

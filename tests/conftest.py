@@ -122,14 +122,21 @@ def study(tmp_path_factory, prepare, corrupt, train, evaluate, report):
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="what takes minutes: simulated studies, an emulated processor")
+    parser.addoption("--card", action="store_true", help="what needs a CUDA card, which is hidden from all other tests")
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: runs with --slow alone")
+    config.addinivalue_line("markers", "card: runs with --card alone")
+    if not config.getoption("--card"):  # before anything asks for a card, and for processes that tests start
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def pytest_collection_modifyitems(config, items):
-    """Either the tests of minutes or all the others."""
-    wanted = [item for item in items if config.getoption("--slow") == ("slow" in item.keywords)]
+    """Either the tests of minutes, or those of a card, or all the others."""
+    def asked(item):
+        return all(config.getoption(f"--{name}") == (name in item.keywords) for name in ("slow", "card"))
+
+    wanted = [item for item in items if asked(item)]
     config.hook.pytest_deselected(items=[item for item in items if item not in wanted])
     items[:] = wanted

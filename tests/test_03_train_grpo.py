@@ -7,6 +7,7 @@ written as the papers write them.
 
 import contextlib
 import dataclasses
+import gc
 import hashlib
 import io
 import itertools
@@ -18,6 +19,9 @@ import signal
 import statistics
 import subprocess
 import sys
+import weakref
+from itertools import chain
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -34,13 +38,6 @@ from conftest import ROOT, VISION, hashed_grade, tiny_model
 KINDS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 STEP = dict(prompts_per_step=4, group_size=4, max_new_tokens=12, micro_batch_tokens=96, cache_gb=1.0, lora_rank=4, learning_rate=1e-2)
 RUN = {"steps": 4, "seeds": [0], "workers": 1, "conditions": ["mixed"], "corruption": ["blank", "removed"]}  # some prompts of a step have no picture
-
-
-@pytest.fixture(autouse=True)
-def on_cpu(request, monkeypatch):
-    """In fp32, where 1e-4 can be asked for, also on a machine with a card."""
-    if "card" not in request.node.name:
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
 # Models, questions, a study
@@ -784,7 +781,7 @@ def test_the_adapter_in_16_bits_beside_16_bit_weights(train, tokenizer, policies
     assert (ours - truth).abs().mean() < 1.2 * (peft - truth).abs().mean()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
+@pytest.mark.card
 def test_sampled_logprobs_are_the_training_forwards_on_a_card(train, base_folder):
     """The kernels of rollout and update differ, and compute in 16 bits: a ratio off by a few per cent stays inside the clip."""
     policy = stir(train.load_policy(str(base_folder), 112 * 112, lora_rank=4))
@@ -800,7 +797,7 @@ def test_sampled_logprobs_are_the_training_forwards_on_a_card(train, base_folder
     assert all(parameter.grad.isfinite().all() for parameter in trainable(policy).values())
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
+@pytest.mark.card
 @pytest.mark.parametrize("unpack", [True, False])
 def test_a_captured_step_draws_what_the_same_step_draws_on_a_card(train, base_folder, monkeypatch, unpack):
     """To the token, over three captures; against steps of other shapes log-probabilities are equal up to rounding, until a token differs."""
@@ -817,6 +814,250 @@ def test_a_captured_step_draws_what_the_same_step_draws_on_a_card(train, base_fo
     same = (replayed.tokens == single.tokens).long().cumprod(1).bool() & single.mask
     assert same[:, 0].all() and same.sum() > 0.5 * single.mask.sum()
     assert (replayed.logprobs - single.logprobs)[same].abs().max() < 0.1
+
+
+def test_cards_are_hidden():
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "" and not torch.cuda.is_available()
+
+
+# What a card meets first, as far as a CPU can show it
+
+
+@pytest.fixture
+def in_bf16(train, tokenizer):
+    """A policy in bf16 on the CPU, and the same weights in fp32, with keys whose biases are as large as a Qwen2's."""
+    made = []
+    for dtype in (torch.bfloat16, torch.float32):
+        full = tiny_model("qwen2_5_vl", tokenizer)
+        generator = torch.Generator().manual_seed(2)
+        for layer in full.model.language_model.layers:
+            layer.self_attn.k_proj.bias.data = 200 * torch.randn(layer.self_attn.k_proj.bias.shape, generator=generator)
+        full = full.to(torch.bfloat16).to(dtype)  # rounded once, so that both have the same weights
+        made.append(train.make_policy(full, tokenizer, None))
+    return made
+
+
+def test_attention_scores_are_not_rounded(train, in_bf16):
+    """One layer's attention, sampled token by token: its result, from keys with large biases, against the same in fp64."""
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(shape, generator=generator)
+    rows, heads, kv_heads, length, own, size = 6, 8, 2, 30, 7, 128
+    bias = 60 * draw(kv_heads, 1, size)
+    query = 20 * draw(rows, heads, 1, size)
+    keys, own_keys = draw(2, kv_heads, length, size) + bias, draw(rows, kv_heads, own, size) + bias
+    values, own_values = draw(2, kv_heads, length, size), draw(rows, kv_heads, own, size)
+    query, keys, own_keys, values, own_values = (x.bfloat16() for x in (query, keys, own_keys, values, own_values))
+    prompts = train.PromptCache([(keys, values)], torch.zeros(2, 4, dtype=torch.bfloat16), torch.ones(2, length), torch.zeros(2))
+    owner = torch.arange(rows) // 3
+    seen, _ = train.attend(SimpleNamespace(layer_idx=0), query, own_keys, own_values, None, size ** -0.5, prompts,
+                           train.GroupLayout.of(owner, 2), torch.zeros(own))
+    whole_keys = torch.cat([keys[owner], own_keys], 2).double().repeat_interleave(heads // kv_heads, 1)
+    whole_values = torch.cat([values[owner], own_values], 2).double().repeat_interleave(heads // kv_heads, 1)
+    scores = query.double() @ whole_keys.transpose(2, 3) * size ** -0.5
+    truth = (scores.softmax(-1) @ whole_values).transpose(1, 2)
+    assert scores.abs().max() > 1000
+    assert (seen.double() - truth).norm() < 0.01 * truth.norm()
+
+
+def test_logits_are_not_rounded(train, in_bf16):
+    """log p and its gradient, of logits of 16 to 32, against fp32."""
+    rounded, exact = in_bf16
+    weight = rounded.full.lm_head.weight.data.mul_(20)
+    exact.full.lm_head.weight.data = weight.float()
+    hidden = torch.randn(50, weight.shape[1], generator=torch.Generator().manual_seed(0)).bfloat16()
+    ours, truth = hidden.clone().requires_grad_(), hidden.float().requires_grad_()
+    found, wanted = train.next_logprobs(rounded, ours), train.next_logprobs(exact, truth)
+    assert found.dtype == torch.float32 and 16 < (truth.detach() @ weight.float().T).abs().max()
+    sampled = wanted.isfinite()
+    assert (found - wanted)[sampled].abs().max() < 1e-4 and torch.equal(found.argmax(1), wanted.argmax(1))
+    for logprobs in (found, wanted):
+        logprobs[:, 5].sum().backward()
+    assert (ours.grad.float() - truth.grad).norm() < 0.01 * truth.grad.norm()
+
+
+def test_an_adapter_on_the_head_still_counts(train, tokenizer):
+    full = tiny_model("qwen2_5_vl", tokenizer).to(torch.bfloat16)
+    plain = train.make_policy(full, tokenizer, None)
+    hidden = torch.randn(3, 64).bfloat16()
+    before = train.next_logprobs(plain, hidden)
+    plain.model = train.get_peft_model(full, train.LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False))
+    assert not torch.equal(train.next_logprobs(plain, hidden), before)
+
+
+def test_a_backward_that_fails_leaves_no_tensor(train, policies):
+    """A checkpointed layer that runs out of memory when it runs again: nothing of its graph stays, so that a smaller step has the room."""
+    policy = policies("qwen2_5_vl")
+    prompts = [policy.encode(q) for q in QUESTIONS[:2]]
+    images = train.encode_images(policy, prompts)
+
+    def tensors():
+        torch.zeros(1, requires_grad=True).sum().backward()  # on a CPU torch keeps what a failed backward pass had queued until the next
+        gc.collect()
+        return sum(isinstance(each, torch.Tensor) for each in gc.get_objects())
+
+    def fail():
+        graph = train.encode_prompts(policy, prompts, images, checkpoint_layers=True)
+
+        def no_memory(*_):
+            raise torch.OutOfMemoryError("no")
+
+        hook = policy.full.model.language_model.layers[1].mlp.register_forward_pre_hook(no_memory)
+        try:
+            graph.last_hidden.sum().backward()
+        except torch.OutOfMemoryError:
+            return True
+        finally:
+            hook.remove()
+
+    policy.model.zero_grad(set_to_none=True)
+    before = tensors()
+    assert fail()
+    policy.model.zero_grad(set_to_none=True)
+    assert tensors() == before
+
+
+def test_a_command_holds_one_model_at_a_time(train, prepare, data, monkeypatch):
+    """Runs follow each other in a process: the model of the first is gone before that of the second is loaded, with no collection between."""
+    grade_by_hash(prepare, monkeypatch)
+    models, real = [], train.AutoModelForImageTextToText.from_pretrained
+
+    def load(*arguments, **more):
+        assert not [model for model in models if model()]
+        full = real(*arguments, **more)
+        models.append(weakref.ref(full))
+        return full
+
+    monkeypatch.setattr(train.AutoModelForImageTextToText, "from_pretrained", load)
+    gc.disable()
+    try:
+        run(train, data, steps=1, seeds=[0, 1])
+    finally:
+        gc.enable()
+    assert len(models) == 2
+
+
+def test_adams_averages_are_there_in_the_preflight(train, prepare, data, monkeypatch):
+    """Memory that step 1 would take first is taken before sizes are found."""
+    grade_by_hash(prepare, monkeypatch)
+    optimizers, held = [], []
+    make, preflight = train.make_optimizer, train.preflight
+    monkeypatch.setattr(train, "make_optimizer", lambda *a: optimizers.append(make(*a)) or optimizers[-1])
+
+    def look(policy, *arguments):
+        held.append(sum(value.nbytes for state in optimizers[0].state.values() for value in state.values() if value.dim()))
+        assert held[0] == 2 * sum(parameter.nbytes for parameter in policy.trainable())
+        return preflight(policy, *arguments)
+
+    monkeypatch.setattr(train, "preflight", look)
+    run(train, data, steps=1)
+    assert held
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pictures_in_parts_are_those_of_all_at_once(train, policies, monkeypatch, kind):
+    policy = policies(kind)
+    prompts = [policy.encode(q) for q in QUESTIONS]
+    whole = train.encode_images(policy, prompts)
+    seen, real = [], policy.full.get_image_features
+    monkeypatch.setattr(policy.full, "get_image_features", lambda pixels, *a, **k: seen.append(len(pixels)) or real(pixels, *a, **k), raising=False)
+    few = dataclasses.replace(policy, patches=20)
+    parts = train.encode_images(few, prompts)
+    largest = max(len(prompt.pixel_values) for prompt in prompts if prompt.pictures)
+    assert len(seen) > 1 and max(seen) <= max(20, largest)
+    assert [len(each) for each in parts] == [prompt.pictures for prompt in prompts]
+    for one, other in zip(chain(*chain(*whole)), chain(*chain(*parts))):
+        torch.testing.assert_close(one, other)
+
+
+def test_heads_are_repeated_where_no_kernel_shares_them(train, policies, monkeypatch):
+    """On an old card, even where all prompts are equally long, and what a prompt leaves behind is the same."""
+    policy, attention, grouped = policies("qwen2_5_vl"), torch.nn.functional.scaled_dot_product_attention, []
+    prompts = [policy.encode(QUESTIONS[1])] * 2
+    images = train.encode_images(policy, prompts)
+
+    def record(query, key, *arguments, **more):
+        grouped.append(bool(more.get("enable_gqa")) or query.shape[1] != key.shape[1])
+        return attention(query, key, *arguments, **more)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", record)
+    with torch.no_grad():
+        usual = train.encode_prompts(policy, prompts, images)
+        assert any(grouped)
+        grouped.clear()
+        monkeypatch.setattr(train, "on_old_card", lambda policy: True)
+        repeated = train.encode_prompts(policy, prompts, images)
+    assert grouped and not any(grouped)
+    for one, other in zip(usual.tensors(), repeated.tensors()):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_a_capture_that_runs_out_of_memory_goes_on_without_a_graph(train, monkeypatch, capsys):
+    """As torch does it: ending the capture fails in its turn, and its stream stays the current one."""
+    current = ["usual"]
+
+    class Graph:
+        def __init__(self, *_, **__):
+            pass
+
+        def __enter__(self):
+            current[0] = "capture"
+
+        def __exit__(self, *_):
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+    for name, stand_in in {"CUDAGraph": Graph, "graph": Graph, "current_stream": lambda: current[0],
+                           "set_stream": lambda stream: current.__setitem__(0, stream)}.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+
+    def step():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    assert train.captured(step, torch.device("cuda")) is step and current == ["usual"]
+    assert "without a CUDA graph" in capsys.readouterr().out
+
+
+def on_a_card_of(monkeypatch, free, total=16e9):
+    """What `plan` asks a card; the fractions that it sets."""
+    set_to = []
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (int(free), int(total)))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", set_to.append)
+    return set_to
+
+
+def test_the_plan_leaves_a_rest_below_the_ceiling(train, policies, monkeypatch):
+    """A card's free memory is the ceiling, of which a twentieth is not planned with."""
+    policy = policies("nf4")
+    on_cpu = train.plan(policy, train.Config(**STEP | {"micro_batch_tokens": None, "cache_gb": None, "memory_gb": 8.0, "checkpoint": True}), {}, 100)
+    set_to = on_a_card_of(monkeypatch, 8e9)
+    monkeypatch.setattr(train.Policy, "device", property(lambda policy: torch.device("cuda")))
+    config = train.plan(policy, train.Config(**STEP | {"micro_batch_tokens": None, "cache_gb": None, "checkpoint": True}), {}, 100)
+    assert set_to == [0.5] and config.memory_gb == 8.0 and config.cache_gb == on_cpu.cache_gb
+    held = train.weight_bytes(policy)
+    used = sum(parameter.nbytes for parameter in policy.model.parameters()) + 3 * sum(p.nbytes for p in policy.trainable()) + 6 * train.CHUNK_BYTES
+    assert config.cache_gb <= 0.95 * 8.0 - (used + held[1]) / 1e9
+
+
+def test_scales_of_packed_weights_count(train, policies):
+    policy = policies("nf4")
+    states = [module.weight.quant_state for module in policy.full.modules() if train.is_packed(module)]
+    scales = sum(state.absmax.nbytes + state.state2.absmax.nbytes for state in states)
+    lying = sum(parameter.nbytes for parameter in policy.model.parameters())
+    assert train.weight_bytes(policy)[0] - lying == pytest.approx(scales, rel=0.05)
+
+
+def test_a_run_without_a_card_says_so_first(train, prepare, data, monkeypatch, capsys):
+    study = prepare.load_study(data)
+    monkeypatch.setattr(prepare, "load_study", lambda folder: study | {"preset": "3b"})
+    monkeypatch.setattr(prepare, "deal_out", lambda *_: print("begins"))
+    with pytest.raises(KeyError):  # nothing was done
+        train.main(train.Config(data=str(data), **RUN))
+    said, begins = capsys.readouterr().out.split("begins")
+    assert "no card that it can use" in said
+
+
+def test_memory_is_given_out_in_segments_that_grow(train):
+    assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
 
 
 # Runs

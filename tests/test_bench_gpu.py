@@ -5,14 +5,12 @@ There tensors are counted on the meta device, where they have sizes and no conte
 time, operation by operation, and what one gets by hand from the published shapes.
 """
 import importlib
-import weakref
+import subprocess
 from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 bench = importlib.import_module("bench_gpu")
 # name -> layers, hidden, intermediate, vocabulary, numbers a token that keys and values have in a layer
@@ -20,24 +18,21 @@ SHAPES = {"3b": (36, 2048, 11008, 151936, 2 * 2 * 128), "7b": (28, 3584, 18944, 
 GB = 1e9
 
 
-@pytest.fixture(autouse=True)
-def on_cpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-
-
-@pytest.mark.parametrize("model", ["3b", "qwen3-4b"])
+@pytest.mark.parametrize("model", ["2b", "3b", "qwen3-4b"])
 def test_every_measurement_runs_at_toy_size(model):
     lines = bench.main(["--small", "--device", "cpu", "--models", model])
     by = {line["measure"]: line for line in lines}
     assert [*by] == [*bench.STAGES] and not any("failed" in line for line in lines)
     assert all(line["model"] == model and line["card"] == "none" and line["bitsandbytes"] for line in lines)
     assert by["load"]["packed_matrices"] == 14 and by["exact"]["matrices"] == 28
-    assert by["exact"]["largest_relative_error"] < 1e-5 and by["exact"]["cosine"] == pytest.approx(1, abs=1e-6)
+    assert by["exact"]["largest_relative_error"] < 1e-4 and by["exact"]["cosine"] == pytest.approx(1, abs=1e-6)
     parts = [by["step"][name] for name in ("prefill_s", "decode_s", "update_s", "other_s")]
     assert min(parts) > 0 and sum(parts) == pytest.approx(by["step"]["step_s"], abs=0.003)
     assert by["decode"]["rows"] == 4 and min(by["decode"][name] for name in ("tokens_per_s", "generate_tokens_per_s", "times_bound")) > 0
     assert [*by["growth"]["group"]] == [2, 4] and [*by["growth"]["new"]] == [4, 8]
-    assert ("skipped" in by["trl"]) == (model == "qwen3-4b")
+    assert ("skipped" in by["trl"]) == (model != "3b")
+    (row,) = by["planned"]["budgets"].values()
+    assert row["rollout_gb"] <= 1 and row["update_gb"] <= 1
 
 
 def test_what_does_not_fit_says_so_and_the_others_go_on(capsys):
@@ -64,7 +59,7 @@ def on_meta():
     return get
 
 
-@pytest.mark.parametrize("model, billions", [("3b", 3.755), ("7b", 8.292), ("qwen3-4b", 4.438)])
+@pytest.mark.parametrize("model, billions", [("2b", 2.209), ("3b", 3.755), ("7b", 8.292), ("qwen3-4b", 4.438)])
 def test_the_models_have_as_many_parameters_as_the_published_ones(on_meta, model, billions):
     assert sum(p.numel() for p in on_meta(model).full.parameters() if not p.requires_grad) / 1e9 == pytest.approx(billions, abs=0.001)
 
@@ -85,13 +80,13 @@ def test_the_plan_is_what_one_computes_by_hand(train, prepare, on_meta, model, c
     config = train.Config(group_size=8, max_new_tokens=512, checkpoint=True)
     held, question, token = by_hand(model, 1124, 8, 512)
     for beside in (4.0, 40.0):
-        config.memory_gb = (base + held) / GB + beside
+        config.memory_gb = ((base + held) / GB + beside) / 0.95  # a twentieth is left for gaps
         planned = train.plan(policy, config, {}, 1124)
         assert planned.cache_gb == pytest.approx(beside, rel=1e-6) and planned.micro_batch_tokens == int(beside * GB // token)
         assert train.rollout_batches(policy, [1124] * 256, 8, 512, planned.cache_gb)[0].stop == int(beside * GB // question)
         given = train.plan(policy, train.Config(**vars(config) | {"cache_gb": 0.5, "micro_batch_tokens": 99}), {}, 1124)
         assert (given.cache_gb, given.micro_batch_tokens) == (0.5, 99)
-    config.memory_gb = (base + held + max(question, (1124 + 512) * token)) / GB - 0.001
+    config.memory_gb = (base + held + max(question, (1124 + 512) * token, 4 * 1124 * 44 * 1280)) / GB / 0.95 - 0.001
     with pytest.raises(prepare.UserError, match="GB of memory are too little: .* lower --group_size"):
         train.plan(policy, config, {}, 1124)
     config.memory_gb, preset = None, {"cache_gb": 2.0, "micro_batch_tokens": 8192}
@@ -99,69 +94,54 @@ def test_the_plan_is_what_one_computes_by_hand(train, prepare, on_meta, model, c
     assert (planned.cache_gb, planned.micro_batch_tokens, planned.memory_gb) == (2.0, 8192, None)
 
 
-class Held(TorchDispatchMode):
-    """The most bytes that tensors made here hold at a time. Truth values are true, and all rows stay: meta tensors have no content."""
-    def __init__(self, policy):
-        super().__init__()
-        self.now = self.most = 0
-        self.sizes = {t.untyped_storage()._cdata: 0 for t in [*policy.model.parameters(), *policy.model.buffers()]}
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if "_local_scalar_dense" in str(function):
-            return 1
-        out = torch.arange(len(args[0]), device="meta")[:, None] if "nonzero" in str(function) else function(*args, **kwargs or {})
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor) and (key := (storage := tensor.untyped_storage())._cdata) not in self.sizes:
-                self.sizes[key] = storage.nbytes()
-                self.now += storage.nbytes()
-                self.most = max(self.most, self.now)
-                weakref.finalize(storage, self.gone, key)
-        return out
-
-    def gone(self, key):
-        self.now -= self.sizes.pop(key)
+@pytest.mark.parametrize("model, budget", [("2b", 8), ("2b", 16), ("3b", 8), ("3b", 24), ("7b", 12), ("7b", 24)])
+def test_a_step_holds_no_more_than_its_budget_and_uses_most_of_it(model, budget):
+    """A rollout batch and an update of the planned sizes at the real shapes: packed weights, dequantized ones, gradients and Adam included."""
+    (line,) = bench.main(["--stages", "planned", "--models", model, "--budgets", str(budget)])
+    (row,) = line["budgets"].values()
+    assert row["rollout_gb"] <= 0.95 * budget and row["update_gb"] <= 0.95 * budget
+    assert max(row["rollout_gb"], row["update_gb"]) > 0.7 * budget
 
 
-class Fused(torch.autograd.Function):
-    """Attention as a card's kernel holds it: queries, keys, values and the result, no scores."""
-    @staticmethod
-    def forward(ctx, *qkv):
-        ctx.save_for_backward(*qkv, out := torch.empty_like(qkv[0]))
-        return out
-
-    @staticmethod
-    def backward(ctx, _):
-        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
+def test_a_budget_that_holds_no_question_says_so():
+    (line,) = bench.main(["--stages", "planned", "--models", "7b", "--budgets", "8"])
+    assert "8.0 GB of memory are too little" in line["budgets"][8.0]["too_little"]
 
 
-@pytest.mark.parametrize("model", SHAPES)
-@pytest.mark.parametrize("beside", [3.0, 10.0])
-def test_a_step_holds_no_more_than_planned(train, on_meta, monkeypatch, model, beside):
-    """A wave and a pass of the planned sizes at the real shapes, and half of it is used."""
-    policy, length, new, group = on_meta(model), 1124, 512, 8
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda q, k, v, **_: Fused.apply(q, k, v))
-    rows = lambda n, prompts: torch.arange(n).view(prompts, -1)
-    monkeypatch.setattr(train.GroupLayout, "of", lambda owner, prompts: train.GroupLayout(rows(len(owner), prompts), rows(len(owner), 1)[0], True))
-    base = sum(p.nbytes for p in policy.full.parameters() if not p.requires_grad)
-    adapter = [p for p in policy.model.parameters() if p.requires_grad]
-    memory_gb = (base + by_hand(model, length, group, new)[0]) / GB + beside
-    config = train.plan(policy, train.Config(group_size=group, max_new_tokens=new, checkpoint=True, memory_gb=memory_gb), {}, length)
-    policy.dequantize, own = False, train.CompletionCache
-    monkeypatch.setattr(train, "CompletionCache", lambda places, at: own(new, at))  # room for all tokens, of which three are drawn
-    prompt = SimpleNamespace(input_ids=[5] * length, image_grid_thw=None)
-    wave = train.rollout_batches(policy, [length] * 99, group, new, config.cache_gb)[0].stop
-    with Held(policy) as sampling, torch.no_grad():
-        prefix = train.encode_prompts(policy, [prompt] * wave, [[]] * wave)
-        train.generate(policy, prefix, 3, torch.empty(wave * group, 3, dtype=torch.float64, device="meta"))
-    assert 0.5 * beside * GB < sampling.most <= beside * GB
-    prompts, rows = config.micro_batch_tokens // length, config.micro_batch_tokens // (length + new)
-    with Held(policy) as learning:
-        graph = train.encode_prompts(policy, [prompt] * prompts, [[]] * prompts, True)
-        leaves = graph.as_leaves()
-        for _ in range(2):
-            tokens = torch.zeros(rows, new, dtype=torch.long, device="meta")
-            train.score_tokens(policy, leaves, torch.zeros(rows, dtype=torch.long, device="meta"), tokens, True).sum().backward()
-        train.backward_through(graph.tensors(), leaves.tensors())
-    held = learning.most - sum(p.grad.nbytes for p in adapter)
-    policy.model.zero_grad(set_to_none=True)
-    assert 0.3 * beside * GB < held <= beside * GB
+@pytest.mark.parametrize("model", ["2b", "3b", "7b", "qwen3-4b"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_patch_takes_what_the_plan_says(train, model, dtype):
+    """At the real widths; two layers of the vision tower, for the memory of one is used again for the next."""
+    config = bench.configuration(model)
+    config.text_config.num_hidden_layers, config.text_config.vocab_size, config.vision_config.depth = 1, 1000, 2
+    config.text_config.layer_types = ["full_attention"]
+    for name in ("fullatt_block_indexes", "deepstack_visual_indexes"):
+        if hasattr(config.vision_config, name):
+            setattr(config.vision_config, name, [0, 1])
+    full = transformers.AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    train.as_product(full.model.visual.patch_embed.proj)
+    patches, weight = 256, full.model.visual.patch_embed.proj.weight
+    fused = lambda query, *_, **__: torch.empty_like(query)
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad(), bench.Held(SimpleNamespace(model=full)) as held:
+        patch.setattr(torch.nn.functional, "scaled_dot_product_attention", fused)
+        full.get_image_features(torch.zeros(patches, weight[0].numel()), torch.tensor([[1, 16, 16]]), return_dict=True)
+    said = (22 + 11 * dtype.itemsize) * len(weight)
+    assert 0.7 * said < held.most / patches <= said
+
+
+def test_a_machine_without_nvidia_smi_is_measured_too(monkeypatch):
+    def absent(*_, **__):
+        raise FileNotFoundError("nvidia-smi")
+
+    monkeypatch.setattr(subprocess, "run", absent)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
+    assert bench.where("cuda")["card"] == "a card"
+
+
+def test_no_room_for_the_copy_costs_its_own_figures_alone(monkeypatch):
+    def no_room(*_):
+        raise torch.OutOfMemoryError("no")
+
+    monkeypatch.setattr(bench, "copies_per_s", no_room)
+    (line,) = bench.main(["--small", "--device", "cpu", "--stages", "decode"])
+    assert line["tokens_per_s"] > 0 and "failed" not in line
