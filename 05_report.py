@@ -37,7 +37,6 @@ import jinja2
 import mpmath
 import numpy as np
 from markupsafe import Markup
-from PIL import Image
 
 UserError, option = prepare.UserError, prepare.option
 
