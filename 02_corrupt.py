@@ -21,7 +21,7 @@ reads   data/study.json, data/questions/SOURCE.parquet
 writes  data/corrupted/SOURCE/NAME.parquet, data/corrupted/preview.png (look at it)
 run     python 02_corrupt.py                                           what the report needs
         python 02_corrupt.py --corruptions blank blur-0.1 occlude-0.9  what you want to know
-takes   10 s for 1,280 shapes on 2 CPU cores, 30 ms for a picture of 200,000 pixels
+takes   16 s for 1,280 shapes on 2 CPU cores, 30 ms for a picture of 200,000 pixels
 """
 import hashlib
 import importlib
