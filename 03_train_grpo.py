@@ -1547,7 +1547,7 @@ def divide_memory(policy, config, memory_gb, longest):
     sampling = question_bytes(policy, longest, config.group_size, config.max_new_tokens)
     # of a patch on its way through the vision tower, counted at the shapes of all families
     vision_width = len(policy.full.model.visual.patch_embed.proj.weight)
-    patch = (22 + 11 * policy.dtype.itemsize) * vision_width
+    patch = (32 + 9 * policy.dtype.itemsize) * vision_width
     policy.patches = min(Policy.patches, int(left // patch))
     needed = max(sampling, (longest + config.max_new_tokens) * token, 4 * longest * patch)
     if left < needed:

@@ -314,8 +314,8 @@ def exact(options) -> dict:
         if train.is_packed(one):
             other.weight.data, other.weight.quant_state = one.weight.data, copy.copy(one.weight.quant_state)
             other.weight.quant_state.dtype = torch.float32
-        else:
-            for a, b in zip(one.parameters(recurse=False), other.parameters(recurse=False)):
+        for (name, a), b in zip(one.named_parameters(recurse=False), other.parameters(recurse=False)):
+            if not (train.is_packed(one) and name == "weight"):  # the bias of a packed matrix is plain
                 b.data = a.data.float()
     for name, parameter in policy.model.named_parameters():
         if "lora_B" in name:  # zero at first, and half the gradient with it

@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: MIT
 """The embedded world: what its questions say about their pictures is read off the pixels here, by other means than drew them."""
 import re
+import subprocess
+import sys
 from collections import Counter
 
 import numpy as np
 import pytest
+
+from conftest import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -123,3 +127,36 @@ def test_an_edit_of_one_shape_changes_the_answer_or_not(prepare, world, changes)
         assert (question["answer"] != clean[name]["answer"]) is changes
         pixels = (np.asarray(clean[name]["images"][0]) != np.asarray(question["images"][0])).any(-1)
         assert 0 < pixels.sum() <= 28 * 28  # within one cell
+
+
+PRODUCTS = """
+import importlib, itertools, sys
+prepare = importlib.import_module("01_prepare")
+import torch
+plain = torch.library.get_kernel("aten::mm", "CPU")
+prepare.fix_arithmetic(1)
+layouts = [lambda rows, columns: torch.randn(rows, columns), lambda rows, columns: torch.randn(columns, rows).t(),
+           lambda rows, columns: torch.randn(rows, 2 * columns)[:, ::2], lambda rows, columns: torch.randn(3 * rows, columns)[::3],
+           lambda rows, columns: torch.randn(1, columns).expand(rows, columns), lambda rows, columns: torch.ones(()).expand(rows, columns)]
+biases = [lambda columns: torch.randn(columns), lambda columns: torch.randn(1).expand(columns), lambda columns: torch.randn(2 * columns)[::2]]
+for (rows, between, columns), first, second, bias in itertools.product(
+        [(1, 128, 128), (65, 130, 300), (700, 64, 3), (3, 2000, 50)], layouts, layouts, biases):
+    a, b, c = first(rows, between), second(between, columns), bias(columns)
+    truth = a.double() @ b.double()
+    for found, right in ((a @ b, truth), (torch.addmm(c, a, b), truth + c), (torch.addmm(c, a, b, beta=2, alpha=3), 3 * truth + 2 * c)):
+        torch.testing.assert_close(found.double(), right, rtol=1e-4, atol=1e-3)
+a = torch.randn(300, 40, requires_grad=True)
+weight = torch.randn(90, 40, requires_grad=True)
+(torch.nn.functional.linear(a, weight).sin().sum()).backward()
+inner = (a.double() @ weight.double().t()).cos()
+torch.testing.assert_close(a.grad, (inner @ weight.double()).float(), rtol=1e-4, atol=1e-3)
+torch.testing.assert_close(weight.grad, (inner.t() @ a.double()).float(), rtol=1e-4, atol=1e-3)
+assert (torch.randn(9, 0) @ torch.randn(0, 4) == 0).all() and (torch.ones(64, 64, dtype=torch.long) @ torch.ones(64, 64, dtype=torch.long) == 64).all()
+print(torch.get_num_threads())
+"""
+
+
+def test_products_of_matrices_are_right_wherever_they_are_computed():
+    """In a process of its own: kernels are replaced for the whole process. Truth: products in fp64."""
+    done = subprocess.run([sys.executable, "-c", PRODUCTS], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "1\n", ""), done.stderr

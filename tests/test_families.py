@@ -154,5 +154,6 @@ def test_five_stages_on_published_settings(prepare, corrupt, train, evaluate, re
     steps = prepare.read_jsonl(tmp_path / "data" / "policies" / "standard-s0" / "train.jsonl")
     assert all(value is None or np.isfinite(value) for row in steps for value in row.values())  # None: not measured
     answers = evaluate.main(evaluate.Config(data=data, workers=1, max_new_tokens=8))
-    assert len(answers) == 3 * 4 and all(len(rows) == 8 for rows in answers.values())
+    # 3 policies; clean and 3 corruptions of the test split, clean and blank of the train split
+    assert len(answers) == 3 * (4 + 2) and all(len(rows) == 8 for rows in answers.values())
     assert report.main(report.Config(data=data))["accuracy"]["base"]["mine"]["clean"]["n"] == 8

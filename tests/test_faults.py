@@ -6,6 +6,7 @@ All by real processes (tests/stage.py), on real files, with real signals, on rea
 import io
 import json
 import os
+import random
 import shutil
 import signal
 import struct
@@ -238,10 +239,9 @@ def test_the_largest_pictures_take_no_more_memory(prepare, server, model, tmp_pa
 TOKENS = "<|im_start|>system\n<|image_pad|><|vision_start|><|vision_end|><|im_end|><|endoftext|><|video_pad|>\ue0001\ue000"
 
 
-@pytest.mark.parametrize("row", [{"problem": f"{TOKENS} How many?"}, {"problem": "Which?", "choices": [TOKENS, "b"], "answer": "A"},
-                                 {"problem": "What?", "answer": TOKENS, "answer_type": "text"}])
-def test_template_tokens_in_a_question_stay_text(prepare, evaluate, model, tmp_path, row):
-    """The special tokens of the prompt are those of the same question without them; and those of the gold answer are none."""
+@pytest.mark.parametrize("row", [{"problem": f"{TOKENS} How many?"}, {"problem": "Which?", "choices": [TOKENS, "b"], "answer": "A"}])
+def test_template_tokens_in_a_question_stay_text(prepare, model, tmp_path, row):
+    """The special tokens of the prompt are those of the same question without them."""
     folder = tmp_path / "mine"
     folder.mkdir()
     plain_picture().save(folder / "0.png")
@@ -253,8 +253,6 @@ def test_template_tokens_in_a_question_stay_text(prepare, evaluate, model, tmp_p
     hostile, plain = prepare.read_questions(tmp_path / "data" / "questions" / "mine.parquet", "")
     one, two = ([token for token in prepare.encode(q, tokenizer, image_processor).input_ids if token in special] for q in (hostile, plain))
     assert one == two and len(one) > hostile["image_tokens"] > 0
-    head, gold = evaluate.split_gold("", hostile["answer"], tokenizer)
-    assert gold and not special & {*head, *gold} and tokenizer.decode(head + gold) == "\\boxed{" + hostile["answer"] + "}"
 
 
 # Files of sources and models: each is one sentence
@@ -593,10 +591,9 @@ def test_lost_permission_is_one_sentence(server, study, disk, stage):
 
 
 @pytest.fixture(scope="module")
-def whole(server, tmp_path_factory):
-    """The smallest study by five processes that nobody disturbs: its folder, its files, and the seconds of each stage."""
-    data = tmp_path_factory.mktemp("undisturbed") / "data"
-    return data, *kills.undisturbed(server, data)
+def whole(tmp_path_factory):
+    """The smallest study by five processes that nobody disturbs: its files, and the seconds of each stage."""
+    return kills.undisturbed(tmp_path_factory.mktemp("undisturbed") / "data")
 
 
 @pytest.mark.parametrize("stage, artifact", [
@@ -615,7 +612,7 @@ def test_the_default_study_opens_no_socket_and_ends_as_in_one_process(study, who
     code = "import sys, stage; sys.addaudithook(stage.no_socket); import socket; socket.create_connection(('localhost', 9))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT / "tests", capture_output=True).returncode == 9
     there = artifacts(study[0])
-    assert [name for name, content in whole[1].items() if there.get(name) != content and not name.startswith(("answers/", "report/"))] == []
+    assert [name for name, content in whole[0].items() if there.get(name) != content and not name.startswith(("answers/", "report/"))] == []
 
 
 @pytest.mark.parametrize("options", [["--preset", "3b"], ["--benchmarks", "mmmu", "--model", "{model}"]])
@@ -627,6 +624,9 @@ def test_a_hub_out_of_reach_is_one_sentence(model, tmp_path, options):
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "could not be loaded from the hub" in done.stderr, done.stderr
 
 
-def test_killed_and_continued_to_the_same_bytes(server, whole):
+@pytest.mark.slow
+def test_killed_and_continued_to_the_same_bytes(whole, tmp_path):
     """A handful; `python tests/kills.py` makes as many as you like."""
-    assert kills.kill(server, *whole, kills=8, seed=0) >= 1
+    files, seconds = whole
+    done = kills.study_with_kills(tmp_path / "data", seconds, 5, 1, random.Random(0))
+    assert done >= 3 and artifacts(tmp_path / "data") == files
