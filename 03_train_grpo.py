@@ -7,21 +7,25 @@ trains on clean questions, `hallucination` on damaged ones only, `mixed` on both
 `standard` with a bonus for using the picture (`grounding_bonus`). Questions, their order, the
 random numbers and every other setting are the same.
 
-One training step, each line a function below, in this order:
+One training step, each line a function below, as they call each other:
 
-    roll_out             P questions; G completions of each, at temperature 1
-    reward               0.9 for a right answer in the box, 0.1 for the form that was asked for
-    group_advantages     (reward - mean of its group) / standard deviation of its group
-    token_weights        how much each token of the step counts: dapo, grpo or dr_grpo
-    token_loss           the clipped surrogate, and the KL term if there is one
-    accumulate_gradients backward through completions, then once through their shared prompt
-    update               clip the gradient, step AdamW
+    train_step
+        Questions.at              P questions, clean or damaged as the condition says
+        roll_out                  G completions of each, at temperature 1
+            reward                0.9 for a right answer in the box, 0.1 for the asked-for form
+            group_advantages      (reward - mean of its group) / standard deviation of its group
+        update                    clip the gradient, step AdamW
+            accumulate_gradients  the sum over micro-batches of completions
+                token_weights     how much each token counts: dapo, grpo or dr_grpo
+                shared_prompts    encode each prompt once, and go backward through it once
+                completion_losses
+                    token_loss    the clipped surrogate, and the KL term if there is one
 
 Where this departs from textbook GRPO, and why:
-- A prompt is encoded once, not G times: completions depend on it only through its keys, values and
-  last hidden state. So these become leaves, collect the gradients of all completions, and carry
-  them through the prompt in one last backward pass. By the chain rule this is the exact gradient,
-  at a fraction of the time and memory (`accumulate_gradients`).
+- In each pass a prompt is encoded once, not G times: completions depend on it only through its
+  keys, values and last hidden state. So these become leaves, collect the gradients of all
+  completions, and carry them through the prompt in one last backward pass. By the chain rule this
+  is the exact gradient, at a fraction of the time and memory (`shared_prompts`).
 - Randomness is a function: token t of completion i of question q at step s comes from a number
   seeded by (seed, s, q, i), whatever ran before. Nothing is distributed inside a run: runs
   (conditions x seeds) are dealt out to worker processes. So on a processor a resumed run continues
@@ -36,7 +40,8 @@ Where this departs from textbook GRPO, and why:
 - One update per rollout by default. Then the probability ratio is 1 up to rounding and the clip
   never acts.
 - Groups of equal reward have no advantage: they are counted (`frac_reward_zero_std`), and unless
-  there is a KL term or a grounding bonus they cost no backward pass.
+  there is a KL term or a grounding bonus they cost no backward pass. A step of such groups alone
+  changes nothing.
 
 reads   data/study.json, data/questions/TRAIN.parquet, data/corrupted/TRAIN/NAME.parquet,
         data/model/ (preset tiny)
@@ -132,9 +137,10 @@ class Config:
     conditions: list[str] = option(
         list(CONDITIONS[:3]), "which of: standard hallucination mixed grounded")
     corruption: list[str] = option(
-        [], "what damages a question; of several, each question gets one by its seed "
+        [], "what damages a question; of several, one is drawn each time it is asked "
         "[blank; for grounded mismatch]")
-    mixed_fraction: float = option(0.5, "share of damaged questions in condition mixed")
+    mixed_fraction: float = option(
+        0.5, "share of damaged questions in condition mixed, drawn anew each time one is asked")
     grounding_weight: float = option(
         0.2, "of the bonus that condition grounded pays for using the picture; 0 is standard")
     grounding_bound: float = option(
@@ -186,7 +192,7 @@ def main(config):
     """Train every condition with every seed; returns the config.json of each run."""
     study = prepare.load_study(Path(config.data))
     for name, value in PRESETS[study["preset"]].items():
-        # those two follow from memory, which only the process that trains knows: `plan`
+        # those two follow from memory, which only the process that trains knows: `fit_memory`
         if getattr(config, name) in (None, []) and name not in ("micro_batch_tokens", "cache_gb"):
             setattr(config, name, value)
     check_config(config)
@@ -225,15 +231,17 @@ def train_run(study, condition, seed, config, after_step=None):
     settings = run_settings(study, questions, config)
     with prepare.locked(folder):
         if (folder / "config.json").exists():
+            # its steps are compared here: a run under way may be given more, a finished one not
             print(f"{run} is finished: kept", flush=True)
             return read_finished(folder, settings | {"steps": config.steps})
 
         policy = load_policy(prepare.model_path(Path(config.data), study), study["max_pixels"],
                              lora_rank=config.lora_rank, seed=seed)
         optimizer = make_optimizer(policy, config)
+        # adapter and AdamW's state come from the checkpoint; log rows of later steps go
         done = resume(folder, policy, optimizer, settings, config)  # steps that were made before
         longest = questions.longest()
-        config = plan(policy, config, PRESETS[study["preset"]], longest["prompt_tokens"])
+        config = fit_memory(policy, config, PRESETS[study["preset"]], longest["prompt_tokens"])
         config = preflight(policy, longest, questions.grounded, config)
 
         with stopping() as stop_asked:
@@ -386,7 +394,8 @@ def group_advantages(rewards, scale):
     """(r - mean of its group) / (std of its group + 1e-4): (P, G) -> (P, G).
 
     arXiv 2402.03300, section 4.1.2. Without `scale` the division is left out, as Dr. GRPO does
-    (arXiv 2503.20783): it favours questions of little spread. Groups of equal reward get 0.
+    (arXiv 2503.20783): it favours questions of little spread. The deviation is the sample's, by
+    G - 1. Groups of equal reward get 0.
     """
     centred = rewards - rewards.mean(1, keepdim=True)
     # exactly 0: the mean of equal numbers may be rounded off them, and Adam makes a whole step of
@@ -402,10 +411,11 @@ def token_weights(lengths, loss, max_new_tokens):
     """Weight of each token of each completion in the step's loss: (R,) lengths -> (R,) weights.
 
     Known before the first micro-batch, over all completions of the step, so that how the step is
-    cut changes nothing.
-    dapo: every token counts alike (arXiv 2503.14476, eq. 12)
-    grpo: every completion counts alike (arXiv 2402.03300, eq. 3)
-    dr_grpo: every token, divided by the constant that it could have been (arXiv 2503.20783)
+    cut changes nothing. Completions of groups without an advantage count too, so a step of many such
+    groups is a smaller one; DAPO samples others in their place, which is left out here.
+    dapo: every token counts alike, 1 / tokens of the step (arXiv 2503.14476, eq. 12)
+    grpo: every completion counts alike, 1 / (R * its length) (arXiv 2402.03300, eq. 3)
+    dr_grpo: every token alike, 1 / (R * max_new_tokens), whatever the lengths (arXiv 2503.20783)
     """
     lengths = lengths.float()
     if loss == "dapo":
@@ -421,8 +431,10 @@ def token_loss(logprobs, old_logprobs, advantages, reference, config):
         -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) + kl * k3
         r = exp(logprobs - old_logprobs), k3 = exp(d) - d - 1, d = reference - logprobs
 
-    k3 estimates KL(policy || base) without bias and is never negative (Schulman, "Approximating KL
-    divergence", 2020). Here, and nowhere else, a KL term enters; without `reference` there is none.
+    k3 is never negative, and an unbiased estimate of KL(policy || base) while tokens were drawn from
+    this policy, as in the first update (Schulman, "Approximating KL divergence", 2020). Here alone
+    the KL to the base enters the loss, and only with `reference`; that of `grounding_bonus` is
+    another one, between two pictures.
     """
     ratio = (logprobs - old_logprobs).exp()
     clipped_ratio = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
@@ -436,42 +448,19 @@ def token_loss(logprobs, old_logprobs, advantages, reference, config):
     return loss, was_clipped, k3
 
 
-ENTROPY_GUARD = 2.0  # nats of a token: as if seven words were equally likely
-
-
-def grounding_bonus(divergence, entropy, correct, bound):
-    """What condition `grounded` pays for each token, in nats: (R, T), (R, T), (R,) -> (R, T).
-
-        correct * [H(p) < 2] * min(KL(p || q), bound)
-
-    p: the next-token distribution given the picture, q: that given the damaged one, along the
-    policy's own completion. Where the picture says nothing, p = q, and KL is 0 with its gradient;
-    where it does, pay grows with what it says. Guards against the collapse that PAPO (arXiv
-    2507.06448) saw, where KL kept rising with answers of no sense: only right completions are paid;
-    q is held fixed, so that nothing is earned by forgetting what to say without a picture; pay is
-    bounded; and a token that could be any of many earns nothing.
-
-    Tried on shapes and left, one seed each: KL - H (the policy settles on its likeliest words),
-    KL + H (no gain), pay for wrong completions too and a weight of 1 (fewer right answers). Three
-    seeds each: q of a blank picture (it pays for any picture, this one or another), advantages of a
-    question in proportion to the information of its right answers (VPPO's idea, arXiv 2510.09285),
-    a weight of 0.5: no gain. With 0.2 and another question's picture too, the luck of a seed
-    exceeds the difference to `standard`.
-    """
-    return correct[:, None] * (entropy < ENTROPY_GUARD) * divergence.clamp(max=bound)
-
-
 def accumulate_gradients(policy, batch, config):
     """Add the gradient of the step's loss to the adapter's `.grad`; returns sums over tokens."""
     weights = token_weights(batch.completions.lengths, config.loss, config.max_new_tokens)
     chosen, sums = prompts_to_learn_from(batch), Counter()
     with dequantized(policy):
-        for rows, owner, prompts, damaged in shared_prompts(policy, batch, chosen, config):
-            losses, log = completion_losses(policy, batch, rows, owner, prompts, damaged, config)
+        for rows, owner, leaves, damaged in shared_prompts(policy, batch, chosen, config):
+            losses, log = completion_losses(policy, batch, rows, owner, leaves, damaged, config)
+            mask = batch.completions.mask[rows, :losses.shape[1]]
             log["loss"] = losses * weights[rows, None]
-            (log["loss"] * log["tokens"]).sum().backward()
+            (log["loss"] * mask).sum().backward()
             for name, value in log.items():
-                sums[name] += (value.detach() * log["tokens"]).sum().item()
+                sums[name] += (value.detach() * mask).sum().item()
+            sums["tokens"] += mask.sum().item()
     return sums
 
 
@@ -508,8 +497,10 @@ def shared_prompts(policy, batch, chosen, config):
         groups = torch.tensor(some)[:, None] * group + torch.arange(group)  # (prompts, G)
         for rows in micro_batches(groups.flatten().tolist(), lengths, most):
             owner = [some.index(row // group) for row in rows]
+            # the caller goes backward through these rows before it asks for the next
             yield rows, torch.tensor(owner, device=policy.device), leaves, damaged
-        # 3. the second part: once backward through the prompts, from what the leaves collected
+        # 3. all their completions done, the second part: once backward through the prompts, from
+        # what the leaves collected
         backward_through(prompts.tensors(), leaves.tensors())
 
 
@@ -548,16 +539,20 @@ def completion_losses(policy, batch, rows, owner, leaves, damaged, config):
         reference = batch.reference[rows, :length].masked_fill(~mask, 0)
     losses, clipped, k3 = token_loss(
         logprobs, old_logprobs, batch.advantages[rows, None], reference, config)
-    log = {"kl": k3, "clipped": clipped, "tokens": mask}
+    log = {"kl": k3, "clipped": clipped}
     if damaged is not None:
         bonus = grounding_bonus(divergence, entropy, batch.correct[rows], config.grounding_bound)
         losses = losses - config.grounding_weight * bonus
-        log["grounding"] = divergence
+        log["grounding"] = divergence  # of every token, whether it was paid or not
     return losses, log
 
 
 def update(policy, optimizer, batch, config):
-    """`updates_per_batch` optimizer steps on a batch; returns its part of the log row."""
+    """`updates_per_batch` optimizer steps on a batch; returns its part of the log row.
+
+    The row is of the last one. Where a gradient is not finite, that update and those after it are
+    not made.
+    """
     start = time.perf_counter()
     for _ in range(config.updates_per_batch):
         sums = accumulate_gradients(policy, batch, config)
@@ -569,19 +564,52 @@ def update(policy, optimizer, batch, config):
         if skipped:
             break
     tokens = max(1, sums["tokens"])
+    # at a ratio of 1 the loss is about 0, for advantages add up to 0: look at the reward.
+    # clip_ratio: share of tokens where the clip acted; clipped_ratio is that of cut completions
     row = {"loss": sums["loss"], "grad_norm": norm, "clip_ratio": sums["clipped"] / tokens}
     row["kl"] = sums["kl"] / tokens if config.kl else None
     row["grounding"] = sums["grounding"] / tokens if batch.damaged else None
     if skipped:  # JSON has no nan
-        row = dict.fromkeys(row)
+        row = {name: None for name in row}
     return row | {"skipped": skipped, "update_s": time.perf_counter() - start}
+
+
+ENTROPY_GUARD = 2.0  # nats of a token: as if seven words were equally likely
+
+
+def grounding_bonus(divergence, entropy, correct, bound):
+    """What condition `grounded` pays for each token, in nats: (R, T), (R, T), (R,) -> (R, T).
+
+    A term of the loss, not of the reward: its gradient goes through KL(p || q), not through
+    advantages.
+
+        correct * [H(p) < 2] * min(KL(p || q), bound)
+
+    p: the next-token distribution given the picture, q: that given the damaged one, along the
+    policy's own completion. Where the picture says nothing, p = q, and KL is 0 with its gradient;
+    where it does, pay grows with what it says. Guards against the collapse that PAPO (arXiv
+    2507.06448) saw, where KL kept rising with answers of no sense: only right completions are paid;
+    q is held fixed, so that nothing is earned by forgetting what to say without a picture; pay is
+    bounded; and a token that could be any of many earns nothing.
+
+    Tried on shapes and left, one seed each: KL - H (the policy settles on its likeliest words),
+    KL + H (no gain), pay for wrong completions too and a weight of 1 (fewer right answers). Three
+    seeds each: q of a blank picture (it pays for any picture, this one or another), advantages of a
+    question in proportion to the information of its right answers (VPPO's idea, arXiv 2510.09285),
+    a weight of 0.5: no gain. With 0.2 and another question's picture too, the luck of a seed
+    exceeds the difference to `standard`.
+    """
+    return correct[:, None] * (entropy < ENTROPY_GUARD) * divergence.clamp(max=bound)
 
 
 # ----------------------------------------------------- conditions: which questions, damaged or not
 
 
 def damaged_share(condition, config):
-    """The share of its questions that a condition damages: all in which conditions differ."""
+    """The share of its questions that a condition trains on damaged.
+
+    All in which conditions differ, but for the bonus of `grounded` (`completion_losses`).
+    """
     shares = {"standard": 0.0, "hallucination": 1.0, "mixed": config.mixed_fraction,
               "grounded": 0.0}
     return shares[condition]
@@ -627,14 +655,15 @@ class Questions:
         """The questions of a step (from 0) as the condition says, or all of them damaged."""
         chosen, asked = [], Counter()
         for index in schedule(len(self.ids), self.seed, step, count):
-            name = self.ids[index]
-            # draws of their own if a question is asked again in the same step
-            rng = random.Random(f"{self.seed}|{step}|{name}" + "|again" * asked[name])
-            asked[name] += 1
-            table = "clean"
+            question_id = self.ids[index]
+            key = f"{self.seed}|{step}|{question_id}"
+            key += "|again" * asked[question_id]  # draws of their own if asked twice in a step
+            rng = random.Random(key)
+            asked[question_id] += 1
+            version = "clean"
             if damaged or rng.random() < self.damaged_share:
-                table = rng.choice(self.corruptions)
-            chosen.append(self.tables[table][index])
+                version = rng.choice(self.corruptions)
+            chosen.append(self.tables[version][index])
         return chosen
 
     def longest(self):
@@ -645,12 +674,12 @@ class Questions:
         return max(longest, key=lambda question: question["prompt_tokens"])
 
 
-def schedule(questions, seed, step, count):
+def schedule(n_questions, seed, step, count):
     """Which questions a step asks: epochs of seeded shuffles, a function of the step alone."""
     chosen = []
     for k in range(step * count, (step + 1) * count):
-        epoch, place = divmod(k, questions)
-        order = list(range(questions))
+        epoch, place = divmod(k, n_questions)
+        order = list(range(n_questions))
         random.Random(f"{seed}|{epoch}").shuffle(order)
         chosen.append(order[place])
     return chosen
@@ -664,18 +693,19 @@ def rollout_log(rewards, grades, completions):
     tokens = int(completions.lengths.sum())
     return {
         "reward": rewards.mean().item(),
-        "reward_std": rewards.std().item(),
+        "reward_std": rewards.std(1).mean().item(),  # within a group
         "correct": float(np.mean([grade.correct for grade in grades])),
         "well_formed": float(np.mean([grade.well_formed for grade in grades])),
-        # share of groups in which all completions earned the same: they teach nothing
+        # share of groups in which all completions earned the same: their advantages are 0
         "frac_reward_zero_std": (rewards.amax(1) == rewards.amin(1)).float().mean().item(),
         "completion_length": tokens / len(grades),   # tokens
         "clipped_ratio": 1 - completions.finished.float().mean().item(),  # cut by max_new_tokens
         "entropy": completions.entropy.sum().item() / tokens,  # nats a token
-        "num_tokens": tokens,
+        "completion_tokens": tokens,  # of the step
     }
 
 
+# what is printed of a row
 STEP_LINE = ("reward", "correct", "well_formed", "frac_reward_zero_std", "completion_length",
              "clipped_ratio", "entropy", "kl", "grounding", "grad_norm", "rollout_s", "update_s",
              "peak_gb")
@@ -728,7 +758,7 @@ def measure(study, config, runs, workers):
     policy = load_policy(prepare.model_path(Path(config.data), study), study["max_pixels"],
                          lora_rank=config.lora_rank)
     questions = Questions(study, config.conditions[0], config.seeds[0], config)
-    config = plan(policy, config, PRESETS[study["preset"]], questions.longest()["prompt_tokens"])
+    config = fit_memory(policy, config, PRESETS[study["preset"]], questions.longest()["prompt_tokens"])
     optimizer = make_optimizer(policy, config)
     seconds = []
     for step in range(1, 5):
@@ -1465,7 +1495,7 @@ def until_end(policy, tokens, logprobs, entropy):
 
 # ------------------------------------------------------------------- memory: a plan and a preflight
 # How many prompts are sampled and how many completions are learnt from at a time changes no result
-# beyond rounding, so it follows from memory: first by counting bytes (`plan`), then by running the
+# beyond rounding, so it follows from memory: first by counting bytes (`fit_memory`), then by running the
 # largest step there can be before step 1, and cutting it smaller where it does not fit.
 
 
@@ -1492,7 +1522,7 @@ def question_bytes(policy, length, group, max_new_tokens):
     return length * cached + max(length * 16 * width, group * (max_new_tokens * cached + drawing))
 
 
-def plan(policy, config, preset, longest):
+def fit_memory(policy, config, preset, longest):
     """The config with `cache_gb` and `micro_batch_tokens` where they are not given.
 
     They are what memory leaves; without a card and without --memory_gb, the preset's. Also decides

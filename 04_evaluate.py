@@ -393,7 +393,7 @@ def batch_sizes(model, policy, asked, longest):
     wanted = train.Config(
         memory_gb=model.memory_gb, cache_gb=model.cache_gb, checkpoint=True,
         group_size=max(1, asked.samples), max_new_tokens=asked.max_new_tokens)
-    return train.plan(policy, wanted, train.PRESETS[model.preset], longest)
+    return train.fit_memory(policy, wanted, train.PRESETS[model.preset], longest)
 
 
 def draw_numbers(policy, questions, asked):

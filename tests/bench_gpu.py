@@ -145,7 +145,7 @@ def settle(options):
     config = train.Config(**{key: value for key, value in preset.items() if key not in ("micro_batch_tokens", "cache_gb")} | {
         "prompts_per_step": options.prompts, "group_size": options.group, "max_new_tokens": options.new, "lora_rank": options.rank,
         "memory_gb": options.memory_gb})
-    config = train.plan(policy, config, preset, max(len(policy.encode(question).input_ids) for question in questions))
+    config = train.fit_memory(policy, config, preset, max(len(policy.encode(question).input_ids) for question in questions))
     turn = itertools.count()
     prepare.grade = lambda text, question, *_: prepare.Grade(next(turn) % 2 == 1, True, None)  # every group has both rewards
     return policy, questions, config
@@ -422,7 +422,7 @@ def planned(options) -> dict:
     for budget in options.budgets:
         config = train.Config(group_size=options.group, max_new_tokens=options.new, checkpoint=True, memory_gb=budget)
         try:
-            config = train.plan(policy, config, {}, length)
+            config = train.fit_memory(policy, config, {}, length)
         except prepare.UserError as error:
             rows[budget] = {"too_little": str(error)}
             print(f"| {options.model} | {budget:g} | too little | | | | | |")

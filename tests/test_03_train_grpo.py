@@ -1028,10 +1028,10 @@ def on_a_card_of(monkeypatch, free, total=16e9):
 def test_the_plan_leaves_a_rest_below_the_ceiling(train, policies, monkeypatch):
     """A card's free memory is the ceiling, of which a twentieth is not planned with."""
     policy = policies("nf4")
-    on_cpu = train.plan(policy, train.Config(**STEP | {"micro_batch_tokens": None, "cache_gb": None, "memory_gb": 8.0, "checkpoint": True}), {}, 100)
+    on_cpu = train.fit_memory(policy, train.Config(**STEP | {"micro_batch_tokens": None, "cache_gb": None, "memory_gb": 8.0, "checkpoint": True}), {}, 100)
     set_to = on_a_card_of(monkeypatch, 8e9)
     monkeypatch.setattr(train.Policy, "device", property(lambda policy: torch.device("cuda")))
-    config = train.plan(policy, train.Config(**STEP | {"micro_batch_tokens": None, "cache_gb": None, "checkpoint": True}), {}, 100)
+    config = train.fit_memory(policy, train.Config(**STEP | {"micro_batch_tokens": None, "cache_gb": None, "checkpoint": True}), {}, 100)
     assert set_to == [0.5] and config.memory_gb == 8.0 and config.cache_gb == on_cpu.cache_gb
     held = train.weight_bytes(policy)
     used = sum(parameter.nbytes for parameter in policy.model.parameters()) + 3 * sum(p.nbytes for p in policy.trainable()) + 6 * train.CHUNK_BYTES
@@ -1292,7 +1292,7 @@ def test_steps_show_what_they_do(train, prepare, data, monkeypatch):
         assert words in out
     assert set(rows[0]) == {
         "step", "reward", "reward_std", "correct", "well_formed", "frac_reward_zero_std", "completion_length", "clipped_ratio", "entropy", "kl",
-        "grounding", "clip_ratio", "loss", "grad_norm", "skipped", "num_tokens"}
+        "grounding", "clip_ratio", "loss", "grad_norm", "skipped", "completion_tokens"}
     monkeypatch.setattr(prepare, "grade", lambda text, question, *_: prepare.Grade(correct=False, well_formed=True, answer=None))
     adapter, rows, samples, out = run(train, data, steps=2, conditions=["standard"], seeds=[1], group_size=8)
     assert [row["frac_reward_zero_std"] for row in rows] == [1.0, 1.0] and [row["grad_norm"] for row in rows] == [0.0, 0.0]

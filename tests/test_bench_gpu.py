@@ -81,16 +81,16 @@ def test_the_plan_is_what_one_computes_by_hand(train, prepare, on_meta, model, c
     held, question, token = by_hand(model, 1124, 8, 512)
     for beside in (4.0, 40.0):
         config.memory_gb = ((base + held) / GB + beside) / 0.95  # a twentieth is left for gaps
-        planned = train.plan(policy, config, {}, 1124)
+        planned = train.fit_memory(policy, config, {}, 1124)
         assert planned.cache_gb == pytest.approx(beside, rel=1e-6) and planned.micro_batch_tokens == int(beside * GB // token)
         assert train.rollout_batches(policy, [1124] * 256, 8, 512, planned.cache_gb)[0].stop == int(beside * GB // question)
-        given = train.plan(policy, train.Config(**vars(config) | {"cache_gb": 0.5, "micro_batch_tokens": 99}), {}, 1124)
+        given = train.fit_memory(policy, train.Config(**vars(config) | {"cache_gb": 0.5, "micro_batch_tokens": 99}), {}, 1124)
         assert (given.cache_gb, given.micro_batch_tokens) == (0.5, 99)
     config.memory_gb = (base + held + max(question, (1124 + 512) * token, 4 * 1124 * 50 * 1280)) / GB / 0.95 - 0.001
     with pytest.raises(prepare.UserError, match="GB of memory are too little: .* lower --group_size"):
-        train.plan(policy, config, {}, 1124)
+        train.fit_memory(policy, config, {}, 1124)
     config.memory_gb, preset = None, {"cache_gb": 2.0, "micro_batch_tokens": 8192}
-    planned = train.plan(policy, config, preset, 1124)
+    planned = train.fit_memory(policy, config, preset, 1124)
     assert (planned.cache_gb, planned.micro_batch_tokens, planned.memory_gb) == (2.0, 8192, None)
 
 

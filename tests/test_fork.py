@@ -280,7 +280,7 @@ def test_a_model_family(changed, prepare, train, tokenizer, base_folder, data, t
     policy = train.load_policy(str(folder), PIXELS, lora_rank=4)
     questions = train.Questions(prepare.load_study(data), "standard", 0, config)
     row, _ = train.train_step(policy, train.make_optimizer(policy, config), questions, 1, config)
-    assert not row["skipped"] and row["num_tokens"] > 0
+    assert not row["skipped"] and row["completion_tokens"] > 0
 
 
 def test_a_measure(changed, prepare, corrupt, tmp_path):
