@@ -268,16 +268,13 @@ def answer(policy, questions, encoded, max_new_tokens, micro_batch_tokens, draws
         if len(encoded) == 2:
             blank = train.encode_prompts(policy, *encoded[1])
             nats = token_information(policy, blank, done, micro_batch_tokens)
+    think_opened = prepare.opens_think(policy.tokenizer)
     rows = []
-    for i, (question, grade) in enumerate(zip(questions, grades)):
+    for i, question in enumerate(questions):
+        row = answer_row(question, responses[i], grades[i], think_opened)
         length = done.lengths[i].item()
-        row = {"id": question["id"], "group": question["group"],
-               "needs_image": question["needs_image"], "response": responses[i],
-               "answer": grade.answer, "gold": question["answer"], "correct": grade.correct,
-               "well_formed": grade.well_formed, "truncated": not done.finished[i].item(),
-               "tokens": length}
-        if prepare.opens_think(policy.tokenizer):  # for a later grader, which sees no tokenizer
-            row["think_opened"] = True
+        row["tokens"] = length
+        row["truncated"] = not done.finished[i].item()
         if len(encoded) == 2:
             row["token_texts"] = token_texts(done.tokens[i, :length].tolist(), policy.tokenizer)
             row["token_nats"] = nats[i]
@@ -287,6 +284,23 @@ def answer(policy, questions, encoded, max_new_tokens, micro_batch_tokens, draws
             row["drawn_right"] = sum(grade.correct for grade in own)
         rows.append(row)
     return rows
+
+
+def answer_row(question, response, grade, think_opened):
+    """What every line of an answers file holds, whatever was asked."""
+    row = {
+        "id": question["id"],
+        "group": question["group"],
+        "needs_image": question["needs_image"],
+        "response": response,
+        "answer": grade.answer,  # as the grader read it
+        "gold": question["answer"],
+        "correct": grade.correct,
+        "well_formed": grade.well_formed,
+    }
+    if think_opened:  # for a later grader, which sees no tokenizer
+        row["think_opened"] = True
+    return row
 
 
 # Which words came from the picture.

@@ -21,6 +21,7 @@ import io
 import itertools
 import json
 import math
+import platform
 import re
 import sys
 from collections import Counter, defaultdict
@@ -1376,8 +1377,12 @@ def same_study(found) -> str:
     """The fingerprint, and whether the README, which holds its own, is about these answers."""
     readme = Path(__file__).with_name("README.md")
     text = readme.read_text(encoding="utf-8") if readme.exists() else ""
-    whose = "these" if found[:16] in text else "other"
-    return f"Fingerprint {found[:16]}: the README's table comes from {whose} answers"
+    if found[:16] in text:
+        return f"Fingerprint {found[:16]}: the README's table comes from these answers"
+    other = f"Fingerprint {found[:16]}: the README's table comes from other answers"
+    if platform.machine() not in ("x86_64", "AMD64"):
+        other += f", by an x86-64 processor, and {platform.machine()} rounds sums otherwise"
+    return other
 
 
 def canonical(answer) -> str:

@@ -57,6 +57,7 @@ def main():
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
+    prepare.fix_arithmetic(torch.get_num_threads())  # products as in the stages, for both sides
     warnings.filterwarnings("ignore")
     data = Path(options.data)
     study = prepare.load_study(data)

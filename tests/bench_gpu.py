@@ -472,6 +472,7 @@ def main(arguments=None) -> list[dict]:
     toy = {"image_tokens": [16], "prompts": 2, "group": 2, "new": 8, "rank": 4, "groups": [2, 4], "news": [4, 8], "rounds": 1,
            "budgets": [1]}
     options = parser.parse_args(arguments)
+    prepare.fix_arithmetic(torch.get_num_threads())  # products as in the stages, for both sides
     vars(options).update({name: value for name, value in (toy if options.small else usual).items() if getattr(options, name) is None})
     warnings.filterwarnings("ignore")
     lines, grade = [], prepare.grade

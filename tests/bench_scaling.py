@@ -73,6 +73,7 @@ def main():
     parser.add_argument("--one", help="JSON of one setting: measured in this process")
     parser.add_argument("--looking", action="store_true", help="condition grounded against standard")
     options = parser.parse_args()
+    prepare.fix_arithmetic(torch.get_num_threads())  # products as in the stages, for both sides
     warnings.filterwarnings("ignore")
     if options.looking:
         print(json.dumps(measure(USUAL, options.prompts, options.rounds, looking=True)))

@@ -146,6 +146,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--memory", choices=("ours", "trl"), help="one side alone, two steps: prints MB above the loaded model")
     options = parser.parse_args()
+    prepare.fix_arithmetic(torch.get_num_threads())  # products as in the stages, for both sides
     warnings.filterwarnings("ignore")
     turn = itertools.count()
     prepare.grade = lambda text, question, *_: prepare.Grade(next(turn) % 2 == 1, True, None)  # every group has both rewards
