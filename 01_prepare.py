@@ -448,8 +448,6 @@ def from_mmmu(id, question, options, answer, question_type,
               image_1, image_2, image_3, image_4, image_5, image_6, image_7):
     """Pictures are named in question and choices. An open gold may be a list of alternatives."""
     choices = some(literal_list(options)) if question_type == "multiple-choice" else []
-    if answer.startswith("[") and not choices:
-        answer = literal_list(answer)
     pictures = [image_1, image_2, image_3, image_4, image_5, image_6, image_7]
     subject = re.sub(r"^(dev|validation|test)_|_\d+$", "", id)
     return record(question, pictures, answer, choices, "open", id=id, group=subject)
@@ -557,7 +555,7 @@ def record(text, pictures, answer, choices=None, kind="math", shown=None, merged
         raise Rejected("choices: all are the same, so that every letter would be right")
     if isinstance(answer, list):
         answer = json.dumps(answer)
-    answer = unboxed(str(answer or "")).strip()
+    answer = unboxed("" if answer is None else str(answer)).strip()
     if choices:
         kind = "choice"
     elif kind == "math" and re.fullmatch(r"[A-Za-z][A-Za-z' -]+", plain(answer)):
@@ -894,17 +892,20 @@ CLAIM = (
     r"(?:text\{)?(?:option\s|choice\s)?[\s({]{0,3})")
 # no answers: (1, 2), f(0), 2/3, the bound of "more than 5", the 2 of "one of 2"
 NOT_ALONE = (
-    r"[\[(][^\[\]()]{0,60},[^\[\]()]{0,60}[\])]|\b[a-zA-Z]\([^()]{0,30}\)|(?<!\d)\d{1,30}(?:\s?[/:]\s?\d{1,30})+"
+    r"\\sqrt\s?(?:\{[^{}]{0,60}\}|\d)|√\s?\d+|\\frac\s?\{[^{}]{0,60}\}\s?\{[^{}]{0,60}\}"
+    r"|(?<![\d.,])[\d.,]{1,30}\s?(?:\\?pi\b|π|!|\^|(?:st|nd|rd|th)\b|(?:thousand|million|billion|trillion|dozen)\b|or (?:more|less|fewer)\b)"
+    r"|(?<![\d.,])\d{1,30}\s?(?:[-–~]|to)\s?\d{1,30}(?![\d.])|(?i:\b(?:not|n't|never|minus|negative|over|under|up to|figure|fig\.|type))\s[\d.,]+"
+    r"|[\[(][^\[\]()]{0,60},[^\[\]()]{0,60}[\])]|\b[a-zA-Z]\([^()]{0,30}\)|(?<!\d)\d{1,30}(?:\s?[/:]\s?\d{1,30})+"
     r"|(?<= than )[-\d.,]+|(?<= least )[-\d.,]+|(?<= most )[-\d.,]+|(?<= of )[-\d.,]+")
 STATES = r"\bis\b|=|:"
 REFUSAL = re.compile(
-    r"(?i)\bcan(?:no|')?t\b|\b(?:unable|impossible|insufficient|unknown|unclear|undetermined|inconclusive|sorry|apologi[sz]e|as an ai|please provide)\b"
-    r"|\bnot (?:possible|enough|provided?|given|available|listed|clear|able|specif|sufficient)|\bmore (?:information|context|details)"
-    r"|n[o']t (?:have|provide|see|know|tell|process|enough|determine|contain|match|give|specify|include)"
-    r"|\bno (?:information|image|answer|option|picture|way|one|extracted)|\bwithout (?:any|more|further|the|this|additional|knowing|seeing)\b"
+    r"(?i)\bcan(?:no|')?t\b|\b(?:unable|impossible|insufficient|unknown|unclear|undetermined|inconclusive|unsure|uncertain|sorry|apologi[sz]e|as an ai|please provide)\b"
+    r"|\bnot (?:possible|enough|provided?|given|available|listed|clear|able|specif|sufficient|sure|certain|visible)|\bmore (?:information|context|details)"
+    r"|n[o']t (?:have|provide|see|know|tell|process|enough|determine|contain|match|give|specify|include|show|visible)|\b(?:hard|difficult) to (?:tell|say|see)"
+    r"|\bno (?:information|image|answer|option|picture|way|one|idea|clue|extracted)|\bwithout (?:any|more|further|the|this|additional|knowing|seeing)\b"
     r"|无法|不能")
 NEGATION = re.compile(
-    r"(?i)\b(?:not|no|never|neither|nor|none|cannot|except|without|unlike|instead|rather|wrong|incorrect|false|untrue|\w+n['’]t)\b"
+    r"(?i)\b(?:not|no|never|neither|nor|none|cannot|except|without|unlike|instead|rather|wrong|incorrect|false|untrue|unlikely|impossible|hardly|barely|apart from|opposite|neq?|neg|lnot|overline|\w+n['’]t)\b|[≠¬]|不|非"
     r"|\b(?:other than|(?:any|every|no)thing but|all but)\b|\b(?:exclud|eliminat|rul(?:e|es|ed|ing) out|reject)")
 
 
@@ -957,6 +958,10 @@ def search_choice(text: str, choices: Choices) -> str | None:
     Benchmarks take the last of several; here two that are claimed, or joined by "or", are none.
     """
     lone, last = lone_letter(choices), last_sentence(text)
+    refused = REFUSAL.search(last)
+    said = last.partition("whether")[0] if refused else last  # can't tell whether it's B
+    denied = rf"(?i:\bnot|n['’]t|\bnever) (?:be )?(?i:option |choice )?[({{*]{{0,3}}{lone}"
+    text = text.strip().removesuffix(last) + re.sub(denied, "", said)
     first, _, more = text.strip().partition("\n")
     known = bare_choice(first[:ANSWER_CHARACTERS], choices)
     if known and not re.search(r"\([A-Z]\)", more):
@@ -968,7 +973,7 @@ def search_choice(text: str, choices: Choices) -> str | None:
     if len({*claims}) > 1:
         return None
     found = claims
-    if not claims and not REFUSAL.search(last):
+    if not claims and not refused:
         found = read_choice(re.split(STATES, last)[-1], choices)
     found = found or re.findall(lone, text) or named_choices(text, choices)
     listed = len(found) == len({*found}) == len(choices) > 2  # all of them
@@ -986,11 +991,16 @@ def named_choices(text: str, choices: Choices) -> list[str]:
     return [letters[name] for name in words.findall(said)]
 
 
+# no statement about the answer, and what a blank picture brings
+BLANK = re.compile(r"(?i)\b(?:blank|empty|nothing|guess\w*)\b|\bplain \w+ (?:image|picture|square)")
+
+
 def search_nearest(text: str, choices: Choices) -> str | None:
     """MathVista's rule: where no choice is found, the one at the smallest edit distance, which here
     counts where the last sentence makes a statement."""
     known, last = search_choice(text, choices), last_sentence(text)
-    if known or not last or REFUSAL.search(last) or re.search(lone_letter(choices), text):
+    refused = REFUSAL.search(last) or BLANK.search(last)
+    if known or not last or refused or re.search(lone_letter(choices), text):
         return known
     if NEGATION.search(last):  # it is not the largest
         letters = choice_letters(choices)
@@ -1092,8 +1102,7 @@ def literal_list(text: str) -> list[str]:
 
 
 def gold_texts(question: Mapping) -> list[str]:
-    """The texts that count as right, the first to be teacher-forced: an open question's gold may be
-    a list of alternatives."""
+    """The texts that count as right: an open question's gold may be a list of alternatives."""
     golds = question.get("answer")
     if question.get("answer_type") == "open" and isinstance(golds, str) and golds.startswith("["):
         # else it is a text that begins with a bracket
@@ -1128,16 +1137,24 @@ def reads_as_maths(question: Mapping) -> bool:
 # text
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-MARKS = str.maketrans({"²": "^2", "³": "^3", "′": "'", "’": "'", "‘": "'", "“": '"', "”": '"'})
+SUPERSCRIPT = re.compile("⁻?[⁰¹²³⁴-⁹]+")
+MARKS = str.maketrans({"′": "'", "’": "'", "‘": "'", "“": '"', "”": '"'})
 WRAPPED = re.compile(r"\\(?:text(?:bf|it|normal|rm)?|mathrm|mathbf|mbox)\s?\{([^{}\\]*)\}")
 WRAPPING = re.compile(r"\\(?:text(?:bf|it|normal|rm)?|mathrm|mathbf|mbox)\s?\{|\\[()\[\],;! ]|[$*\\{}\"°]")
-SEVERAL = re.compile(r"[,;/|]|\b(?:or|and|yes)\b")
+SEVERAL = re.compile(r"[,;/|&+]|\b(?:or|and|yes|versus|vs|then|both|plus)\b")
+FILLER = re.compile(r"(?:\W|\b(?:an?|the|its?|is|are|was|this|that|they|one|answer|final|correct|called|of|in|to|by|be|would|must|type|colou?r)\b)*")
 SYMBOL = re.compile(r"[A-Za-z]|(?!NO\b)[A-Z]{2}|\w*[a-z][A-Z]\w*")  # mW, CO, pH: not as words
 
 
 def unwrapped(text: str) -> str:
     """Text without LaTeX's commands and marks around it: \\text{Na}+ is Na+."""
     return WRAPPING.sub(" ", WRAPPED.sub(r"\1", text))
+
+
+def raised(text: str) -> str:
+    """10⁴ as 10^4; without it, it would become 104."""
+    return SUPERSCRIPT.sub(
+        lambda found: "^" + unicodedata.normalize("NFKC", found[0]).replace("−", "-"), text)
 
 
 def plain(text: str) -> str:
@@ -1147,7 +1164,7 @@ def plain(text: str) -> str:
     Case, points, signs and powers stay where they carry meaning: 5 MW is not 5 mW, .5 not 5,
     10^2 not 102, f' not f.
     """
-    text = unwrapped(text.translate(MARKS))
+    text = unwrapped(raised(text.translate(MARKS)))
     text = " ".join(unicodedata.normalize("NFKC", text).split()).strip(" ,;:?").rstrip(".,;:? ")
     text = re.sub("^'(.*)'$", r"\1", text)
     # 5 MW is 5MW, 3 : 1 is 3:1
@@ -1156,7 +1173,8 @@ def plain(text: str) -> str:
 
 
 def in_one_case(word: re.Match) -> str:
-    return word[0] if SYMBOL.fullmatch(word[0]) else word[0].casefold()
+    behind_number = len(word[0]) == 2 and word.string[:word.start()][-1:].isdigit()  # 5 Mg, 5 mg
+    return word[0] if behind_number or SYMBOL.fullmatch(word[0]) else word[0].casefold()
 
 
 def same_text(answer: str, gold: str, phrase: bool) -> bool:
@@ -1174,7 +1192,7 @@ def same_text(answer: str, gold: str, phrase: bool) -> bool:
     rest = re.sub(rf"(?<![\w.+^'-]){re.escape(gold)}(?![\w+^'-]|\.\d)", "", answer, count=1)
     if rest == answer or len(rest) >= 100:
         return False
-    return not any(pattern.search(rest) for pattern in (SEVERAL, NEGATION, REFUSAL))
+    return FILLER.fullmatch(rest) is not None and not SEVERAL.search(rest)
 
 
 # choices
@@ -1220,6 +1238,12 @@ def bare_choice(text: str, choices: Choices) -> str | None:
     return known
 
 
+# beside a number it is another: more than 12, 12 thousand, minus 12
+CHANGES = re.compile(
+    r"\b(?:than|least|most|over|under|above|below|up to|more|less|fewer|minus|plus|negative|times|twice|double|half|root|squared?|cubed?"
+    r"|hundreds?|thousands?|millions?|billions?|dozens?|between)\b|(?<![\w/])[<>](?![\w/])|[≤≥~+]")
+
+
 def read_choice(text: str, choices: Choices) -> str | None:
     """The one choice that an answer names by letter, text or value; None where it names none or
     several, or denies one."""
@@ -1230,11 +1254,16 @@ def read_choice(text: str, choices: Choices) -> str | None:
         return known
     letters, words, said = choice_letters(choices), choice_words(choices), plain(text)
     named = {*re.findall(lone_letter(choices), text)}
+    lettered = len(named) > 0
     if not named and read_maths(text):  # 1.8 for \frac{9}{5}; as words, 5 would stand in -5
         named = {letter for letter, choice in zip(LETTERS, choices) if same_maths(text, choice)}
     else:
         named.update(letters[found] for found in words.findall(said))
-        if NEGATION.search(words.sub(" ", said)):  # isn't stable, A is wrong
+        rest = words.sub(" ", said)
+        if NEGATION.search(rest):  # isn't stable, A is wrong
+            return None
+        numeric = re.search(r"\d", "".join(choices[LETTERS.index(letter)] for letter in named))
+        if numeric and not lettered and CHANGES.search(rest):
             return None
     return named.pop() if len(named) == 1 else None
 
@@ -1253,12 +1282,13 @@ FUNCTIONS = {name: getattr(cmath, name) for name in "sqrt exp sin cos tan sinh c
 GREEK = ("alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho varsigma sigma tau "
          "upsilon phi chi psi omega").split()
 SYMBOLS = str.maketrans("×·⋅÷−–（），′’$~△", "***/--(),''   ") | str.maketrans({
-    "√": r"\sqrt ", "∞": r"\infty ", "∈": r"\in ", "∠": r"\angle ", "²": "^2 ", "³": "^3 "}
+    "√": r"\sqrt ", "∞": r"\infty ", "∈": r"\in ", "∠": r"\angle "}
     | {chr(0x3b1 + i): rf"\{name} " for i, name in enumerate(GREEK)})  # 0x3b1: α
 
 # A noun may stand behind a number, or before an equals sign, without changing the value.
 NO_NOUN = ("minimum|maximum|and|or|not|than|more|less|fewer|over|times|plus|minus|squared|cubed|half|dozens?|hundreds?|thousands?|millions?|billions?|"
-           "trillions?|[abcxyz]{3}|factorial|sqrt|exp|sin|cos|tan|sec|arc[a-z]+")
+           "trillions?|lakhs?|crores?|quarters?|halves|thirds?|(?:four|fif|six|seven|eigh|nin|ten|hundred|thousand)ths?"
+           r"|max|most|least|tops|above|below|under|negative|never|none|wrong|incorrect|false|untrue|impossible|[abcxyz]{3}|factorial|sqrt|exp|sin|cos|tan|sec|arc[a-z]+")
 NOUN = rf"(?!(?:{NO_NOUN})\b)(?=[A-Za-z]*[aeiou])[A-Za-z][a-z]{{2,}}\b"
 POWER = r"(?:\s?\^\s?\{?\s?-?[1-4]\s?\}?)?"
 SYMBOL_UNIT = (r"(?:[kMGcdmnµ]?(?:m|g|s|[lL]|W|V|A|J|N|F|C|K|T|Pa|Hz|eV|mol|bar|Ω)|lbs?|oz|ft|in|yd|mi|hrs?|h|min|sec|mph|kph|rad)"
@@ -1284,6 +1314,7 @@ REWRITES = [(re.compile(pattern), new) for pattern, new in (
     (r"\\pm(?![a-z])", "±"), (r"\\mp(?![a-z])", "∓"), (r"\*\*", "^"),
     (r"\\[dtc]?(frac|binom)(?![a-z])", r"\\\1"), (r"\\(?:cdot|times|ast)(?![a-z])", "*"), (r"\\div(?![a-z])", "/"),
     (r"\\(?:approx|simeq|doteq)(?![a-z])", "≈"), (r"\\in(?![a-z])", "="), (r"(sin|cos|tan)\s?\^\s?\{?\s?-1\s?\}?", r"arc\1"),
+    (r"(?:sec|csc|cot|sinh|cosh|tanh)\s?\^\s?\{?\s?-1\s?\}?", "inverse"),
     (r"\\?log\s?_\s?(?:\{([^{}]*)\}|(\w))", r"\\logarithm{\1\2}"), (r"\\sqrt\s?\[([^\[\]]*)\]", r"\\root{\1}"),
     (r"\\sec(?![a-z])", r"\\frac{1}\\cos"), (r"\\csc(?![a-z])", r"\\frac{1}\\sin"), (r"\\cot(?![a-z])", r"\\frac{1}\\tan"), (r"\\neq?(?![a-z])|\\not\s?=|!=", "≠"),
     (r"\\leq?(?:slant|q)?(?![a-z])|<=", "≤"), (r"\\geq?(?:slant|q)?(?![a-z])|>=", "≥"), (r"\\lt(?![a-z])", "<"), (r"\\gt(?![a-z])", ">"),
@@ -1297,9 +1328,10 @@ REWRITES = [(re.compile(pattern), new) for pattern, new in (
     (r"(?<![\d.^])(\d+)\s?\\frac\s?\{\s?(\d+)\s?\}\s?\{\s?(\d+)\s?\}", r"(\1+\2/\3)"),  # mixed numbers
     (r"(?<![\d.^])(\d+)\s(\d+)\s?/\s?(\d+)(?!\d)", r"(\1+\2/\3)"),
     (r"\\[{}]|^\s*\{([^{}]*)\}\s*$", r" \1 "),  # a set is its members
+    (r"([<>≤≥][^,]*\b)and(\b[^,]*[<>≤≥])", r"\1both\2"),  # an intersection, which is not read
     (r",?\s*\b(?:and|or)\b|;|∪|\\cup(?![a-z])", ","),
     (r"(?i)^\s*(?:(?:about|approximately|around|roughly|exactly|(?:so|thus|therefore|hence),?|(?:the )?(?:final )?answer is|there (?:are|is)|it is)\s)+", ""),
-    (rf"(?:^|(?<=,))\s*(?:\\text\{{[^{{}}]*\}}|{NOUN}(?:\s[a-z]+){{0,3}})?\s*[=≈]", ""),  # Area = 12
+    (rf"(?:^|(?<=,))\s*(?:\\text\{{(?!\s*(?:not|never|no)\b)[^{{}}]*\}}|{NOUN}(?:\s[a-z]+){{0,3}})?\s*[=≈]", ""),  # Area = 12
     (rf"(?:^|(?<=,))\s*({NAME})\s?(?=[=≈<>≤≥])", r"⟨\1⟩"))]
 BINARY = {  # of two arguments
     "frac": truediv, "binom": lambda n, k: factorial(n) / factorial(k) / factorial(n - k),
@@ -1307,7 +1339,7 @@ BINARY = {  # of two arguments
     "logarithm": lambda base, value: cmath.log(value) / cmath.log(base)}
 KNOWN = "|".join(["pi", "infty", *sorted([*BINARY, *FUNCTIONS], key=len, reverse=True)])
 TOKEN = re.compile(
-    rf"\\?((?:{KNOWN})(?![a-z])|\d{{1,60}}(?:\.\d{{0,60}})?(?:[eE][-+]?\d{{1,2}}(?![\d.]))?)"
+    rf"\\?((?:{KNOWN})(?![a-z])|\d{{1,60}}(?:\.(?:\d{{1,60}}|(?!\()))?(?:[eE][-+]?\d{{1,2}}(?![\d.]))?)"
     r"|((?![abcxyz]{3}(?![A-Za-z]))(?=[A-Za-z]*[aeiou])[A-Za-z]{3,})"  # prose, no product of letters
     rf"|\\?((?:(?<=\\)(?:var)?(?i:{'|'.join(GREEK)})(?![a-z])|[A-Za-z])(?:_(?:\{{\w{{1,9}}\}}|\w))?'*)|⟨([^⟩]*)⟩|(\S)")
 BRACKETS = {"(": ")]", "[": "])", "{": "}", "⟦": "⟧", "⌈": "⌉"}  # and what may close them; ⌈ and ⌉ are the bars of |x|
@@ -1348,7 +1380,10 @@ def same_maths(answer: str, gold: str) -> bool:
     but not be another."""
     if plain(answer[:FINAL_CHARACTERS]) == plain(gold) != "":
         return True
-    if same_claims(read_maths(answer), read_maths(gold)):
+    marks, gold_marks = unit_marks(answer[:ANSWER_CHARACTERS]), unit_marks(gold)
+    if marks and gold_marks and marks != gold_marks:  # 30% is not 30°
+        return False
+    if same_claims(read_maths(answer), read_maths(gold)) and not (marks and GOLD_UNIT.search(rewrite(gold))):
         return True
     if gold.startswith("(") and same_claims(read_maths(f"({answer})"), read_maths(gold)):  # 1, 2
         return True
@@ -1356,7 +1391,7 @@ def same_maths(answer: str, gold: str) -> bool:
     gold, gold_unit = without_unit(gold, GOLD_UNIT)
     if not unit and not gold_unit:
         return False
-    if unit and gold_unit and not same_unit(unit, gold_unit):
+    if not same_unit(unit or marks or gold_unit, gold_unit or gold_marks or unit):
         return False
     golds = read_maths(gold)  # a letter that is a factor is no unit: 2 is not 2mg
     if not all(is_constant(gold.values[0]) for gold in golds):
@@ -1365,10 +1400,23 @@ def same_maths(answer: str, gold: str) -> bool:
 
 
 def same_unit(unit: str, gold: str) -> bool:
-    """mW is not MW; of words, or a word and a symbol, the beginning counts (metres, m)."""
-    if re.search("[a-z]{4}", f"{unit} {gold}"):
-        return unit[0].lower() == gold[0].lower()
+    """mW is not MW; words count as their symbols (square metres, m^2)."""
+    for pattern, symbol in UNIT_NAMES:
+        unit, gold = pattern.sub(symbol, unit), pattern.sub(symbol, gold)
     return unit == gold
+
+
+UNIT_NAMES = [(re.compile(name), symbol) for name, symbol in (
+    (r"^(?:sq|square)(?!s)(.+)", r"\1^2"), (r"^cubic(.+)", r"\1^3"), ("milli(?=[mgls])", "m"),
+    ("centi(?=m)", "c"), ("kilo(?=[mgw])", "k"), ("met(?:er|re)s?", "m"), ("gram(?:me)?s?", "g"),
+    ("lit(?:er|re)s?", "L"), ("seconds?|secs?", "s"), ("minutes?|mins?", "min"),
+    ("hours?|hrs?", "h"), ("inch(?:es)?", "in"), ("f(?:ee|oo)t", "ft"), ("miles?", "mi"),
+    ("watts?", "W"), ("volts?", "V"), ("newtons?", "N"), ("joules?", "J"), ("dollars?", "$"), ("(?<=[a-z]{3})s$", ""))]
+UNIT_MARKS = {"°": r"°|\\circ|degrees?\b", "%": r"%|\bpercent\b", "$": r"\\\$|\bdollars?\b"}  # rewrite() drops them
+
+
+def unit_marks(text: str) -> str:
+    return "".join(mark for mark, pattern in UNIT_MARKS.items() if re.search(pattern, text))
 
 
 def without_unit(text: str, pattern: re.Pattern) -> tuple[str, str]:
@@ -1479,7 +1527,7 @@ def equal(value, gold) -> bool:
 @lru_cache(1024)
 def rewrite(text: str) -> str:
     """LaTeX and Unicode in one notation; a text too long to be an answer as none."""
-    text = " ".join(text.translate(SYMBOLS).split()) if len(text) <= ANSWER_CHARACTERS else ""
+    text = " ".join(raised(text).translate(SYMBOLS).split()) if len(text) <= ANSWER_CHARACTERS else ""
     for pattern, new in REWRITES:
         text = pattern.sub(new, text)
     return text.strip().rstrip(" .")
@@ -1566,6 +1614,8 @@ def as_interval(sides, signs) -> Group:
     if isinstance(sides[-1], Letter):
         sides, signs = [*sides, everywhere(math.inf)], signs + "<"
     low, _, high = sides
+    if low[0].real > high[0].real:
+        raise ValueError("nothing is between")
     return Group(OPENING[signs[0]] + CLOSING[signs[1]], [low, high])
 
 
@@ -2149,6 +2199,9 @@ ONE_BACKSLASH = re.compile(
     r"(?<!\\)(?:\\\\)*\\([bfr][A-Za-z]+"
     r"|n(?:abla|atural|cong|earrow|eq|exists|geq|leq|mid|ot|otin|prec|sim|subseteq|u"
     r"|warrow|ewline)(?![A-Za-z])|n(?:e|eg|i)(?![A-Za-z.):])"
+    r"|n(?:parallel|shortparallel|gtr|subset[a-z]*|supset[a-z]+|triangle[a-z]+|[vV][dD]ash"
+    r"|(?:left|right)arrow)(?![A-Za-z])"
+    r"|t[a-z]+\s?\{|t(?:extdegree|riangle[a-z]+|hick[a-z]+|wohead[a-z]+)(?![A-Za-z])"
     r"|t(?:an|anh|au|ext|ext(?:bf|it|rm|sf|tt|style)|frac|heta|herefore|hinspace|ilde|imes|o|op"
     r"|riangle|riangleq)(?![A-Za-z])"
     r"|u(?![0-9A-Fa-f]{4})[A-Za-z]*|[AC-Zac-eg-mo-qsv-z][A-Za-z]*|[(){}[\],;:!%$&#_ ^|])")

@@ -245,8 +245,12 @@ def answer_batch(model, asked, rows, policies):
         draws = draw_numbers(policy, questions, asked) if asked.samples else None
         for who in policies:
             policy.use(None if who == "base" else who)
-            answers[who] += answer(policy, questions, encoded, asked.max_new_tokens,
-                                   sizes.micro_batch_tokens, draws)
+            try:
+                answers[who] += answer(policy, questions, encoded, asked.max_new_tokens,
+                                       sizes.micro_batch_tokens, draws)
+            except FloatingPointError as error:
+                raise UserError(f"{who} cannot be asked: {error}; its training broke, take an earlier "
+                                "checkpoint of it") from error
     return {who: [row | asked.origins[who] for row in rows] for who, rows in answers.items()}
 
 
@@ -260,6 +264,8 @@ def answer(policy, questions, encoded, max_new_tokens, micro_batch_tokens, draws
     with train.dequantized(policy):  # 4-bit weights as plain ones for the whole batch
         cache = train.encode_prompts(policy, *encoded[0])
         done = train.generate(policy, cache, max_new_tokens)
+        if not done.logprobs[done.mask].isfinite().all():
+            raise FloatingPointError("its logits are not finite")
         responses, grades = train.grade_completions(
             policy, questions, done, box_only=False)
         if draws is not None:
@@ -353,17 +359,26 @@ def amount(inputs, policies):
 
 
 def measure(model, inputs, policies, workers):
-    """Time and memory of the whole stage from the middle batch of each input, asked of one policy."""
+    """Time and memory of the whole stage, from the middle batch of each input asked of one policy and
+    of two."""
     prepare.begin_worker(0)
     policy = load_policies(model)
+
+    def ask(asked, some, whom):
+        start = time.perf_counter()
+        answer_batch(model, asked, some, whom)
+        return (time.perf_counter() - start) / len(some)
+
+    ask(inputs[0], inputs[0].batches()[0], policies[:1])  # warms up
     seconds = 0.0
     for asked in inputs:
         batches = asked.batches()
         middle = batches[len(batches) // 2]  # batches go from the longest prompts to the shortest
-        start = time.perf_counter()
-        answer_batch(model, asked, middle, policies[-1:])
-        each = (time.perf_counter() - start) / len(middle)
-        seconds += each * len(asked.rows) * len(policies) / workers
+        one = ask(asked, middle, policies[-1:])
+        more = 0.0
+        if len(policies) > 1:  # pictures are seen once for all policies
+            more = max(0.0, ask(asked, middle, policies[-2:]) - one)
+        seconds += (one + more * (len(policies) - 1)) * len(asked.rows) / workers
     return (f"about {seconds / 60:.1f} minutes with {workers} workers, each of which takes "
             f"{train.peak_gb(policy):.1f} GB")
 
@@ -377,10 +392,10 @@ def load_policies(model):
     adapters = dict(model.adapters)
     try:
         policy = train.load_policy(model.path, model.max_pixels, adapters)
-    except (ValueError, RuntimeError, KeyError) as error:
+    except Exception as error:  # PEFT raises whatever a setting of the wrong kind leads to
         names = ", ".join(map(str, adapters.values()))
-        raise UserError(f"an adapter ({names}) does not fit {model.path}: "
-                        f"{str(error).splitlines()[0]}") from error
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"an adapter ({names}) does not fit {model.path}: {reason}") from error
     there = [name for name, _ in policy.model.named_parameters()]
     for who, folder in adapters.items():
         ending = f".{train.module_name(who)}.weight"
@@ -619,12 +634,15 @@ def check_adapter(folder):
     try:
         settings = dict(json.loads((folder / ADAPTER[0]).read_text(encoding="utf-8")))
         with safe_open(folder / ADAPTER[1], "pt") as file:
-            tensors = {current_name(name): file.get_tensor(name) for name in file.keys()}
+            names = list(file.keys())
+            tensors = {current_name(name): file.get_tensor(name) for name in names}
     except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise UserError(f"{folder} is no adapter (adapter_config.json and adapter_model.safetensors, as "
                         f"PEFT saves them: {error}): save or train it again") from error
     usual = LoraConfig().to_dict()
     odd = [] if tensors else ["empty"]
+    if len(tensors) < len(names):
+        odd.append("two names of one matrix")
     for key, value in settings.items():
         # what is at its usual value changes nothing, whatever it means
         if key not in LORA_SETTINGS and value and value != usual.get(key):
@@ -634,7 +652,7 @@ def check_adapter(folder):
     for name, tensor in tensors.items():
         if not LORA_WEIGHT.fullmatch(name):
             odd.append(name)
-        elif not tensor.isfinite().all():
+        elif not tensor.float().isfinite().all():
             raise UserError(f"{folder} holds a value that is not finite in {name}: its training broke, "
                             "take an earlier checkpoint of it")
     if odd:

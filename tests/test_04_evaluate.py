@@ -279,7 +279,9 @@ def test_an_adapter_from_elsewhere_answers_as_it_should(evaluate, report, data, 
     ({"peft_type": "IA3"}, "no plain LoRA.*IA3"), ({"use_dora": True}, "use_dora"), ({"bias": "all"}, "bias"), ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
     ({"init_lora_weights": "olora"}, "init_lora_weights olora"), ({"layer_replication": [[0, 2]]}, "layer_replication"), ({"of_tomorrow": 1}, "of_tomorrow"),
     ("visual", "no plain LoRA.*visual"), ("nan", "not finite in .*lora_"), ("rank", "does not fit"), ("fewer", "does not fit.*no counterpart"),
-    ("missing", "is no adapter"), ("pickle", "is no adapter"), ("name", "rename the folder")])
+    ("missing", "is no adapter"), ("pickle", "is no adapter"), ("name", "rename the folder"), ("twice", "two names of one matrix"),
+    ("fp8", "not finite in .*lora_"), ("huge", "my_adapter cannot be asked: its logits are not finite"), ({"r": "eight"}, "does not fit"),
+    ({"rank_pattern": 3}, "does not fit"), ({"lora_alpha": float("nan")}, "my_adapter cannot be asked: its logits are not finite")])
 def test_adapters_that_cannot_be_compared_are_named(evaluate, prepare, data, tmp_path, changes, says):
     folder = adapter_of_ones_own(data, tmp_path, **(changes if isinstance(changes, dict) else {}))
     path = folder / "adapter_model.safetensors"
@@ -289,6 +291,12 @@ def test_adapters_that_cannot_be_compared_are_named(evaluate, prepare, data, tmp
         save_file(tensors | {"base_model.model.model.visual.blocks.0.mlp.down_proj.lora_A.weight": torch.ones(2, 2)}, path)
     if changes == "nan":
         save_file(tensors | {first: tensors[first] * torch.nan}, path)
+    if changes == "fp8":
+        save_file(tensors | {first: torch.full_like(tensors[first], torch.nan).to(torch.float8_e4m3fn)}, path)
+    if changes == "huge":
+        save_file({name: value * 1e30 for name, value in tensors.items()}, path)
+    if changes == "twice":
+        save_file(tensors | {first.replace("model.language_model.", "model."): tensors[first]}, path)
     if changes == "rank":
         save_file(tensors | {first: torch.ones(3, tensors[first].shape[1])}, path)
     if changes == "fewer":
