@@ -296,7 +296,7 @@ def test_adapters_that_cannot_be_compared_are_named(evaluate, prepare, data, tmp
     if changes == "huge":
         save_file({name: value * 1e30 for name, value in tensors.items()}, path)
     if changes == "twice":
-        save_file(tensors | {first.replace("model.language_model.", "model."): tensors[first]}, path)
+        save_file(tensors | {first.replace("model.language_model.", "model."): tensors[first].clone()}, path)
     if changes == "rank":
         save_file(tensors | {first: torch.ones(3, tensors[first].shape[1])}, path)
     if changes == "fewer":
