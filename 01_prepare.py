@@ -366,10 +366,12 @@ def check_question(question):
     if CONTROL.search(whole):
         raise Rejected("control characters: escaped LaTeX, such as \\beta read as \\b and eta, "
                        "looks like this")
-    if not 0 <= (question.get("precision") or 0) <= 15:
+    if question.get("precision") not in (None, *range(16)):
         raise Rejected("not a question: precision is a number of decimals, at most 15")
     if not question["images"]:
         raise Rejected("no picture")
+    if not plain(question["problem"].replace("<image>", "")):
+        raise Rejected("not a question: it has no text")
     check_gold(question)
 
 
@@ -495,7 +497,9 @@ def from_own(problem, images, answer, answer_type=None, choices=None, id=None, g
     shown = problem
     if choices:
         choices, answer, shown = own_choices(problem, choices, str(answer).strip())
-    elif not isinstance(answer, list):
+    elif isinstance(answer, list):
+        answer = as_texts(answer, "gold: one of the answers")
+    else:
         (answer,) = as_texts([answer], "gold: the answer")
         if answer_type in (None, "choice"):
             choices, answer = listed_gold(problem, answer)
@@ -1138,7 +1142,8 @@ def reads_as_maths(question: Mapping) -> bool:
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 SUPERSCRIPT = re.compile("⁻?[⁰¹²³⁴-⁹]+")
-MARKS = str.maketrans({"′": "'", "’": "'", "‘": "'", "“": '"', "”": '"'})
+MARKS = str.maketrans({"′": "'", "’": "'", "‘": "'", "“": '"', "”": '"',
+                       **dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff", "")})  # without a width
 WRAPPED = re.compile(r"\\(?:text(?:bf|it|normal|rm)?|mathrm|mathbf|mbox)\s?\{([^{}\\]*)\}")
 WRAPPING = re.compile(r"\\(?:text(?:bf|it|normal|rm)?|mathrm|mathbf|mbox)\s?\{|\\[()\[\],;! ]|[$*\\{}\"°]")
 SEVERAL = re.compile(r"[,;/|&+]|\b(?:or|and|yes|versus|vs|then|both|plus)\b")

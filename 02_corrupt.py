@@ -505,6 +505,7 @@ def write_damaged(data, source, digest, study, name):
     origin = {clean: digest, "seed": study["seed"], "code": prepare.sha256(Path(__file__))}
     if name in EDITS:  # of scenes that are drawn there
         origin["world"] = prepare.sha256(Path(prepare.__file__))
+        origin["note"] = "for asking, not for training: the gold is that of the picture before the edit"
     notes = Counter()
     with prepare.locked(path):
         if path.exists() and prepare.made_from(path) == origin:

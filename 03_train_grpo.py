@@ -216,7 +216,7 @@ def main(config):
     results = {}
     with tqdm(total=len(tasks) * config.steps, initial=sum(shown.values()), desc="steps",
               disable=None) as bar:
-        show = partial(show_steps, folders, shown, bar, config)
+        show = partial(show_steps, folders, shown, bar, workers, config)
         if workers == 1:  # then the run itself tells, for nobody else watches
             tasks = {run: (*task, show) for run, task in tasks.items()}
         prepare.deal_out(train_run, tasks, workers, results.__setitem__, show)
@@ -723,10 +723,14 @@ def step_rows(folder):
     return prepare.read_jsonl(path) if path.exists() else []
 
 
-def show_steps(folders, shown, bar, config):
+def show_steps(folders, shown, bar, workers, config):
     """Print the steps that runs have logged since the last call, and move the bar."""
+    told = max(shown.values()) > 1
     for run, folder in folders.items():
         rows = step_rows(folder)
+        if not told and len(rows) > 1:
+            tqdm.write(forecast(rows, len(folders), workers, config))
+            told = True
         for row in rows[shown[run]:]:
             parts = [f"{run} {row['step']:4d}/{config.steps}"]
             parts += [f"{name} {row[name]:.3g}" for name in STEP_LINE if row[name] is not None]
@@ -760,14 +764,17 @@ def measure(study, config, runs, workers):
     questions = Questions(study, config.conditions[0], config.seeds[0], config)
     config = fit_memory(policy, config, PRESETS[study["preset"]], questions.longest()["prompt_tokens"])
     optimizer = make_optimizer(policy, config)
-    seconds = []
-    for step in range(1, 5):
-        row, _ = train_step(policy, optimizer, questions, step, config)
-        seconds.append(row["rollout_s"] + row["update_s"])
+    rows = [train_step(policy, optimizer, questions, step, config)[0] for step in range(1, 5)]
+    return forecast(rows, runs, workers, config)
+
+
+def forecast(rows, runs, workers, config):
+    """Time and memory of the whole stage, from rows of train.jsonl."""
+    seconds = [row["rollout_s"] + row["update_s"] for row in rows[1:]]  # the first also warms up
     rounds = math.ceil(runs / workers)  # a worker trains one run at a time
-    minutes = float(np.mean(seconds[1:])) * config.steps * rounds / 60  # the first also warms up
+    minutes = float(np.mean(seconds)) * config.steps * rounds / 60
     return (f"about {minutes:.1f} minutes with {workers} workers, each of which takes "
-            f"{row['peak_gb']:.1f} GB")
+            f"{max(row['peak_gb'] for row in rows):.1f} GB")
 
 
 def check_config(config):

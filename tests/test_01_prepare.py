@@ -359,6 +359,15 @@ def test_choices_that_are_none_are_rejected(own, choices, reason):
     assert own("Which?", "A", choices=choices).startswith(reason)
 
 
+@pytest.mark.parametrize("row, reason", [
+    ({"answer": [None]}, "gold: one of the answers is no text"), ({"answer": ["yes", ["no"]]}, "gold: one of the answers is no text"),
+    ({"answer": "\u200b"}, "gold: the answer is empty"), ({"problem": " "}, "not a question: it has no text"),
+    ({"problem": "<image>\u200b"}, "not a question: it has no text"), ({"precision": 2.5}, "not a question: precision"),
+    ({"precision": -1}, "not a question: precision"), ({"precision": "two"}, "not a question: precision")])
+def test_a_row_with_nothing_to_ask_or_to_compare_is_rejected(own, row, reason):
+    assert own(**row).startswith(reason)
+
+
 def test_a_null_among_a_benchmarks_choices_is_rejected(prepare):
     with pytest.raises(prepare.Rejected, match="choices: one is no text"):
         prepare.SOURCES["scienceqa"].convert({"bytes": b"", "path": None}, "Which?", ["left", None], 0, "", "x")
