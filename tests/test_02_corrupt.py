@@ -115,6 +115,7 @@ def test_same_seed_same_question_whatever_came_before(corrupt, name):
     assert there == back[::-1]
 
 
+@pytest.mark.slow
 def test_other_processes_make_the_same_bytes(prepare, corrupt, tmp_path):
     """However many processes there are, and whatever seed of hashes or number of threads they have, the files are the same."""
     written = []

@@ -681,6 +681,7 @@ def test_the_adapter_finds_every_linear_layer_of_each_family(train, policies, ki
     assert adapted == {name for name in linears if "language_model" in name} and len(adapted) == 21
 
 
+@pytest.mark.slow
 def test_adapter_config_is_the_same_bytes_whatever_the_seed_of_hashes(base_folder, tmp_path):
     """PEFT keeps the names of the modules as a set, whose order differs between processes; a list of suffixes is what servers take."""
     script = """if True:

@@ -178,6 +178,7 @@ def test_information_of_tokens_is_the_difference_of_two_plain_forwards(study, ev
         assert "".join(row["token_texts"]).rstrip("\ufffd") == row["response"].rstrip("\ufffd") and len(row["token_texts"]) == row["tokens"]
 
 
+@pytest.mark.slow
 def test_the_word_that_depends_on_the_picture_has_the_information_and_the_form_has_none(study, evaluate, prepare, train):
     """A policy taught to say A to one picture, B to another, either to a blank one, in the same form: about log 2 at the letter, 0 elsewhere."""
     data, *_ = study

@@ -660,6 +660,7 @@ def test_the_fingerprint_is_of_the_answers_alone(seeds_results, seeds_study, rep
     assert found[:16] in (seeds_study / "report" / "index.html").read_text() and found[:16] in (seeds_study / "report" / "tables.md").read_text()
 
 
+@pytest.mark.slow
 def test_neither_hash_seed_nor_threads_change_a_number(seeds_study, tmp_path):
     """As `python -P` runs it, which leaves the script's folder out of the module path."""
     script, found = Path(__file__).resolve().parents[1] / "05_report.py", []

@@ -18,6 +18,7 @@ SHAPES = {"3b": (36, 2048, 11008, 151936, 2 * 2 * 128), "7b": (28, 3584, 18944, 
 GB = 1e9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["2b", "3b", "qwen3-4b"])
 def test_every_measurement_runs_at_toy_size(model):
     lines = bench.main(["--small", "--device", "cpu", "--models", model])
@@ -108,6 +109,7 @@ def test_a_budget_that_holds_no_question_says_so():
     assert "8.0 GB of memory are too little" in line["budgets"][8.0]["too_little"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["2b", "3b", "7b", "qwen3-4b"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_patch_takes_what_the_plan_says(train, model, dtype):

@@ -105,6 +105,7 @@ def test_template_tokens_in_a_question_stay_text(prepare, family_folder, kind):
     assert text in tokenizer.decode(ids)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, budget", [("qwen2_vl", 100 * 28 * 28), ("qwen2_5_vl", 100 * 28 * 28), ("qwen3_vl", 100 * 32 * 32)])
 def test_image_tokens_equal_image_features(prepare, train, family_folder, kind, budget):
     """A thousand pictures from 1 x 1 to 4000 x 30 pixels, through the family's own vision tower; what can't be used has a reason."""

@@ -547,6 +547,7 @@ def check_goes_on(server, study, data, stage, options, before):
     assert {name: made[name] for name in made if made[name] != whole.get(name)} == {} and len(made) > len(before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage, free_kb", [("01_prepare", 2000), ("02_corrupt", 0), ("02_corrupt", 100), ("03_train_grpo", 20),
                                             ("03_train_grpo", 200), ("04_evaluate", 20), ("05_report", 20)])
 def test_a_full_disk_is_one_sentence(server, study, disk, stage, free_kb):
@@ -611,6 +612,7 @@ def test_what_another_process_makes_is_left_to_it(server, copy_of, stage, artifa
 HASHED = ("answers/", "report/", "corrupted/shapes/misleading", "corrupted/preview")
 
 
+@pytest.mark.slow
 def test_the_default_study_opens_no_socket_and_ends_as_in_one_process(study, whole):
     """A connection, or a look-up of a name, would have ended each process with code 9, as it does here."""
     code = "import sys, stage; sys.addaudithook(stage.no_socket); import socket; socket.create_connection(('localhost', 9))"

@@ -111,6 +111,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+@pytest.mark.slow
 def test_the_stages_run_without_what_only_some_systems_have(study, tmp_path):
     """As on Windows: no fcntl, no resource, a console in cp1252; and under PYTHONSAFEPATH, without the script's folder in sys.path."""
     data, script = shutil.copytree(study[0], tmp_path / "data"), tmp_path / "without_unix.py"

@@ -82,6 +82,7 @@ def data(study_folder, tmp_path):
     return pathlib.Path(shutil.copytree(study_folder, tmp_path / "data"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers, threads, seed", [(2, "2", "1"), (3, "8", "2")])
 def test_the_number_of_workers_changes_no_byte(undisturbed, data, workers, threads, seed):
     """Nor do environment variables for threads, nor the seed of Python's hashes."""
@@ -93,6 +94,7 @@ def test_the_number_of_workers_changes_no_byte(undisturbed, data, workers, threa
     assert any(row["grad_norm"] for row in truth["policies/standard-s0/train.jsonl"])  # there was something to learn
 
 
+@pytest.mark.slow
 def test_a_killed_stage_continues_to_the_same_bytes(undisturbed, data):
     """Killed at a random moment, with its workers; then asked to end as schedulers do; then left alone."""
     logs = [data / "policies" / run / "train.jsonl" for run in RUNS]
@@ -114,6 +116,7 @@ def test_a_killed_stage_continues_to_the_same_bytes(undisturbed, data):
     assert left(data, "policies") == left(undisturbed, "policies")
 
 
+@pytest.mark.slow
 def test_a_killed_worker_costs_its_own_run_alone(undisturbed, data):
     logs = [data / "policies" / run / "train.jsonl" for run in RUNS]
     process = start(data, TRAIN, 2)
@@ -127,6 +130,7 @@ def test_a_killed_worker_costs_its_own_run_alone(undisturbed, data):
     assert left(data, "policies") == left(undisturbed, "policies")
 
 
+@pytest.mark.slow
 def test_a_killed_evaluation_continues_to_the_same_bytes(undisturbed, tmp_path):
     """A worker, then all: whole batches stay, and the rest is answered as if nothing had happened."""
     data = pathlib.Path(shutil.copytree(undisturbed, tmp_path / "data"))
@@ -143,6 +147,7 @@ def test_a_killed_evaluation_continues_to_the_same_bytes(undisturbed, tmp_path):
     assert left(data, "answers") == left(undisturbed, "answers")
 
 
+@pytest.mark.slow
 def test_two_commands_share_a_folder_but_never_a_run(undisturbed, data):
     """Seeds apart, at the same time; and of two on the same run the second ends with a sentence."""
     first = start(data, [*TRAIN, "--seeds", "0"], 1)
