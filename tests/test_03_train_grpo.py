@@ -14,6 +14,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import statistics
@@ -1086,6 +1087,19 @@ def uninterrupted(train, prepare, study_folder, tmp_path_factory):
         patch.setattr(torch.cuda, "is_available", lambda: False)
         grade_by_hash(prepare, patch)
         return folder, run(train, folder, kl=0.02)
+
+
+def test_the_plan_says_what_is_done_and_does_nothing(train, prepare, data, capsys):
+    settings = dict(**STEP, steps=2, seeds=[0, 1], workers=1, conditions=["standard"])
+    assert train.main(train.Config(data=str(data), plan=True, **settings)) == [] and not (data / "policies").exists()
+    amount, time = capsys.readouterr().out.splitlines()
+    train.main(train.Config(data=str(data), **settings))
+    rows = [row for seed in (0, 1) for row in prepare.read_jsonl(data / "policies" / f"standard-s{seed}" / "train.jsonl")]
+    done = round(sum(row["completion_tokens"] / row["completion_length"] for row in rows))
+    assert amount == f"2 runs x 2 steps x 4 prompts x 4 completions: {done} completions of at most 12 tokens"
+    assert re.fullmatch(r"about \d+\.\d minutes with 1 workers, each of which takes \d\.\d GB", time)
+    told, steps = capsys.readouterr().out.split("\n", 1)
+    assert told == amount and re.search(r"^about \d+\.\d minutes with 1 workers", steps, re.M)  # the real run says both, too
 
 
 def test_grounding_that_weighs_nothing_is_standard_training(train, data, monkeypatch):
