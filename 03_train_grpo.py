@@ -91,7 +91,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import linear
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import (
@@ -102,7 +101,12 @@ UserError, option = prepare.UserError, prepare.option
 
 # ------------------------------------------------------------------------------------------ config
 
-CONDITIONS = ("standard", "hallucination", "mixed", "grounded")
+CONDITIONS = {  # the share of its questions that each trains on damaged
+    "standard": 0.0,
+    "hallucination": 1.0,
+    "mixed": None,  # `mixed_fraction`
+    "grounded": 0.0,  # and a bonus for using the picture, see `grounding_bonus`
+}
 LOSSES = ("dapo", "grpo", "dr_grpo")
 
 REAL = {  # beside each: what the paper's trainer, EasyR1, takes as its default on eight cards
@@ -135,7 +139,7 @@ class Config:
     data: str = option("data", "the study's folder")
     # what is compared
     conditions: list[str] = option(
-        list(CONDITIONS[:3]), "which of: standard hallucination mixed grounded")
+        list(CONDITIONS)[:3], "which of: standard hallucination mixed grounded")
     corruption: list[str] = option(
         [], "what damages a question; of several, one is drawn each time it is asked "
         "[blank; for grounded mismatch]")
@@ -455,12 +459,10 @@ def accumulate_gradients(policy, batch, config):
     with dequantized(policy):
         for rows, owner, leaves, damaged in shared_prompts(policy, batch, chosen, config):
             losses, log = completion_losses(policy, batch, rows, owner, leaves, damaged, config)
-            mask = batch.completions.mask[rows, :losses.shape[1]]
             log["loss"] = losses * weights[rows, None]
-            (log["loss"] * mask).sum().backward()
-            for name, value in log.items():
-                sums[name] += (value.detach() * mask).sum().item()
-            sums["tokens"] += mask.sum().item()
+            log["loss"].sum().backward()
+            for name, values in log.items():
+                sums[name] += values.sum().item()
     return sums
 
 
@@ -519,7 +521,8 @@ def prompts_to_learn_from(batch):
 
 
 def completion_losses(policy, batch, rows, owner, leaves, damaged, config):
-    """Loss of each token of the completions `rows`, (len(rows), T), and what is logged of each.
+    """Loss of each token of the completions `rows`, (len(rows), T), and what is logged of each:
+    0 behind a completion's end.
 
     owner: (len(rows),), the place of each one's prompt in `leaves` and `damaged`.
     """
@@ -539,12 +542,12 @@ def completion_losses(policy, batch, rows, owner, leaves, damaged, config):
         reference = batch.reference[rows, :length].masked_fill(~mask, 0)
     losses, clipped, k3 = token_loss(
         logprobs, old_logprobs, batch.advantages[rows, None], reference, config)
-    log = {"kl": k3, "clipped": clipped}
+    log = {"kl": k3 * mask, "clipped": clipped * mask, "tokens": mask}
     if damaged is not None:
         bonus = grounding_bonus(divergence, entropy, batch.correct[rows], config.grounding_bound)
         losses = losses - config.grounding_weight * bonus
-        log["grounding"] = divergence  # of every token, whether it was paid or not
-    return losses, log
+        log["grounding"] = divergence * mask  # of every token, whether it was paid or not
+    return losses * mask, log
 
 
 def update(policy, optimizer, batch, config):
@@ -605,16 +608,6 @@ def grounding_bonus(divergence, entropy, correct, bound):
 # ----------------------------------------------------- conditions: which questions, damaged or not
 
 
-def damaged_share(condition, config):
-    """The share of its questions that a condition trains on damaged.
-
-    All in which conditions differ, but for the bonus of `grounded` (`completion_losses`).
-    """
-    shares = {"standard": 0.0, "hallucination": 1.0, "mixed": config.mixed_fraction,
-              "grounded": 0.0}
-    return shares[condition]
-
-
 def corruptions_of(condition, config):
     """What damages the questions of a condition: blank pictures, as in the paper.
 
@@ -639,7 +632,9 @@ class Questions:
     def __init__(self, study, condition, seed, config):
         self.condition, self.seed = condition, seed
         self.corruptions = corruptions_of(condition, config)
-        self.damaged_share = damaged_share(condition, config)
+        self.damaged_share = CONDITIONS[condition]
+        if condition == "mixed":
+            self.damaged_share = config.mixed_fraction
         self.grounded = condition == "grounded" and config.grounding_weight > 0
         self.tables, self.made_from = {}, {}  # of each input the same questions in the same order
         data, source = Path(config.data), study["sources"]["train"]
@@ -668,10 +663,8 @@ class Questions:
 
     def longest(self):
         """The one of most tokens, under any of its inputs."""
-        longest = []
-        for table in self.tables.values():
-            longest.append(table[int(np.argmax(table["prompt_tokens"][:]))])
-        return max(longest, key=lambda question: question["prompt_tokens"])
+        table = max(self.tables.values(), key=lambda table: max(table["prompt_tokens"][:]))
+        return table[int(np.argmax(table["prompt_tokens"][:]))]
 
 
 def schedule(n_questions, seed, step, count):
@@ -694,8 +687,8 @@ def rollout_log(rewards, grades, completions):
     return {
         "reward": rewards.mean().item(),
         "reward_std": rewards.std(1).mean().item(),  # within a group
-        "correct": float(np.mean([grade.correct for grade in grades])),
-        "well_formed": float(np.mean([grade.well_formed for grade in grades])),
+        "correct": np.mean([grade.correct for grade in grades]),
+        "well_formed": np.mean([grade.well_formed for grade in grades]),
         # share of groups in which all completions earned the same: their advantages are 0
         "frac_reward_zero_std": (rewards.amax(1) == rewards.amin(1)).float().mean().item(),
         "completion_length": tokens / len(grades),   # tokens
@@ -785,9 +778,8 @@ def check_config(config):
                             f"{' '.join(CONDITIONS)}")
     if config.loss not in LOSSES:
         raise UserError(f"--loss {config.loss} is unknown: choose from {' '.join(LOSSES)}")
-    if config.group_size < 2:
-        raise UserError(f"--group_size {config.group_size} leaves nothing to compare a completion "
-                        "with: choose at least 2")
+    # one completion has nothing to be compared with
+    prepare.check_least(config, 2, "group_size")
     prepare.check_least(config, 1, "steps", "workers", "prompts_per_step", "max_new_tokens",
                         "lora_rank", "micro_batch_tokens", "updates_per_batch", "save_every")
     prepare.check_least(config, 1e-9, "learning_rate", "max_grad_norm", "memory_gb", "cache_gb")
@@ -820,19 +812,13 @@ VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|imag
 @dataclass
 class Policy:
     model: torch.nn.Module   # PeftModel, or the bare base
+    full: torch.nn.Module    # the model of transformers, without PEFT around it
     tokenizer: object
     image_processor: object
     eos: Tensor              # ids that end a completion
     banned: Tensor           # ids never sampled: vision tokens, and ids that no token has
     dequantize: bool = True  # whether memory holds 4-bit weights as plain ones while in use
     patches: int = 8192      # encoded at a time, or one prompt's; four make an image token
-
-    @property
-    def full(self):
-        """The model of transformers, without PEFT around it."""
-        if isinstance(self.model, PeftModel):
-            return self.model.get_base_model()
-        return self.model
 
     @property
     def device(self):
@@ -923,8 +909,8 @@ def make_policy(full, tokenizer, image_processor, adapters={}, lora_rank=0, seed
     if isinstance(eos, int):
         eos = [eos]
     eos = sorted({tokenizer.eos_token_id, *eos})
-    return Policy(model.train(), tokenizer, image_processor, torch.tensor(eos, device=device),
-                  torch.tensor(banned, device=device))
+    return Policy(model.train(), full, tokenizer, image_processor,
+                  torch.tensor(eos, device=device), torch.tensor(banned, device=device))
 
 
 def module_name(adapter):
@@ -1074,10 +1060,10 @@ def minus_infinity(where):
 def encode_prompts(policy, prompts, images, checkpoint_layers=False):
     """Run P prompts once. With gradients enabled the result carries the graph of the prompts."""
     core, device = policy.full.model, policy.device
-    rows = [torch.tensor(prompt.input_ids) for prompt in prompts]
-    pad_left = partial(pad_sequence, batch_first=True, padding_side="left")
-    ids = pad_left(rows, padding_value=policy.tokenizer.pad_token_id)             # (P, L)
-    mask = pad_left([torch.ones_like(row) for row in rows])                       # (P, L)
+    padded = policy.tokenizer.pad(
+        {"input_ids": [prompt.input_ids for prompt in prompts]}, padding_side="left",
+        return_attention_mask=True, return_tensors="pt")
+    ids, mask = padded["input_ids"], padded["attention_mask"]                     # (P, L)
     grids, pictures = None, None
     if any(images):  # in the form in which transformers takes features instead of pixels
         grids = torch.cat([prompt.image_grid_thw for prompt in prompts if prompt.pictures])
@@ -1515,7 +1501,7 @@ def token_bytes(policy):
     for the adapter is in 32.
     """
     text, size = policy.full.config.text_config, policy.dtype.itemsize
-    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    head = policy.full.model.language_model.layers[0].self_attn.head_dim
     cached = 2 * text.num_hidden_layers * text.num_key_value_heads * head * size
     return cached, text.num_hidden_layers * text.hidden_size * size, text.intermediate_size
 

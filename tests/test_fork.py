@@ -55,10 +55,9 @@ CORRUPTIONS = {function.__name__: function for function in (
         return lengths.rsqrt() / lengths.sqrt().sum()
     if loss == "grpo":'''}),
     "a condition": Change("03_train_grpo.py", {
-        'CONDITIONS = ("standard", "hallucination", "mixed", "grounded")':
-            'CONDITIONS = ("standard", "hallucination", "mixed", "grounded", "quarter")',
-        '              "grounded": 0.0}':
-            '              "grounded": 0.0, "quarter": 0.25}'}),
+        '    "standard": 0.0,': '''\
+    "standard": 0.0,
+    "quarter": 0.25,'''}),
     "a benchmark": Change("01_prepare.py", {
         "SOURCES = {": '''\
 def from_aokvqa(question_id, image, question, choices, correct_choice_idx):
