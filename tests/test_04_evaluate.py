@@ -98,7 +98,7 @@ def test_only_the_ids_of_a_file_are_asked_and_other_answers_stay(evaluate, prepa
         rows |= {row["id"]: row for row in evaluate.main(config(evaluate, data, only=str(file)))["base", "shapes", "clean"]}
     kept = prepare.read_jsonl(data / "answers/base/shapes/clean.jsonl")
     assert {row["id"] for row in kept} == set(ids) and all(rows[row["id"]] == row for row in kept)
-    for text, says in ('{"ids": []}', "names no question"), ("[]", "no file of ids"), ('{"ids": 3}', "no file of ids"):
+    for text, says in ('{"ids": []}', "names no question"), ("[]", "no proper ids.*a file of ids"), ('{"ids": 3}', "no proper ids"), ("{", "cannot be read"):
         file.write_text(text)
         with pytest.raises(prepare.UserError, match=says):
             evaluate.main(config(evaluate, data, only=str(file)))
@@ -138,16 +138,22 @@ def test_inputs_beside_the_core_are_asked_of_a_sample(evaluate, data, monkeypatc
     assert [len(done["base", "shapes", name]) for name in ("blank", "removed", "blur-0.05")] == [40, 10, 10]
 
 
-def test_the_plan_says_what_is_done_and_does_nothing(evaluate, data, capsys):
+def test_the_plan_says_what_is_done_and_does_nothing(evaluate, data, capsys, monkeypatch):
     settings = {"policies": ["base", "standard-s0"], "corruptions": ["clean", "blank"], "samples": 3}
     assert evaluate.main(config(evaluate, data, plan=True, **settings)) == {} and not (data / "answers").exists()
     amount, time = capsys.readouterr().out.splitlines()
+    asked_alone, real = [], evaluate.answer
+    monkeypatch.setattr(evaluate, "answer", lambda *arguments: asked_alone.append(1) or real(*arguments))
     done = evaluate.main(config(evaluate, data, **settings))
     asked = sum(map(len, done.values()))
     drawn = sum(row["samples"] for rows in done.values() for row in rows if "drawn_right" in row)
     assert amount == f"2 policies x 2 inputs: {asked} greedy answers and {drawn} drawn ones of at most 24 tokens"
-    assert re.fullmatch(r"about \d+\.\d minutes with 1 workers, each of which takes \d\.\d GB", time)
-    assert capsys.readouterr().out.startswith(amount)  # the real run opens with it too
+    minutes = r"about \d+\.\d minutes with 1 workers, each of which takes \d\.\d GB"
+    assert re.fullmatch(minutes, time)
+    told = capsys.readouterr().out.splitlines()  # the real run says both, and asks nothing twice for it
+    assert told[0] == amount and re.fullmatch(minutes, told[1]) and len(told) == 4 and len(asked_alone) == len(done)
+    evaluate.main(config(evaluate, data, **settings))
+    assert "minutes" not in capsys.readouterr().out  # nothing is left to do
 
 
 def test_limit_takes_the_same_share_of_every_group(evaluate, data):
