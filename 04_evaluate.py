@@ -37,7 +37,6 @@ import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from tqdm import tqdm
 
 UserError, option = prepare.UserError, prepare.option
@@ -115,13 +114,12 @@ class Model:
 @dataclass(frozen=True)
 class Input:
     """The questions of one source, clean or damaged, that all policies are asked."""
-    name: str                 # SOURCE NAME, or SOURCE train NAME
-    path: Path                # of the questions
-    blank: Path | None        # the same without pictures, where each token's information is wanted
-    ids: dict[int, str]       # by row of `path`, the longest prompt first: what doesn't fit shows at once
+    name: str                   # SOURCE NAME, or SOURCE train NAME
+    paths: list[Path]           # of the questions; of blank ones, if each token's information is wanted
+    ids: dict[int, str]         # by row, the longest prompt first: what does not fit shows at once
     max_new_tokens: int
-    samples: int              # answers drawn to each question
-    files: dict[tuple, Path]    # answers, by their place below data/answers/: a policy's name is first
+    samples: int                # answers drawn to each question
+    files: dict[tuple, Path]    # of answers, by place below data/answers/: a policy's name is first
     origins: dict[tuple, dict]  # what stands in every line of them: what these answers come from
 
     def batches(self):
@@ -136,7 +134,7 @@ def find_inputs(config, study, policies):
     data = Path(config.data)
     chosen = []
     for source in config.benchmarks or study["sources"]["benchmarks"]:
-        for name in input_names(config, study, source):
+        for name in input_names(config, source):
             limit = None if name in ("clean", *corrupt.CORE) else STRESS_LIMIT
             chosen.append((source, name, "test", limit))
     damages = set()
@@ -155,13 +153,12 @@ def make_input(config, study, policies, source, name, split, limit):
     """One source, clean or damaged: which rows of it, what answers come from, where they go."""
     data, test = Path(config.data), split == "test"
     made_from = prepare.check_input(data, study, source, name)
-    path = data / prepare.input_path(source, name)
+    paths = [data / prepare.input_path(source, name)]
     blank = data / prepare.input_path(source, "blank")
     if name == "clean" and test and blank.exists():
         # each token's information is wanted, which depends on the blank picture too
         made_from |= prepare.check_input(data, study, source, "blank")
-    else:
-        blank = None
+        paths.append(blank)
     packages = [f"{package} {number}" for package, number in prepare.versions().items()]
     new_tokens, samples = longest_answer(config, study), 0
     settings = {"made_with": ", ".join(packages), "max_new_tokens": new_tokens}
@@ -173,7 +170,7 @@ def make_input(config, study, policies, source, name, split, limit):
     for who, (_, made_of) in policies.items():
         files[who, *place] = data.joinpath("answers", who, *place[:-1], f"{name}.jsonl")
         origins[who, *place] = {"made_from": made_of | made_from, **settings}
-    return Input(" ".join(place), path, blank, choose_rows(path, split, limit, config.only),
+    return Input(" ".join(place), paths, choose_rows(paths[0], split, limit, config.only),
                  new_tokens, samples, files, origins)
 
 
@@ -228,7 +225,7 @@ def answer_batch(model, asked, rows, places):
     """
     policy = load_policies(model)
     start = time.perf_counter()
-    tables = [open_questions(path) for path in (asked.path, asked.blank) if path]
+    tables = list(map(open_questions, asked.paths))
     lengths = tables[0].select_columns("prompt_tokens")[rows]["prompt_tokens"]
     lengths = [len(tables) * length for length in lengths]  # blank a prompt is as long
     # how much is answered at a time, as stage 3 plans it
@@ -384,8 +381,8 @@ def load_policies(model):
         own = get_peft_model_state_dict(policy.model, adapter_name=train.module_name(who),
                                         save_embedding_layers=False)
         with safe_open(folder / ADAPTER[1], "pt") as file:
-            saved = set(map(current_name, file.keys()))
-        if lacking := saved ^ own.keys():
+            saved = {LORA_WEIGHT.fullmatch(name)[1] for name in file.keys()}
+        if lacking := saved ^ {LORA_WEIGHT.fullmatch(name)[1] for name in own}:
             raise UserError(f"{folder} does not fit {model.path}: {len(lacking)} of its matrices have "
                             f"no counterpart, such as {min(lacking)}")
     return policy
@@ -403,7 +400,7 @@ def open_questions(path):
 def previous_answers(asked):
     """Place -> id -> row of its files that was made from its origin, of two to the same question the
     later; those to questions that are asked are graded anew."""
-    questions = open_questions(asked.path).remove_columns("images").select([*asked.ids]).to_list()
+    questions = open_questions(asked.paths[0]).remove_columns("images").select([*asked.ids]).to_list()
     found = {}
     for place, path in asked.files.items():
         rows = {}
@@ -453,15 +450,10 @@ def finish_input(asked, found):
 # Which questions: rows of a file, chosen by ids and groups alone.
 
 
-def input_names(config, study, source):
+def input_names(config, source):
     """clean and the corruptions of a benchmark that are asked."""
-    benchmarks = study["sources"]["benchmarks"]
-    data = Path(config.data)
-    if source not in benchmarks:
-        raise UserError(f"{source} is no benchmark of {data / 'study.json'}: run 01_prepare.py with "
-                        f"--benchmarks {source}, or choose from {', '.join(benchmarks)}")
-    there = sorted(path.stem for path in (data / "corrupted" / source).glob("*.parquet"))
-    return config.corruptions or ["clean", *there]
+    folder = Path(config.data) / "corrupted" / source
+    return config.corruptions or ["clean", *sorted(path.stem for path in folder.glob("*.parquet"))]
 
 
 def choose_rows(path, split, limit, only):
@@ -483,11 +475,10 @@ def choose_rows(path, split, limit, only):
 
 def longest_answer(config, study):
     """Tokens that every policy may use, whichever are asked."""
-    if config.max_new_tokens:
-        return config.max_new_tokens
-    settings = [run["settings"] for run in finished_runs(Path(config.data)).values()]
+    runs = finished_runs(Path(config.data)).values()
     default = train.PRESETS[study["preset"]]["max_new_tokens"]
-    return max([each["max_new_tokens"] for each in settings], default=default)
+    longest = max([run["settings"]["max_new_tokens"] for run in runs], default=default)
+    return config.max_new_tokens or longest
 
 
 def finished_runs(data):
@@ -509,7 +500,10 @@ def check_config(config):
 # base are shared by all, so settings that change them, or that only a later PEFT knows, are refused.
 
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
-LORA_WEIGHT = re.compile(r"base_model\.model\.(.*language_model\.layers\..+)\.lora_[AB]\.weight")
+# before transformers 4.52 the language model was called `model` or `language_model.model`
+LORA_WEIGHT = re.compile(
+    r"base_model\.model\.(?:model|language_model\.model|model\.language_model)"
+    r"\.(layers\..+\.lora_[AB]\.weight)")
 OWN_NAME = re.compile(rf"(base|{'|'.join(train.CONDITIONS)})(-|$)")
 LORA_SETTINGS = (
     "r lora_alpha target_modules rank_pattern alpha_pattern use_rslora lora_dropout "
@@ -560,20 +554,13 @@ def check_run(data, study, folder, made_from):
                         f"{again}")
 
 
-def current_name(weight):
-    """The name of a saved matrix under today's transformers: before 4.52 the language model was called
-    `model` or `language_model.model`."""
-    for old, now in train.OLD_ADAPTER_NAMES.items():
-        weight = re.sub(old.replace("^", r"(?<=^base_model\.model\.)"), now, weight)
-    return weight
-
-
 def check_adapter(folder):
     """Stop unless the folder holds a plain LoRA of the language model, as PEFT saves it; returns the
     model that it says it is of."""
     try:
         settings = dict(json.loads((folder / ADAPTER[0]).read_text(encoding="utf-8")))
-        tensors = load_file(folder / ADAPTER[1])
+        with safe_open(folder / ADAPTER[1], "pt") as file:
+            names = list(file.keys())
     except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise UserError(f"{folder} is no adapter (adapter_config.json and adapter_model.safetensors, as "
                         f"PEFT saves them: {error}): save or train it again") from error
@@ -583,17 +570,17 @@ def check_adapter(folder):
         # what is at its usual value changes nothing, whatever it means
         if key not in LORA_SETTINGS and value and value != usual.get(key):
             odd.append(f"{key} {value}")
-    names = {current_name(name) for name in tensors}
-    odd += [name for name in names if not LORA_WEIGHT.fullmatch(name)]
-    if len(names) < len(tensors):
+    matrices = set()
+    for name in names:
+        if match := LORA_WEIGHT.fullmatch(name):
+            matrices.add(match[1])
+        else:
+            odd.append(name)
+    if len(matrices) < len(names):
         odd.append("two names of one matrix")
     if odd:
         raise UserError(f"{folder} is no plain LoRA of the language model ({odd[0]}): this kit cannot "
                         "compare it")
-    for name, tensor in tensors.items():
-        if not tensor.float().isfinite().all():
-            raise UserError(f"{folder} holds a value that is not finite in {name}: its training broke, "
-                            "take an earlier checkpoint of it")
     return str(settings.get("base_model_name_or_path") or "")
 
 
