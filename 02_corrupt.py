@@ -31,17 +31,17 @@ import sys
 import textwrap
 from collections import Counter
 from dataclasses import dataclass
-from functools import partial
+from decimal import ROUND_DOWN, Decimal
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
-import pyarrow.compute as pc
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
+import pandas as pd
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageOps, ImageStat
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent))  # python -P leaves it out
 prepare = importlib.import_module("01_prepare")
-Question = prepare.Question
 
 TAG = "<image>"
 EDITS = ("edited", "kept")  # of the scene behind the picture
@@ -59,7 +59,7 @@ class Config:
     workers: int = prepare.option(
         None, "processes, a file at a time each [one a core, as memory allows]")
     preview_rows: int = prepare.option(
-        3, "questions of each source on preview.png, of different groups; 0 draws none")
+        3, "questions of each source on preview.png, spread over its groups; 0 draws none")
 
 
 def main(config):
@@ -68,11 +68,12 @@ def main(config):
     prepare.check_least(config, 0, "preview_rows")
     prepare.check_least(config, 1, "workers")
     study = prepare.load_study(data)
-    names = CORE if study["preset"] == "tiny" else CORE + STRESS
-    names = list(dict.fromkeys(config.corruptions or names))
+    sources = sorted({study["sources"]["train"], *study["sources"]["benchmarks"]})
+    usual = CORE if study["preset"] == "tiny" else CORE + STRESS
+    names = config.corruptions or usual
     for name in names:
         parse_corruption(name)  # before any work is done
-    tasks = find_tasks(data, study, names)
+    tasks = find_tasks(data, study, sources, names)
     written = {}
 
     with tqdm(total=len(tasks), desc="files", disable=None) as bar:
@@ -83,18 +84,14 @@ def main(config):
         workers = prepare.count_workers(config.workers, len(tasks), WORKER_BYTES)
         prepare.deal_out(write_damaged, tasks, workers, receive)
     if config.preview_rows:
-        draw_preview(data, sources_of(study), names, config.preview_rows)
+        draw_preview(data, sources, names, config.preview_rows)
     return written
 
 
-def sources_of(study):
-    return list(dict.fromkeys([study["sources"]["train"], *study["sources"]["benchmarks"]]))
-
-
-def find_tasks(data, study, names):
+def find_tasks(data, study, sources, names):
     """File to write -> arguments of `write_damaged`."""
     tasks = {}
-    for source in sources_of(study):
+    for source in sources:
         (digest,) = prepare.check_input(data, study, source, "clean").values()
         for name in names:
             if name in EDITS and source != "shapes":  # the scene behind its pictures is unknown
@@ -127,12 +124,9 @@ def noise(question, donor, rng, severity):
     weighs megabytes.
     """
     def grains(picture):
-        width, height = picture.size
-        grain = max(1, round(min(picture.size) / 32))
-        rows, columns = -(-height // grain), -(-width // grain)  # rounded up
-        pixels = rng.integers(0, 256, (rows, columns, 3), dtype=np.uint8)
-        pixels = pixels.repeat(grain, 0).repeat(grain, 1)
-        return Image.fromarray(pixels[:height, :width])
+        shape = [-(-32 * length // min(picture.size)) for length in picture.size]  # rounded up
+        pixels = rng.integers(0, 256, (shape[1], shape[0], 3), dtype=np.uint8)
+        return Image.fromarray(pixels).resize(picture.size, Image.Resampling.NEAREST)
     return repaint(question, grains)
 
 
@@ -147,48 +141,48 @@ def occlude(question, donor, rng, severity):
     """Cells of a grid get the mean colour, those with the most detail first, until the share
     `severity` is hidden.
 
-    Ties go from the top left, not by chance: a higher severity hides all that a lower one hides,
-    and more.
+    Detail is what a slight blur takes. Ties go from the top left, not by chance: a higher severity
+    hides all that a lower one hides, and more.
     """
     def cover(picture):
-        pixels = np.array(picture)
+        width, height = picture.size
         side = max(1, round(min(picture.size) / 10))  # about the size of a label or a small shape
-        detail, area = cell_detail(pixels, side)  # each (cells down, cells across)
-        ranked = np.argsort(-detail, axis=None, kind="stable")
-        hidden_before = np.cumsum(area.ravel()[ranked]) - area.ravel()[ranked]
-        colour = mean_colour(picture)
-        for cell in ranked[hidden_before < severity * area.sum()]:
-            row, column = np.unravel_index(cell, detail.shape)
-            top, left = row * side, column * side
-            pixels[top:top + side, left:left + side] = colour
-        return Image.fromarray(pixels)
+        columns, rows = -(-width // side), -(-height // side)  # rounded up
+        lost = ImageChops.difference(picture, picture.filter(ImageFilter.BoxBlur(1)))
+        # this filter counts a cell's neighbours too: what lies between outlines goes with them
+        detail = lost.convert("F").resize((columns, rows), Image.Resampling.BILINEAR)
+        hidden = np.zeros((height, width), bool)
+        for cell in np.argsort(-np.asarray(detail), axis=None, kind="stable"):
+            if hidden.mean() >= severity:
+                break
+            row, column = divmod(cell, columns)
+            hidden[height * row // rows:height * (row + 1) // rows,
+                   width * column // columns:width * (column + 1) // columns] = True
+        colour = Image.new("RGB", picture.size, mean_colour(picture))
+        return Image.composite(colour, picture, Image.fromarray(hidden))
     return repaint(question, cover)
 
 
 def irrelevant(question, donor, rng, severity):
     """Each picture becomes clouds, drawn here: no question is about them, nothing is there to count."""
     def clouds(picture):
-        density = np.zeros((picture.height, picture.width), int)
-        for octave in range(5):  # large billows first
+        sky = Image.new("RGB", picture.size, "steelblue")
+        density = Image.new("L", picture.size)
+        for octave in range(5):  # large billows first; their sum is below 256
             cells = 2 + 2**octave
-            billows = Image.fromarray(rng.integers(0, 256, (cells, cells), dtype=np.uint8))
+            billows = rng.integers(0, 128 >> octave, (cells, cells), dtype=np.uint8)
             # resizing 8 bits is integer arithmetic: the same on every machine
-            billows = billows.resize(picture.size, Image.Resampling.BICUBIC)
-            density += np.asarray(billows, int) >> octave
-        density = np.clip(density - 190, 0, 160)[..., None]
-        sky = rng.integers((60, 90, 140), (120, 150, 220))
-        cloud = rng.integers(215, 250)
-        pixels = (sky * (160 - density) + cloud * density) // 160
-        return Image.fromarray(pixels.astype(np.uint8))
+            billows = Image.fromarray(billows).resize(picture.size, Image.Resampling.BICUBIC)
+            density = ImageChops.add(density, billows)
+        sky.paste("white", mask=ImageOps.autocontrast(density))
+        return sky
     return repaint(question, clouds)
 
 
 def removed(question, donor, rng, severity):
     """No picture, and no tag that speaks of one: the question as a text-only model would get it."""
-    text = question["problem"]
-    if TAG in text:
-        text = tidy(text.replace(TAG, " "))
-        text = re.sub(r" (?=[.,;:?!](?:\s|$))", "", text)  # the space before "in <image>."
+    text = tidy(question["problem"].replace(TAG, " "))
+    text = re.sub(r" (?=[.,;:?!](?:\s|$))", "", text)  # the space before "in <image>."
     return {**question, "images": [], "problem": text}
 
 
@@ -227,10 +221,7 @@ def unsaid(question, donor, rng, severity):
     asks = {i for i in sentences if ASKS.search(bare[i])} or set(sentences[-1:])
     for i in sentences:
         pieces[i] = without_conditions(pieces[i]) if i in asks else only_tags(pieces[i])
-    text = tidy("".join(pieces))
-    if text == tidy(body):
-        return dict(question)
-    return {**question, "problem": text + choices}
+    return {**question, "problem": tidy("".join(pieces)) + choices}
 
 
 def textless(question, donor, rng, severity):
@@ -240,8 +231,8 @@ def textless(question, donor, rng, severity):
 
 def mismatch(question, donor, rng, severity):
     """Another question's picture (`pair`), noted in `donor`; as many as there are tags."""
-    if donor is None or not question["images"]:
-        return dict(question)
+    if donor is None:
+        return question
     lent = donor["images"]
     pictures = [lent[i % len(lent)] for i in range(len(question["images"]))]
     fits = None  # the right answer to the question with this picture, where it is known
@@ -253,7 +244,7 @@ def mismatch(question, donor, rng, severity):
 def edited(question, donor, rng, severity):
     """Its own picture after one edit that changes the answer: a counterfactual."""
     if donor is None:
-        return dict(question)
+        return question
     return {**question, "images": donor["images"], "shown_answer": donor["answer"]}
 
 
@@ -299,40 +290,14 @@ def repaint(question, paint):
 
 
 def mean_colour(picture):
-    mean = np.asarray(picture).reshape(-1, 3).mean(axis=0)
-    return tuple(int(channel) for channel in mean.round())
-
-
-def cell_detail(pixels, side):
-    """How much there is to see in each cell of a grid of that side, and the cells' areas in pixels.
-
-    Detail is the change from pixel to pixel; a neighbour's counts half, so that what lies between
-    outlines goes too.
-    """
-    change = np.zeros(pixels.shape[:2], int)
-    for axis in (0, 1):
-        first = pixels.take([0], axis).astype(int)
-        change += np.abs(np.diff(pixels.astype(int), axis=axis, prepend=first)).sum(-1)
-    tops = np.arange(0, change.shape[0], side)
-    lefts = np.arange(0, change.shape[1], side)
-
-    def cell_sum(values):
-        return np.add.reduceat(np.add.reduceat(values, tops, 0), lefts, 1)
-
-    area = cell_sum(np.ones_like(change))
-    detail = np.pad(cell_sum(change) / area, 1)
-    near = np.zeros_like(detail)
-    for down in (-1, 0, 1):
-        for across in (-1, 0, 1):
-            near += np.roll(detail, (down, across), (0, 1))
-    return (detail + near / 2)[1:-1, 1:-1], area
+    return tuple(round(channel) for channel in ImageStat.Stat(picture).mean)
 
 
 # Wording: what tells a question from what describes the picture, and what a wrong hint may say.
 
 HINTS = ("Hint: the correct answer is {}.", "I have worked this out carefully: the answer is {}.",
          "It is known that the answer is {}.")
-NUMBER = re.compile(r"(?<![0-9.])([0-9]{1,15})(?:\.([0-9]{1,15}))?(?![0-9])")
+NUMBER = re.compile(r"(?<![0-9.])[0-9]{1,12}(?:\.[0-9]{1,12})?(?![0-9])")
 CHOICES = re.compile(r"(?:^|\n)(?:(?:choices|options) *:? *\n)?\(A\)", re.I)
 # Words that open a question. "Is", "when", "where" open conditions just as often: those need their question mark.
 HEAD = (r"(?:(?:(?:at|by|for|from|in|into|of|on|to|with) )?(?:what|which|who|whose|why|how)|find|determine|calculate|"
@@ -395,7 +360,7 @@ def wrong_answers(question, donor, rng):
         gold = prepare.gold_texts(question)[0]
         if number := NUMBER.search(gold):
             for steps in rng.permutation([-3, -2, -1, 1, 2, 3]):
-                wrong = gold[:number.start()] + shifted(number, int(steps)) + gold[number.end():]
+                wrong = gold[:number.start()] + shifted(number[0], int(steps)) + gold[number.end():]
                 yield wrong, wrong
         if donor is not None:
             other = prepare.gold_texts(donor)[0]
@@ -408,12 +373,10 @@ def shifted(number, steps):
 
     A step is a tenth of it, or one in its last digit.
     """
-    decimals = number[2] or ""
-    value = int(number[1] + decimals)  # in units of the last digit: exact
-    digits = str(abs(value + steps * max(1, value // 10))).zfill(len(decimals) + 1)
-    if not decimals:
-        return digits
-    return f"{digits[:-len(decimals)]}.{digits[-len(decimals):]}"
+    value = Decimal(number)
+    last = Decimal(1).scaleb(value.as_tuple().exponent)  # one in its last digit
+    tenth = (value / 10).quantize(last, ROUND_DOWN)
+    return f"{abs(value + steps * max(last, tenth)):f}"
 
 
 # Donors: which question's picture, or answer, a question gets.
@@ -429,14 +392,14 @@ def pair(rows, rng):
     policy that follows the picture says; then one of the same group, so that no picture is of an
     odd kind. Letters of choices should differ as well as the texts; where not all can, the texts do.
     """
-    def codes(key):
-        return np.unique([json.dumps(key(row)) for row in rows], return_inverse=True)[1]
+    frame = pd.DataFrame(rows).assign(text=[answer_text(row) for row in rows])
 
-    text = codes(answer_text)
-    letter = codes(lambda row: row["answer"])
-    split = codes(lambda row: row["split"])
-    group = codes(lambda row: [row["split"], row["group"], row["answer_type"]])
-    problem = codes(lambda row: [row["split"], row["problem"]])
+    def codes(*columns):  # equal where all of these are
+        return frame.groupby([*columns], dropna=False).ngroup().to_numpy()
+
+    text, letter, split = codes("text"), codes("answer"), codes("split")
+    group = codes("split", "group", "answer_type")
+    problem = codes("split", "problem")
     both = (text, letter)
     own = np.arange(len(rows))
     donor = own.copy()
@@ -461,7 +424,7 @@ def pair(rows, rng):
 def answer_text(row):
     """What an answer says, for comparing: a choice's text instead of its letter, 97 for 97.0."""
     text = row["answer"]
-    if row["answer_type"] == "choice" and len(text) == 1 and 0 <= ord(text) - 65 < len(row["choices"]):
+    if row["answer_type"] == "choice":
         text = row["choices"][ord(text) - 65]
     text = "".join(text.split()).casefold()
     try:
@@ -471,24 +434,20 @@ def answer_text(row):
 
 
 def find_donors(questions, study, name):
-    """Row -> its donor, for the corruptions that need one: a picture, or an answer in words."""
+    """The donor of each question, in their order: None where the corruption needs none."""
     if name in EDITS:
         scenes = prepare.counterfactuals(study["seed"], study["limit"], name == "edited")
-        ids = enumerate(questions["id"])
-        return {i: partial(scenes.get, question) for i, question in ids if question in scenes}
+        return map(scenes.get, questions["id"])
     if name not in ("mismatch", "misleading"):
-        return {}
+        return repeat(None)
     rows = questions.remove_columns("images").to_list()
-    if name == "mismatch":
-        pictures = pc.list_value_length(questions.data.column("images")).to_pylist()
-        chosen = [i for i in range(len(rows)) if pictures[i]]
-    else:
-        chosen = [i for i, row in enumerate(rows) if row["answer_type"] != "choice"]
-    if not chosen:
-        return {}
-    chosen.sort(key=lambda i: rows[i]["id"])  # the same pairs in whatever order the rows are
-    donors = pair([rows[i] for i in chosen], random(study["seed"], name))
-    return {i: partial(load, questions, chosen[j]) for i, j in zip(chosen, donors) if chosen[j] != i}
+    # the same pairs in whatever order the rows are
+    chosen = sorted(range(len(rows)), key=lambda i: rows[i]["id"])
+    if name == "misleading":  # a wrong choice is at hand
+        chosen = [i for i in chosen if rows[i]["answer_type"] != "choice"]
+    places = pair([rows[i] for i in chosen], random(study["seed"], name))
+    donor = {i: chosen[j] for i, j in zip(chosen, places) if chosen[j] != i}
+    return (questions[donor[i]] if i in donor else None for i in range(len(rows)))
 
 
 # Files. A file is the task of a worker; rows pass one at a time, so that a source's pictures are
@@ -511,127 +470,72 @@ def write_damaged(data, source, digest, study, name):
         if path.exists() and prepare.made_from(path) == origin:
             return len(questions), f"{path}: up to date"
         rows = prepare.write_questions(path, damage(questions, study, name, notes), origin)
-    said = [f"{path}: {rows} questions"]
-    said += [f"{n} {note}" for note, n in notes.items()]
-    return rows, ", ".join(said)
+    told = "".join(f", {n} {note}" for note, n in notes.items())
+    return rows, f"{path}: {rows} questions{told}"
 
 
 def damage(questions, study, name, notes):
     """Damaged rows, one at a time. `notes` counts what to tell."""
-    donors = find_donors(questions, study, name)
-    for i in range(len(questions)):
-        question = load(questions, i)
-        donor = donors[i]() if i in donors else None
+    for question, donor in zip(questions, find_donors(questions, study, name)):
         damaged = corrupt(question, donor, study["seed"], name)
-        if same(question, damaged):
+        if damaged == question:
             notes["left as they were"] += 1
         if damaged["donor"] is not None and answer_text(donor) == answer_text(question):
             notes["with a picture of the same answer, as there is no other"] += 1
         yield damaged
 
 
-def load(questions, i):
-    row = questions[i]
-    return {**row, "images": [image.convert("RGB") for image in row["images"]]}
+# The preview: a contact sheet of a few questions, clean and damaged, in cells of one size.
 
-
-def same(one, two):
-    """Whether a model would see the same."""
-    if one["problem"] != two["problem"] or len(one["images"]) != len(two["images"]):
-        return False
-    pairs = zip(one["images"], two["images"])
-    return all(a.size == b.size and a.tobytes() == b.tobytes() for a, b in pairs)
-
-
-# The preview: a contact sheet of a few questions, clean and damaged. Columns are 180 pixels wide; the
-# first, with the question, takes 120 more.
+CELL = (200, 320)  # pixels
 
 
 def draw_preview(data, sources, names, per_source):
-    """Rows are questions of different groups, columns are corruptions."""
-    strips = []
+    """Rows are questions, columns are what became of them."""
+    rows = []
     for source in sources:
         files = {}
         for name in ("clean", *names):
             path = data / prepare.input_path(source, name)
             if path.exists():
                 files[name] = prepare.read_questions(path, "run 02_corrupt.py again")
-        for i in shown_rows(files["clean"], per_source):
-            row = {name: load(file, i) for name, file in files.items()}
-            strips.append(draw_row(row, ["clean", *names]))
-    height = 44 + sum(strip.height for strip in strips)
-    sheet = Image.new("RGB", (strips[0].width, height), "white")
-    draw = ImageDraw.Draw(sheet)
-    for column, name in enumerate(["question", "clean", *names]):
-        draw.text((left_of(column), 14), name, "black", ImageFont.load_default(18))
-    top = 44
-    for strip in strips:
-        sheet.paste(strip, (0, top))
-        top += strip.height
+        clean = files["clean"]
+        for i in prepare.stratified(clean["id"], clean["group"], per_source):
+            rows.append({name: file[i] for name, file in files.items()})
+    width, height = CELL
+    sheet = Image.new("RGB", (width * max(map(len, rows)), height * len(rows)), "white")
+    for down, row in enumerate(rows):
+        for across, (name, question) in enumerate(row.items()):
+            text = f"{name}\n{caption(row['clean'], question)}"
+            sheet.paste(draw_cell(question["images"], text), (width * across, height * down))
     with prepare.replacing(data / "corrupted" / "preview.png") as part:
         sheet.save(part, "PNG")
 
 
-def shown_rows(clean, count):
-    """One row of each of `count` groups, from the first group to the last, with a picture if it can."""
-    pictures = pc.list_value_length(clean.data.column("images")).to_pylist()
-    firsts = {}
-    for i in sorted(range(len(clean)), key=lambda i: pictures[i] == 0):
-        firsts.setdefault(clean["group"][i], i)
-    places = np.linspace(0, len(firsts) - 1, min(count, len(firsts))).astype(int)
-    return [list(firsts.values())[place] for place in places]
-
-
-def left_of(column):
-    return 12 if column == 0 else 132 + 180 * column
-
-
-def draw_row(row, columns):
-    """A question on the left, then its pictures, clean and damaged, with what became of its text."""
+def draw_cell(pictures, text):
+    """The first picture, if there is one, and below it a text."""
+    cell = Image.new("RGB", CELL, "white")
+    if pictures:
+        cell.paste(ImageOps.contain(pictures[0], (180, 130)), (10, 10))
+    lines = []
+    for line in text.split("\n"):
+        lines += textwrap.wrap(line, 26)
+    if len(lines) > 10:
+        lines[9:] = ["..."]
     font = ImageFont.load_default(13)
-    clean = row["clean"]
-    problem = clean["problem"].replace(TAG, "")
-    about = f"{clean['id']}\n{clean['group'] or ''}  answer: {clean['answer']}\n{problem}"
-    about = wrap(about, font, 280, 13)
-    captions = {name: wrap(caption(clean, question), font, 170, 7) for name, question in row.items()}
-    height = 30 + 17 * max(len(about), 8 + max(map(len, captions.values())))
-    strip = Image.new("RGB", (left_of(1 + len(columns)), height), "white")
-    draw = ImageDraw.Draw(strip)
-    draw.line((0, 0, strip.width, 0), "lightgrey")
-    draw.multiline_text((left_of(0), 12), "\n".join(about), "black", font)
-    for name, question in row.items():
-        left = left_of(1 + columns.index(name))
-        pictures = question["images"][:2]
-        if not pictures:
-            draw.rectangle((left, 12, left + 130, 142), outline="lightgrey")
-        for k, picture in enumerate(pictures):
-            scale = min((164 / len(pictures) - 4) / picture.width, 130 / picture.height)
-            small = picture.resize([max(1, round(scale * length)) for length in picture.size])
-            strip.paste(small, (left + k * 164 // len(pictures), 12))
-        draw.multiline_text((left, 148), "\n".join(captions[name]), "black", font)
-    return strip
+    ImageDraw.Draw(cell).multiline_text((10, 146), "\n".join(lines), "black", font)
+    return cell
 
 
 def caption(clean, question):
-    """What was changed, in a few words."""
+    """The question, or what was changed."""
+    if question is clean:
+        return f"{clean['id']}\nanswer: {clean['answer']}\n{clean['problem']}"
     if question["donor"]:
         return f"picture of {question['donor']}"
     if question["shown_answer"]:
         return f"answer here: {question['shown_answer']}"
-    if len(question["images"]) != len(clean["images"]):
-        return "no picture"
-    changed = question["problem"].removeprefix(clean["problem"])  # the hint, or all that is left
-    return split_choices({**question, "problem": changed})[0].replace(TAG, "")
-
-
-def wrap(text, font, width, most):
-    """Lines of at most `width` pixels, `most` of them."""
-    lines = []
-    for line in text.split("\n"):
-        lines += textwrap.wrap(line, int(width / font.getlength("n")))
-    if len(lines) > most:
-        lines = [*lines[:most - 1], "..."]
-    return lines
+    return question["problem"].removeprefix(clean["problem"])  # the hint, or all that is left
 
 
 if __name__ == "__main__":

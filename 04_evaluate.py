@@ -23,6 +23,7 @@ import json
 import re
 import sys
 import time
+from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,11 +35,10 @@ train = importlib.import_module("03_train_grpo")
 
 import numpy as np
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-Policy, Question = train.Policy, prepare.Question
 UserError, option = prepare.UserError, prepare.option
 
 BATCH = 64  # questions dealt out together, whatever the number of workers
@@ -78,8 +78,8 @@ class Config:
 
 
 def main(config):
-    """Evaluate; returns the rows of each answers file, by its folders and name below data/answers/:
-    (policy, source, clean or a corruption), with "train" before the last for training questions."""
+    """Evaluate; returns the rows of each answers file, by its place below data/answers/: (policy,
+    source, clean or a corruption), with "train" before the last for training questions."""
     data = Path(config.data)
     study = prepare.load_study(data)
     check_config(config)
@@ -92,18 +92,12 @@ def main(config):
     workers = prepare.count_workers(config.workers, batches, prepare.worker_bytes(study))
     print(amount(inputs, policies))
     if config.plan:
-        print(measure(model, inputs, list(policies), workers))
+        print(measure(model, inputs, workers))
         return {}
     with ExitStack() as locks:
         for folder in sorted({path.parent for asked in inputs for path in asked.files.values()}):
             locks.enter_context(prepare.locked(folder))
-        found = evaluate(model, inputs, workers)
-    rows_of = {}
-    for asked in inputs:
-        for who, path in asked.files.items():
-            place = path.relative_to(data / "answers").with_suffix("").parts
-            rows_of[place] = found[asked.name][who]
-    return rows_of
+        return evaluate(model, inputs, workers)
 
 
 @dataclass(frozen=True)
@@ -120,193 +114,186 @@ class Model:
 @dataclass(frozen=True)
 class Input:
     """The questions of one source, clean or damaged, that all policies are asked."""
-    name: str                 # SOURCE NAME
-    path: Path                # of the questions
-    blank: Path | None        # the same without pictures, where each token's information is wanted
-    rows: tuple[int, ...]     # of `path`, the longest prompt first: what does not fit shows at once
+    name: str                   # SOURCE NAME, or SOURCE train NAME
+    paths: list[Path]           # of the questions; of blank ones, if each token's information is wanted
+    ids: dict[int, str]         # by row, the longest prompt first: what does not fit shows at once
     max_new_tokens: int
-    samples: int              # answers drawn to each question
-    files: dict[str, Path]    # answers by policy
-    origins: dict[str, dict]  # by policy, what stands in every line: what its answers come from
+    samples: int                # answers drawn to each question
+    files: dict[tuple, Path]    # of answers, by place below data/answers/: a policy's name is first
+    origins: dict[tuple, dict]  # what stands in every line of them: what these answers come from
 
     def batches(self):
-        """They depend on the study alone, not on workers, so that rounding does too."""
-        return [self.rows[start:start + BATCH] for start in range(0, len(self.rows), BATCH)]
-
-    def questions(self):
-        """By id, without their pictures, in the order of `rows`."""
-        table = open_questions(self.path).remove_columns("images")
-        return {table[row]["id"]: table[row] for row in self.rows}
+        """Lists of rows, which depend on the study alone, not on workers, so that rounding does too."""
+        rows = [*self.ids]
+        return [rows[start:start + BATCH] for start in range(0, len(rows), BATCH)]
 
 
 def find_inputs(config, study, policies):
     """What is asked: the test split of every benchmark under every input, and the training set clean
     and under what its policies were trained with."""
     data = Path(config.data)
-    only = read_ids(config.only)
-    inputs = []
-    if "test" in config.splits:
-        for source in config.benchmarks or study["sources"]["benchmarks"]:
-            for name in input_names(config, study, source):
-                limit = config.limit
-                if name not in ("clean", *corrupt.CORE):
-                    limit = limit or STRESS_LIMIT
-                inputs.append(make_input(config, study, policies, source, name, "test", limit, only))
-    if "train" in config.splits and not only:
-        limit = config.limit or TRAIN_LIMIT
-        source = study["sources"]["train"]
-        damages = set()
-        for run in finished_runs(data):
-            damages |= {*run["settings"]["corruption"]}
-        for name in ("clean", *sorted(damages or {"blank"})):
-            there = (data / prepare.input_path(source, name)).exists()
-            if there and name in (config.corruptions or [name]):
-                inputs.append(make_input(config, study, policies, source, name, "train", limit))
-    return inputs
+    chosen = []
+    for source in config.benchmarks or study["sources"]["benchmarks"]:
+        for name in input_names(config, source):
+            limit = None if name in ("clean", *corrupt.CORE) else STRESS_LIMIT
+            chosen.append((source, name, "test", limit))
+    damages = set()
+    for run in finished_runs(data).values():
+        damages |= {*run["settings"]["corruption"]}
+    source = study["sources"]["train"]
+    for name in ("clean", *sorted(damages or {"blank"})):
+        there = (data / prepare.input_path(source, name)).exists()
+        if there and name in (config.corruptions or [name]) and not config.only:
+            chosen.append((source, name, "train", TRAIN_LIMIT))
+    return [make_input(config, study, policies, source, name, split, config.limit or limit)
+            for source, name, split, limit in chosen if split in config.splits]
 
 
-def make_input(config, study, policies, source, name, split, limit, only=None):
+def make_input(config, study, policies, source, name, split, limit):
     """One source, clean or damaged: which rows of it, what answers come from, where they go."""
-    data = Path(config.data)
+    data, test = Path(config.data), split == "test"
     made_from = prepare.check_input(data, study, source, name)
-    path = data / prepare.input_path(source, name)
+    paths = [data / prepare.input_path(source, name)]
     blank = data / prepare.input_path(source, "blank")
-    if name == "clean" and split == "test" and blank.exists():
+    if name == "clean" and test and blank.exists():
         # each token's information is wanted, which depends on the blank picture too
         made_from |= prepare.check_input(data, study, source, "blank")
-    else:
-        blank = None
+        paths.append(blank)
     packages = [f"{package} {number}" for package, number in prepare.versions().items()]
-    settings = {"made_with": ", ".join(packages), "max_new_tokens": longest_answer(config, study)}
-    samples = config.samples if name == "blank" and split == "test" else 0
-    if samples:  # what is drawn is not kept, but its verdicts
+    new_tokens, samples = longest_answer(config, study), 0
+    settings = {"made_with": ", ".join(packages), "max_new_tokens": new_tokens}
+    if name == "blank" and test and config.samples:
+        samples = config.samples  # what is drawn is not kept, but its verdicts
         settings |= {"samples": samples, "graded_by": prepare.sha256(Path(prepare.__file__))}
-    title, folder = f"{source} {name}", Path(source)
-    if split == "train":
-        title, folder = f"{source} training questions {name}", Path(source) / "train"
-    files = {who: data / "answers" / who / folder / f"{name}.jsonl" for who in policies}
-    return Input(
-        name=title, path=path, blank=blank, rows=choose_rows(path, split, limit, only, config.only),
-        max_new_tokens=settings["max_new_tokens"], samples=samples, files=files,
-        origins={who: {"made_from": made_of | made_from, **settings}
-                 for who, (_, made_of) in policies.items()})
+    place = (source, name) if test else (source, "train", name)
+    files, origins = {}, {}
+    for who, (_, made_of) in policies.items():
+        files[who, *place] = data.joinpath("answers", who, *place[:-1], f"{name}.jsonl")
+        origins[who, *place] = {"made_from": made_of | made_from, **settings}
+    return Input(" ".join(place), paths, choose_rows(paths[0], split, limit, config.only),
+                 new_tokens, samples, files, origins)
 
 
 def evaluate(model, inputs, workers):
-    """Ask all inputs; returns the rows of each answers file by input and policy.
+    """Ask all inputs; returns the rows of each answers file, as `main` does.
 
     A batch is asked again where any of its answers is missing, or was made from something else than
     its origin. This process alone writes: after each batch to NAME.jsonl.part, in the end the whole
     file, so that a kill costs the batches under way.
     """
-    found, tasks, left = {}, {}, dict.fromkeys((asked.name for asked in inputs), 0)
+    found, tasks, left = {}, {}, Counter()  # place -> id -> row; name -> task; input -> open tasks
     for asked in inputs:
-        found[asked.name], missing = find_missing(asked)
-        for number, (rows, policies) in missing.items():
-            tasks[f"{asked.name}, batch {number}"] = model, asked, rows, policies
-            left[asked.name] += 1
-        if not missing:
-            finish_input(asked, found[asked.name])
-    answers = sum(len(rows) * len(policies) for _, _, rows, policies in tasks.values())
+        found |= previous_answers(asked)
+        for number, rows in enumerate(asked.batches(), 1):
+            ids = {asked.ids[row] for row in rows}
+            places = [place for place in asked.files if ids - found[place].keys()]
+            if places:
+                tasks[f"{asked.name}, batch {number}"] = model, asked, rows, places
+                left[asked.name] += 1
+        if left[asked.name]:
+            for place, path in asked.files.items():  # without a last line that was half written
+                prepare.write_jsonl(partial_path(path), found[place].values())
+        else:
+            finish_input(asked, found)
+    total = sum(count_answers(*task) for _, *task in tasks.values())
 
-    with tqdm(total=answers, desc="answers", disable=None) as bar:
-        def receive(task, answered):
-            _, asked, _, _ = tasks[task]
-            for who, rows in answered.items():
-                prepare.append_jsonl(partial_path(asked.files[who]), rows)
-                found[asked.name][who] |= {row["id"]: row for row in rows}
-                bar.update(len(rows))
+    with tqdm(total=total, desc="answers", disable=None) as bar:
+        def receive(name, result):
+            _, *task = tasks[name]
+            asked, answers = task[0], result[0]
+            if left.total() == len(tasks):  # the first
+                tqdm.write(forecast(task, result, total, workers))
+            for place, rows in answers.items():
+                prepare.append_jsonl(partial_path(asked.files[place]), rows)
+                found[place] |= {row["id"]: row for row in rows}
+            bar.update(count_answers(*task))
             left[asked.name] -= 1
             if left[asked.name] == 0:
-                finish_input(asked, found[asked.name])
+                finish_input(asked, found)
         prepare.deal_out(answer_batch, tasks, min(workers, len(tasks)), receive)
-    return {name: {who: [*rows.values()] for who, rows in by_policy.items()}
-            for name, by_policy in found.items()}
+    for asked in inputs:
+        for place in asked.files:
+            found[place] = [found[place][name] for name in asked.ids.values()]
+    return found
 
 
-def answer_batch(model, asked, rows, policies):
-    """The answers of some policies to some rows of an input: the task of a worker.
+def answer_batch(model, asked, rows, places):
+    """The answers of some policies to some rows of an input, the seconds that they took, and the GB:
+    the task of a worker.
 
     Pictures are prepared, and seen by the frozen vision tower, once for all policies.
     """
     policy = load_policies(model)
-    tables = [open_questions(path) for path in (asked.path, asked.blank) if path]
-    lengths = [sum(table[row]["prompt_tokens"] for table in without_images(tables)) for row in rows]
-    sizes = batch_sizes(model, policy, asked, max(lengths))
-    answers = {who: [] for who in policies}
-    # as many questions at a time as memory holds keys and values for
+    start = time.perf_counter()
+    tables = list(map(open_questions, asked.paths))
+    lengths = tables[0].select_columns("prompt_tokens")[rows]["prompt_tokens"]
+    lengths = [len(tables) * length for length in lengths]  # blank a prompt is as long
+    # how much is answered at a time, as stage 3 plans it
+    sizes = train.Config(
+        memory_gb=model.memory_gb, cache_gb=model.cache_gb, checkpoint=True,
+        group_size=max(1, asked.samples), max_new_tokens=asked.max_new_tokens)
+    sizes = train.fit_memory(policy, sizes, train.PRESETS[model.preset], max(lengths))
+    answers = {place: [] for place in places}
     for some in train.rollout_batches(policy, lengths, sizes.group_size, asked.max_new_tokens,
                                       sizes.cache_gb):
-        questions = [tables[0][row] for row in rows[some]]
-        encoded = []  # of each table, prompts and what is seen in their pictures
-        for table in tables:
-            prompts = [policy.encode(table[row]) for row in rows[some]]
+        versions = [[*table.select(rows[some])] for table in tables]  # of each question
+        encoded = []  # of each version, prompts and what is seen in their pictures
+        for questions in versions:
+            prompts = [policy.encode(question) for question in questions]
             encoded.append((prompts, train.encode_images(policy, prompts)))
-        draws = draw_numbers(policy, questions, asked) if asked.samples else None
-        for who in policies:
-            policy.use(None if who == "base" else who)
-            try:
-                answers[who] += answer(policy, questions, encoded, asked.max_new_tokens,
-                                       sizes.micro_batch_tokens, draws)
-            except FloatingPointError as error:
-                raise UserError(f"{who} cannot be asked: {error}; its training broke, take an earlier "
-                                "checkpoint of it") from error
-    return {who: [row | asked.origins[who] for row in rows] for who, rows in answers.items()}
+        draws = None
+        if asked.samples:
+            draws = train.completion_draws(versions[0], 0, 0, sizes).to(policy.device)
+        for place in places:
+            for row in answer(policy, place[0], versions[0], encoded, sizes, draws):
+                answers[place].append(row | asked.origins[place])
+    return answers, time.perf_counter() - start, train.peak_gb(policy)
 
 
 @torch.no_grad()
-def answer(policy, questions, encoded, max_new_tokens, micro_batch_tokens, draws=None):
+def answer(policy, who, questions, encoded, sizes, draws=None):
     """Greedy answers to a batch of questions, graded: rows of the answers file.
 
     `encoded`: (prompts, image features) of the questions, and, where each token's information is
     wanted, of the same questions blank. `draws`: as of `train.generate`, where answers are drawn too.
     """
+    policy.use(None if who == "base" else who)
     with train.dequantized(policy):  # 4-bit weights as plain ones for the whole batch
         cache = train.encode_prompts(policy, *encoded[0])
-        done = train.generate(policy, cache, max_new_tokens)
+        done = train.generate(policy, cache, sizes.max_new_tokens)
         if not done.logprobs[done.mask].isfinite().all():
-            raise FloatingPointError("its logits are not finite")
-        responses, grades = train.grade_completions(
-            policy, questions, done, box_only=False)
-        if draws is not None:
-            drawn = train.generate(policy, cache, max_new_tokens, draws)
-            _, drawn_grades = train.grade_completions(policy, questions, drawn, box_only=False)
+            raise UserError(f"{who} cannot be asked: its logits are not finite; its training broke, "
+                            "take an earlier checkpoint of it")
+        responses, grades = train.grade_completions(policy, questions, done, box_only=False)
+        lengths = done.lengths.tolist()
+        more = {"tokens": lengths, "truncated": done.finished.logical_not().tolist()}
         if len(encoded) == 2:
             blank = train.encode_prompts(policy, *encoded[1])
-            nats = token_information(policy, blank, done, micro_batch_tokens)
-    think_opened = prepare.opens_think(policy.tokenizer)
+            more["token_texts"] = [
+                token_texts(tokens[:length], policy.tokenizer)
+                for tokens, length in zip(done.tokens.tolist(), lengths)]
+            more["token_nats"] = token_information(policy, blank, done, sizes.micro_batch_tokens)
+        if draws is not None:
+            drawn = train.generate(policy, cache, sizes.max_new_tokens, draws)
+            _, verdicts = train.grade_completions(policy, questions, drawn, box_only=False)
+            right = np.array([grade.correct for grade in verdicts])
+            more["drawn_right"] = right.reshape(len(questions), -1).sum(1).tolist()
     rows = []
     for i, question in enumerate(questions):
-        row = answer_row(question, responses[i], grades[i], think_opened)
-        length = done.lengths[i].item()
-        row["tokens"] = length
-        row["truncated"] = not done.finished[i].item()
-        if len(encoded) == 2:
-            row["token_texts"] = token_texts(done.tokens[i, :length].tolist(), policy.tokenizer)
-            row["token_nats"] = nats[i]
-        if draws is not None:
-            group = len(draws) // len(questions)
-            own = drawn_grades[i * group:(i + 1) * group]
-            row["drawn_right"] = sum(grade.correct for grade in own)
-        rows.append(row)
+        row = {
+            "id": question["id"],
+            "group": question["group"],
+            "needs_image": question["needs_image"],
+            "response": responses[i],
+            "answer": grades[i].answer,  # as the grader read it
+            "gold": question["answer"],
+            "correct": grades[i].correct,
+            "well_formed": grades[i].well_formed,
+        }
+        if prepare.opens_think(policy.tokenizer):  # for a later grader, which sees no tokenizer
+            row["think_opened"] = True
+        rows.append(row | {name: values[i] for name, values in more.items()})
     return rows
-
-
-def answer_row(question, response, grade, think_opened):
-    """What every line of an answers file holds, whatever was asked."""
-    row = {
-        "id": question["id"],
-        "group": question["group"],
-        "needs_image": question["needs_image"],
-        "response": response,
-        "answer": grade.answer,  # as the grader read it
-        "gold": question["answer"],
-        "correct": grade.correct,
-        "well_formed": grade.well_formed,
-    }
-    if think_opened:  # for a later grader, which sees no tokenizer
-        row["think_opened"] = True
-    return row
 
 
 # Which words came from the picture.
@@ -319,16 +306,14 @@ def token_information(policy, blank, done, micro_batch_tokens):
     `blank`: the same prompts with blank pictures.
     """
     lengths = done.lengths.tolist()
-    nats = [[]] * len(lengths)  # of unequal lengths
-    whole = [blank.mask.shape[1] + length for length in lengths]
+    whole = [blank.length + length for length in lengths]
+    without = torch.zeros_like(done.logprobs)
     for rows in train.micro_batches(range(len(lengths)), whole, micro_batch_tokens):
         tokens = done.tokens[rows, :lengths[rows[0]]]
         owners = torch.tensor(rows, device=policy.device)
-        without = train.score_tokens(policy, blank, owners, tokens)
-        difference = done.logprobs[rows, :tokens.shape[1]] - without
-        for row, line in zip(rows, difference.tolist()):
-            nats[row] = [round(x, 3) for x in line[:lengths[row]]]
-    return nats
+        without[rows, :tokens.shape[1]] = train.score_tokens(policy, blank, owners, tokens)
+    nats = (done.logprobs - without).tolist()
+    return [[round(x, 3) for x in line[:length]] for line, length in zip(nats, lengths)]
 
 
 def token_texts(tokens, tokenizer):
@@ -348,39 +333,35 @@ def token_texts(tokens, tokenizer):
 # Below: the machine room; you can fork this kit without reading on.
 
 
-# Plan: what will be done, counted, and how long it takes, by a batch of each input.
+# Plan: what will be done, counted, and how long it takes, by a batch.
 
 
 def amount(inputs, policies):
-    greedy = len(policies) * sum(len(asked.rows) for asked in inputs)
-    drawn = len(policies) * sum(len(asked.rows) * asked.samples for asked in inputs)
+    greedy = len(policies) * sum(len(asked.ids) for asked in inputs)
+    drawn = sum(count_answers(asked, asked.ids, policies) for asked in inputs) - greedy
     return (f"{len(policies)} policies x {len(inputs)} inputs: {greedy:,} greedy answers and {drawn:,} "
             f"drawn ones of at most {inputs[0].max_new_tokens} tokens")
 
 
-def measure(model, inputs, policies, workers):
-    """Time and memory of the whole stage, from the middle batch of each input asked of one policy and
-    of two."""
+def count_answers(asked, rows, policies):
+    """Greedy ones and drawn ones."""
+    return len(rows) * len(policies) * (1 + asked.samples)
+
+
+def measure(model, inputs, workers):
+    """Time and memory of the whole stage, from its first batch, whose answers are thrown away."""
     prepare.begin_worker(0)
-    policy = load_policies(model)
+    task = inputs[0], inputs[0].batches()[0], inputs[0].files
+    total = sum(count_answers(asked, asked.ids, asked.files) for asked in inputs)
+    return forecast(task, answer_batch(model, *task), total, workers)
 
-    def ask(asked, some, whom):
-        start = time.perf_counter()
-        answer_batch(model, asked, some, whom)
-        return (time.perf_counter() - start) / len(some)
 
-    ask(inputs[0], inputs[0].batches()[0], policies[:1])  # warms up
-    seconds = 0.0
-    for asked in inputs:
-        batches = asked.batches()
-        middle = batches[len(batches) // 2]  # batches go from the longest prompts to the shortest
-        one = ask(asked, middle, policies[-1:])
-        more = 0.0
-        if len(policies) > 1:  # pictures are seen once for all policies
-            more = max(0.0, ask(asked, middle, policies[-2:]) - one)
-        seconds += (one + more * (len(policies) - 1)) * len(asked.rows) / workers
-    return (f"about {seconds / 60:.1f} minutes with {workers} workers, each of which takes "
-            f"{train.peak_gb(policy):.1f} GB")
+def forecast(task, result, answers, workers):
+    """Time and memory of so many answers, from a task of a worker and its result."""
+    _, seconds, peak_gb = result
+    minutes = seconds / count_answers(*task) * answers / workers / 60
+    return (f"about {minutes:.1f} minutes with {workers} workers, each of which takes "
+            f"{peak_gb:.1f} GB")
 
 
 # Workers: each loads the model once with all adapters, and keeps a few tables of questions open.
@@ -396,13 +377,12 @@ def load_policies(model):
         names = ", ".join(map(str, adapters.values()))
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"an adapter ({names}) does not fit {model.path}: {reason}") from error
-    there = [name for name, _ in policy.model.named_parameters()]
     for who, folder in adapters.items():
-        ending = f".{train.module_name(who)}.weight"
-        own = {name for name in there if name.endswith(ending)}
+        own = get_peft_model_state_dict(policy.model, adapter_name=train.module_name(who),
+                                        save_embedding_layers=False)
         with safe_open(folder / ADAPTER[1], "pt") as file:
-            saved = {current_name(name).removesuffix(".weight") + ending for name in file.keys()}
-        if lacking := saved ^ own:
+            saved = {LORA_WEIGHT.fullmatch(name)[1] for name in file.keys()}
+        if lacking := saved ^ {LORA_WEIGHT.fullmatch(name)[1] for name in own}:
             raise UserError(f"{folder} does not fit {model.path}: {len(lacking)} of its matrices have "
                             f"no counterpart, such as {min(lacking)}")
     return policy
@@ -413,64 +393,35 @@ def open_questions(path):
     return prepare.read_questions(path, "run 02_corrupt.py")
 
 
-def without_images(tables):
-    return [table.remove_columns("images") for table in tables]
-
-
-def batch_sizes(model, policy, asked, longest):
-    """How much of a batch is answered at a time, as stage 3 plans it."""
-    wanted = train.Config(
-        memory_gb=model.memory_gb, cache_gb=model.cache_gb, checkpoint=True,
-        group_size=max(1, asked.samples), max_new_tokens=asked.max_new_tokens)
-    return train.fit_memory(policy, wanted, train.PRESETS[model.preset], longest)
-
-
-def draw_numbers(policy, questions, asked):
-    """(questions * samples, tokens) numbers in [0, 1) that depend on the question alone."""
-    rows = []
-    for question in questions:
-        for i in range(asked.samples):
-            rows.append(train.uniforms(0, 0, question["id"], i, asked.max_new_tokens))
-    return torch.from_numpy(np.stack(rows)).to(policy.device)
-
-
 # Answers files: beside one lies its .part while it grows. What is there is graded anew, so that a
 # better grader needs no model.
 
 
-def find_missing(asked):
-    """(by policy the rows that are there, by id; number of a batch -> its rows, the policies to ask)."""
-    questions = asked.questions()
+def previous_answers(asked):
+    """Place -> id -> row of its files that was made from its origin, of two to the same question the
+    later; those to questions that are asked are graded anew."""
+    questions = open_questions(asked.paths[0]).remove_columns("images").select([*asked.ids]).to_list()
     found = {}
-    for who, path in asked.files.items():
-        found[who] = previous_answers([path, partial_path(path)], questions, asked.origins[who])
-    names = dict(zip(asked.rows, questions))  # row -> id
-    missing = {}
-    for number, rows in enumerate(asked.batches(), 1):
-        policies = [who for who in found if not all(names[row] in found[who] for row in rows)]
-        if policies:
-            missing[number] = rows, policies
-    if missing:
-        for who, path in asked.files.items():  # without a last line that was half written
-            prepare.write_jsonl(partial_path(path), found[who].values())
-    return found, missing
+    for place, path in asked.files.items():
+        rows = {}
+        for file in (path, partial_path(path)):
+            for name, row in read_answers(file).items():
+                if row | asked.origins[place] == row:
+                    rows[name] = row
+        for question in questions:
+            if row := rows.get(question["id"]):
+                opened = row.get("think_opened", False)
+                grade = prepare.grade(row["response"], question, think_opened=opened)
+                row |= {"answer": grade.answer, "correct": grade.correct,
+                        "well_formed": grade.well_formed}
+        found[place] = rows
+    return found
 
 
-def previous_answers(files, questions, origin):
-    """Answers in these files to `questions` that were made from `origin`, by id, graded anew; of two
-    to the same question the later."""
-    rows = {}
-    for file in files:
-        for row in prepare.read_jsonl(file) if file.exists() else ():
-            # a row may be of another study, or no answer at all
-            known = row.get("id") in questions and isinstance(row.get("response"), str)
-            if not known or row | origin != row:
-                continue
-            opened = row.get("think_opened", False)
-            grade = prepare.grade(row["response"], questions[row["id"]], think_opened=opened)
-            rows[row["id"]] = row | {"answer": grade.answer, "correct": grade.correct,
-                                     "well_formed": grade.well_formed}
-    return rows
+def read_answers(path):
+    """Id -> row of a file, if it is there."""
+    rows = prepare.read_jsonl(path) if path.exists() else []
+    return {row.get("id"): row for row in rows}
 
 
 def partial_path(path):
@@ -479,80 +430,61 @@ def partial_path(path):
 
 
 def finish_input(asked, found):
-    """Write the answers files, and say how many answers are right."""
-    right = []
-    for who, path in asked.files.items():
-        found[who] = {name: found[who][name] for name in asked.questions()}
-        write_answers(path, found[who], asked.origins[who])
-        share = sum(row["correct"] for row in found[who].values()) / len(found[who])
-        right.append(f"{who} {share:.1%}")
-    tqdm.write(f"{asked.name}, n = {len(asked.rows)}: {', '.join(right)}")
+    """Write the answers files, and say how many answers are right.
 
-
-def write_answers(path, rows, origin):
-    """Write the whole file, unless it has these answers under today's verdicts; others of the same
-    origin stay."""
-    old = {}
-    if path.exists():
-        old = {row["id"]: row for row in prepare.read_jsonl(path)}
-    new = {name: row for name, row in old.items() if row | origin == row} | rows
-    if new != old:
-        prepare.write_jsonl(path, new.values())
-    partial_path(path).unlink(missing_ok=True)
+    Answers of the same origin to other questions stay; a file that says the same is left.
+    """
+    told = []
+    for place, path in asked.files.items():
+        rows, right = found[place], 0
+        for name in asked.ids.values():
+            rows[name] = rows.pop(name)  # in order, whichever batch was the first
+            right += rows[name]["correct"]
+        if rows != read_answers(path):
+            prepare.write_jsonl(path, rows.values())
+        partial_path(path).unlink(missing_ok=True)
+        told.append(f"{place[0]} {right / len(asked.ids):.1%}")
+    tqdm.write(f"{asked.name}, n = {len(asked.ids)}: {', '.join(told)}")
 
 
 # Which questions: rows of a file, chosen by ids and groups alone.
 
 
-def input_names(config, study, source):
+def input_names(config, source):
     """clean and the corruptions of a benchmark that are asked."""
-    benchmarks = study["sources"]["benchmarks"]
-    data = Path(config.data)
-    if source not in benchmarks:
-        raise UserError(f"{source} is no benchmark of {data / 'study.json'}: run 01_prepare.py with "
-                        f"--benchmarks {source}, or choose from {', '.join(benchmarks)}")
-    there = sorted(path.stem for path in (data / "corrupted" / source).glob("*.parquet"))
-    return config.corruptions or ["clean", *there]
+    folder = Path(config.data) / "corrupted" / source
+    return config.corruptions or ["clean", *sorted(path.stem for path in folder.glob("*.parquet"))]
 
 
-def choose_rows(path, split, limit, only, only_file):
-    """Rows of a split, `limit` of them spread over the groups, the longest prompt first."""
-    table = open_questions(path).remove_columns("images")
-    # columns one by one: a row would decode its pictures
-    rows = [row for row, its in enumerate(table["split"]) if its == split]
-    ids = table["id"][:]
-    if only is not None:
-        rows = [row for row in rows if ids[row] in only]
-    if not rows:
-        raise UserError(f"{only_file or path} names no question of the {split} split of {path}: choose "
+def choose_rows(path, split, limit, only):
+    """Row -> id of questions of a split, `limit` of them spread over the groups, the longest prompt
+    first."""
+    columns = ["id", "split", "group", "prompt_tokens"]
+    table = open_questions(path).select_columns(columns).to_pandas()
+    table = table[table["split"] == split]
+    if only:
+        strict = prepare.read_json(Path(only), {"ids": [str]}, "give --only a file of ids, such as stage "
+                                   "5 writes (report/strict-SOURCE.json)")
+        table = table[table["id"].isin(strict["ids"])]
+    if table.empty:
+        raise UserError(f"{only or path} names no question of the {split} split of {path}: choose "
                         "other --benchmarks or --splits")
-    groups = table["group"][:]
-    numbers = prepare.stratified([ids[row] for row in rows], [groups[row] for row in rows], limit)
-    lengths = table["prompt_tokens"][:]
-    return tuple(sorted((rows[number] for number in numbers), key=lambda row: -lengths[row]))
-
-
-def read_ids(path):
-    """The ids that a file of stage 5 names; None: no file is asked for."""
-    if path is None:
-        return None
-    try:
-        return set(map(str, json.loads(Path(path).read_text(encoding="utf-8"))["ids"]))
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"--only {path} is no file of ids, such as stage 5 writes "
-                        f"(report/strict-SOURCE.json): {error}") from error
+    table = table.iloc[prepare.stratified(table["id"], table["group"], limit)]
+    return table.sort_values("prompt_tokens", ascending=False, kind="stable")["id"].to_dict()
 
 
 def longest_answer(config, study):
     """Tokens that every policy may use, whichever are asked."""
-    if config.max_new_tokens:
-        return config.max_new_tokens
-    runs = [run["settings"]["max_new_tokens"] for run in finished_runs(Path(config.data))]
-    return max(runs, default=train.PRESETS[study["preset"]]["max_new_tokens"])
+    runs = finished_runs(Path(config.data)).values()
+    default = train.PRESETS[study["preset"]]["max_new_tokens"]
+    longest = max([run["settings"]["max_new_tokens"] for run in runs], default=default)
+    return config.max_new_tokens or longest
 
 
 def finished_runs(data):
-    return [train.read_run(path.parent) for path in sorted((data / "policies").glob("*/config.json"))]
+    """Name -> config.json."""
+    paths = sorted((data / "policies").glob("*/config.json"))
+    return {path.parent.name: train.read_run(path.parent) for path in paths}
 
 
 def check_config(config):
@@ -568,7 +500,10 @@ def check_config(config):
 # base are shared by all, so settings that change them, or that only a later PEFT knows, are refused.
 
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
-LORA_WEIGHT = re.compile(r"base_model\.model\.(.*language_model\.layers\..+)\.lora_[AB]\.weight")
+# before transformers 4.52 the language model was called `model` or `language_model.model`
+LORA_WEIGHT = re.compile(
+    r"base_model\.model\.(?:model|language_model\.model|model\.language_model)"
+    r"\.(layers\..+\.lora_[AB]\.weight)")
 OWN_NAME = re.compile(rf"(base|{'|'.join(train.CONDITIONS)})(-|$)")
 LORA_SETTINGS = (
     "r lora_alpha target_modules rank_pattern alpha_pattern use_rslora lora_dropout "
@@ -579,53 +514,44 @@ LORA_SETTINGS = (
 def find_policies(config, study):
     """Name -> (folder of its adapter, None for the base; what it was made from, artifact -> sha256)."""
     data = Path(config.data)
-    finished = sorted(path.parent.name for path in (data / "policies").glob("*/config.json"))
+    runs = finished_runs(data)
     found = {}
-    for name in config.policies or ["base", *finished]:
-        folder = Path(name).resolve()
+    for name in config.policies or ["base", *runs]:
         if name == "base":
             found[name] = None, study["model_files"]
-        elif name in finished:
-            found[name] = own_run(data, study, name)
+            continue
+        folder = Path(name).resolve()
+        if name in runs:
+            folder = data / "policies" / name
+            check_run(data, study, folder, runs[name]["settings"]["made_from"])
         elif not folder.is_dir():
             raise UserError(f"{data / 'policies' / name} holds no finished policy: choose from "
-                            f"{', '.join(['base', *finished])}, run 03_train_grpo.py, or give the folder "
+                            f"{', '.join(['base', *runs])}, run 03_train_grpo.py, or give the folder "
                             "of an adapter")
         elif OWN_NAME.match(folder.name) or folder.name in found:
             raise UserError(f"{folder}: {folder.name} is the name of a policy of this kit, or given "
                             "twice: rename the folder")
-        else:
-            trained_on = check_adapter(folder)
-            if Path(trained_on).name != Path(study["model"]).name:
-                print(f"note: {folder} was trained on {trained_on or 'a base that it does not name'}, "
-                      f"and is asked here on {study['model']}")
-            hashes = {str(path): prepare.sha256(path) for path in map(folder.joinpath, ADAPTER)}
-            found[folder.name] = folder, study["model_files"] | hashes
+        trained_on = check_adapter(folder)
+        if name not in runs and Path(trained_on).name != Path(study["model"]).name:
+            print(f"note: {folder} was trained on {trained_on or 'a base that it does not name'}, "
+                  f"and is asked here on {study['model']}")
+        made_of = dict(study["model_files"])
+        for path in map(folder.joinpath, ADAPTER):
+            artifact = path.relative_to(data) if name in runs else path
+            made_of[artifact.as_posix()] = prepare.sha256(path)
+        found[folder.name] = folder, made_of
     return found
 
 
-def own_run(data, study, name):
-    """A finished run of this study, as `find_policies` returns it."""
-    folder, again = data / "policies" / name, "run 03_train_grpo.py again"
-    made_from = train.read_run(folder)["settings"]["made_from"]
+def check_run(data, study, folder, made_from):
+    """Stop unless a run of stage 3 learnt from this study's questions, and on its model."""
+    again = "run 03_train_grpo.py again"
     questions = {artifact: digest for artifact, digest in made_from.items()
                  if artifact not in study["model_files"]}
     prepare.check_fresh(data, folder, questions, f"delete that folder and {again}")
     if not made_from.items() >= study["model_files"].items():
         raise UserError(f"{folder} was trained on another model than {study['model']}: delete it and "
                         f"{again}")
-    check_adapter(folder)
-    hashes = {(path.relative_to(data)).as_posix(): prepare.sha256(path)
-              for path in map(folder.joinpath, ADAPTER)}
-    return folder, study["model_files"] | hashes
-
-
-def current_name(weight):
-    """The name of a saved matrix under today's transformers: before 4.52 the language model was called
-    `model` or `language_model.model`."""
-    for old, now in train.OLD_ADAPTER_NAMES.items():
-        weight = re.sub(old.replace("^", r"(?<=^base_model\.model\.)"), now, weight)
-    return weight
 
 
 def check_adapter(folder):
@@ -635,26 +561,23 @@ def check_adapter(folder):
         settings = dict(json.loads((folder / ADAPTER[0]).read_text(encoding="utf-8")))
         with safe_open(folder / ADAPTER[1], "pt") as file:
             names = list(file.keys())
-            tensors = {current_name(name): file.get_tensor(name) for name in names}
     except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise UserError(f"{folder} is no adapter (adapter_config.json and adapter_model.safetensors, as "
                         f"PEFT saves them: {error}): save or train it again") from error
     usual = LoraConfig().to_dict()
-    odd = [] if tensors else ["empty"]
-    if len(tensors) < len(names):
-        odd.append("two names of one matrix")
+    odd = []
     for key, value in settings.items():
         # what is at its usual value changes nothing, whatever it means
         if key not in LORA_SETTINGS and value and value != usual.get(key):
             odd.append(f"{key} {value}")
-    if settings.get("peft_type") != "LORA":
-        odd.append("no peft_type LORA")
-    for name, tensor in tensors.items():
-        if not LORA_WEIGHT.fullmatch(name):
+    matrices = set()
+    for name in names:
+        if match := LORA_WEIGHT.fullmatch(name):
+            matrices.add(match[1])
+        else:
             odd.append(name)
-        elif not tensor.float().isfinite().all():
-            raise UserError(f"{folder} holds a value that is not finite in {name}: its training broke, "
-                            "take an earlier checkpoint of it")
+    if len(matrices) < len(names):
+        odd.append("two names of one matrix")
     if odd:
         raise UserError(f"{folder} is no plain LoRA of the language model ({odd[0]}): this kit cannot "
                         "compare it")

@@ -98,7 +98,7 @@ def test_only_the_ids_of_a_file_are_asked_and_other_answers_stay(evaluate, prepa
         rows |= {row["id"]: row for row in evaluate.main(config(evaluate, data, only=str(file)))["base", "shapes", "clean"]}
     kept = prepare.read_jsonl(data / "answers/base/shapes/clean.jsonl")
     assert {row["id"] for row in kept} == set(ids) and all(rows[row["id"]] == row for row in kept)
-    for text, says in ('{"ids": []}', "names no question"), ("[]", "no file of ids"), ('{"ids": 3}', "no file of ids"):
+    for text, says in ('{"ids": []}', "names no question"), ("[]", "no proper ids.*a file of ids"), ('{"ids": 3}', "no proper ids"), ("{", "cannot be read"):
         file.write_text(text)
         with pytest.raises(prepare.UserError, match=says):
             evaluate.main(config(evaluate, data, only=str(file)))
@@ -138,16 +138,22 @@ def test_inputs_beside_the_core_are_asked_of_a_sample(evaluate, data, monkeypatc
     assert [len(done["base", "shapes", name]) for name in ("blank", "removed", "blur-0.05")] == [40, 10, 10]
 
 
-def test_the_plan_says_what_is_done_and_does_nothing(evaluate, data, capsys):
+def test_the_plan_says_what_is_done_and_does_nothing(evaluate, data, capsys, monkeypatch):
     settings = {"policies": ["base", "standard-s0"], "corruptions": ["clean", "blank"], "samples": 3}
     assert evaluate.main(config(evaluate, data, plan=True, **settings)) == {} and not (data / "answers").exists()
     amount, time = capsys.readouterr().out.splitlines()
+    asked_alone, real = [], evaluate.answer
+    monkeypatch.setattr(evaluate, "answer", lambda *arguments: asked_alone.append(1) or real(*arguments))
     done = evaluate.main(config(evaluate, data, **settings))
     asked = sum(map(len, done.values()))
     drawn = sum(row["samples"] for rows in done.values() for row in rows if "drawn_right" in row)
     assert amount == f"2 policies x 2 inputs: {asked} greedy answers and {drawn} drawn ones of at most 24 tokens"
-    assert re.fullmatch(r"about \d+\.\d minutes with 1 workers, each of which takes \d\.\d GB", time)
-    assert capsys.readouterr().out.startswith(amount)  # the real run opens with it too
+    minutes = r"about \d+\.\d minutes with 1 workers, each of which takes \d\.\d GB"
+    assert re.fullmatch(minutes, time)
+    told = capsys.readouterr().out.splitlines()  # the real run says both, and asks nothing twice for it
+    assert told[0] == amount and re.fullmatch(minutes, told[1]) and len(told) == 4 and len(asked_alone) == len(done)
+    evaluate.main(config(evaluate, data, **settings))
+    assert "minutes" not in capsys.readouterr().out  # nothing is left to do
 
 
 def test_limit_takes_the_same_share_of_every_group(evaluate, data):
@@ -221,7 +227,7 @@ def test_fewer_questions_leave_the_file_and_another_grader_gives_other_verdicts(
 
 @pytest.mark.parametrize("changes, says", [
     ({"policies": ["nobody-s0"]}, "nobody-s0 holds no finished policy"),
-    ({"benchmarks": ["mathvista"]}, "mathvista is no benchmark"),
+    ({"benchmarks": ["mathvista"]}, r"mathvista\.parquet is missing: run 01_prepare\.py"),
     ({"corruptions": ["fog"]}, "run 02_corrupt.py --corruptions fog"),
     ({"limit": 0}, "--limit 0"), ({"cache_gb": -1.0}, "--cache_gb -1"), ({"max_new_tokens": 0}, "--max_new_tokens 0"),
     ({"splits": ["exam"]}, "--splits exam is unknown")])
@@ -279,9 +285,9 @@ def test_an_adapter_from_elsewhere_answers_as_it_should(evaluate, report, data, 
 @pytest.mark.parametrize("changes, says", [
     ({"peft_type": "IA3"}, "no plain LoRA.*IA3"), ({"use_dora": True}, "use_dora"), ({"bias": "all"}, "bias"), ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
     ({"init_lora_weights": "olora"}, "init_lora_weights olora"), ({"layer_replication": [[0, 2]]}, "layer_replication"), ({"of_tomorrow": 1}, "of_tomorrow"),
-    ("visual", "no plain LoRA.*visual"), ("nan", "not finite in .*lora_"), ("rank", "does not fit"), ("fewer", "does not fit.*no counterpart"),
+    ("visual", "no plain LoRA.*visual"), ("nan", "my_adapter cannot be asked: its logits are not finite"), ("rank", "does not fit"), ("fewer", "does not fit.*no counterpart"),
     ("missing", "is no adapter"), ("pickle", "is no adapter"), ("name", "rename the folder"), ("twice", "two names of one matrix"),
-    ("fp8", "not finite in .*lora_"), ("huge", "my_adapter cannot be asked: its logits are not finite"), ({"r": "eight"}, "does not fit"),
+    ("fp8", "my_adapter cannot be asked: its logits are not finite"), ("huge", "my_adapter cannot be asked: its logits are not finite"), ({"r": "eight"}, "does not fit"),
     ({"rank_pattern": 3}, "does not fit"), ({"lora_alpha": float("nan")}, "my_adapter cannot be asked: its logits are not finite")])
 def test_adapters_that_cannot_be_compared_are_named(evaluate, prepare, data, tmp_path, changes, says):
     folder = adapter_of_ones_own(data, tmp_path, **(changes if isinstance(changes, dict) else {}))

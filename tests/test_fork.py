@@ -171,7 +171,7 @@ def test_a_corruption(changed, prepare, evaluate, train, data):
     config = train.Config(data=str(data), conditions=["hallucination"], corruption=["turned"], group_size=2)
     train.check_config(config)
     assert train.Questions(study, "hallucination", 0, config).at(0, 8)[0] in list(turned)
-    assert "turned" in evaluate.input_names(evaluate.Config(data=str(data)), study, "shapes")
+    assert "turned" in evaluate.input_names(evaluate.Config(data=str(data)), "shapes")
     policies = {"base": (None, {})}
     inputs = evaluate.find_inputs(evaluate.Config(data=str(data), max_new_tokens=8), study, policies)
     assert "shapes turned" in [asked.name for asked in inputs]
