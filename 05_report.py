@@ -21,7 +21,6 @@ import io
 import itertools
 import json
 import math
-import platform
 import re
 import sys
 from collections import Counter, defaultdict
@@ -66,7 +65,7 @@ CLUSTERED = ("mathverse", "wemath")  # benchmarks that ask several questions abo
 
 def main(config: Config) -> dict:
     """Read the answers, measure, say what follows, draw; returns what results.json holds."""
-    prepare.check_least(config, 40, "resamples")  # so that one lies beyond either end of an interval
+    prepare.check_least(config, 40, "resamples")  # fewer do not tell how far a measure moves
     prepare.check_least(config, 0, "gallery")
     data = Path(config.data)
     study = prepare.load_study(data)
@@ -140,13 +139,12 @@ def measure_all(panels: list, trained: "Panel | None") -> dict:
                 tests[name].append(test)
         put(out, eight_settings(panel, trained), "s1_to_s8", source)
         ids = strict_subset(panel)
-        kept = share(question["id"] in set(ids) for question in panel.questions)
+        kept = share([question["id"] in ids for question in panel.questions])
         put(out, kept | {"ids": ids}, "strict_subset", source)
         put(out, {"n": len(panel.questions), "inputs": panel.inputs,
                   "without_picture": panel.without}, "sources", source)
     for same in tests.values():
-        for test, p in zip(same, holm([test["p"] for test in same])):
-            test["p_holm"] = p
+        holm(same)
     return out
 
 
@@ -247,12 +245,11 @@ def say_following(about, conditions: list, source: str) -> dict:
 def depends(name: str, about: dict, source: str) -> dict:
     """Whether a policy answers worse without the picture, as each test without it says."""
     worths = about.get("picture_worth", {})
-    shown = {math.copysign(1, x["value"]) for x in worths.values() if x["p_holm"] < 0.05}
-    claim = "is not shown to depend on the picture"
-    if not worths:
-        claim = "was not asked without the picture"
-    elif all(x["p_holm"] < 0.05 for x in worths.values()) and len(shown) == 1:
-        claim = "depends on the picture" if 1 in shown else "does better without the picture"
+    # which way each test points: 0 where it shows nothing
+    ways = {math.copysign(1, x["value"]) if x["p_holm"] < 0.05 else 0 for x in worths.values()}
+    claims = {(): "was not asked without the picture", (1,): "depends on the picture",
+              (-1,): "does better without the picture"}
+    claim = claims.get(tuple(ways), "is not shown to depend on the picture")
     numbers = {f"right, {asked}": about["accuracy"][asked] for asked in ("clean", *worths)}
     numbers |= {f"worth of the picture ({asked})": x for asked, x in worths.items()}
     return {"text": f"{name} {claim} on {source}.", "numbers": behind(numbers)}
@@ -754,13 +751,12 @@ def wilson(hits: int, n: int) -> list[float]:
     return [max(0.0, (centre - half) / whole), min(1.0, (centre + half) / whole)]
 
 
-def share(hits: Iterable, names: tuple = ("count", "share")) -> dict:
-    hits = [bool(hit) for hit in hits]
-    n, k = len(hits), sum(hits)
+def share(hits, names: tuple = ("count", "share")) -> dict:
+    n, k = len(hits), int(sum(hits))
     return {"n": n, names[0]: k, names[1]: k / n, "ci95": wilson(k, n)}
 
 
-def accuracy(right: Iterable) -> dict:
+def accuracy(right) -> dict:
     return share(right, ("correct", "accuracy"))
 
 
@@ -795,16 +791,15 @@ def paired(difference) -> dict:
             "p": mcnemar(only_one, only_two), "only_one": only_one, "only_two": only_two}
 
 
-def holm(ps: list) -> list:
-    """p values corrected for their number, as Holm (1979) does.
+def holm(tests: list):
+    """Give each test its `p_holm`: its p corrected for their number, as Holm (1979) does.
 
     The i-th smallest of m times m - i + 1, never falling, at most 1.
     """
-    order = np.argsort(ps, kind="stable")
-    corrected = np.empty(len(ps))
-    times = np.arange(len(ps), 0, -1)
-    corrected[order] = np.minimum(1, np.maximum.accumulate(np.array(ps)[order] * times))
-    return corrected.tolist()
+    so_far = 0.0
+    for i, test in enumerate(sorted(tests, key=lambda test: test["p"])):
+        so_far = max(so_far, test["p"] * (len(tests) - i))
+        test["p_holm"] = min(1.0, so_far)
 
 
 def resample(n: int, resamples: int, *seed) -> np.ndarray:
@@ -951,7 +946,6 @@ READABLE = 1 / 3  # share of malformed responses whose answer can be read all th
 # shares that are seen and read from the text, form: exponent on a group's share of well-formed answers
 NOVICE = {"sees": 0.0, "reads": 0.3, "guesses": ANY_ANSWER, "form": 1.0}
 LEARNERS = {  # what a base is, what training changes, the one part in which the whole gain must land
-    "answers at random, and learns nothing": ({"reads": 0.0}, {}, None),
     "learns nothing": ({"sees": 0.3}, {}, None),
     "learns the form alone": ({"sees": 0.3}, {"form": 0.1}, "format"),
     "learns to look at 6 pictures in 10": ({}, {"sees": 0.6}, "visual"),
@@ -974,12 +968,12 @@ def check_measures(n: int = 4000, resamples: int = 500, seed: int = 1) -> list:
     """Simulated policies of known truth, through the same functions as the real ones.
 
     A measurement passes within one width of its 95% interval, about four standard errors, of the
-    truth, if that width is below 15 points.
+    truth, if that width is below 15 points (`verify`).
     """
     rng = np.random.default_rng(seed)
     group = np.arange(n) % len(NEEDS)
     weights, strata = resample(n, resamples, "check", seed), np.eye(len(NEEDS))[group]
-    found = {}  # what is checked -> what was observed, truth
+    checks = []  # what is checked, what was observed, the truth
     for learner, (was, change, part) in LEARNERS.items():
         base, policy = NOVICE | was, NOVICE | was | change
         gain = expected_accuracy(**policy) - expected_accuracy(**base)
@@ -987,21 +981,22 @@ def check_measures(n: int = 4000, resamples: int = 500, seed: int = 1) -> list:
                            simulate(rng, group, **policy), "blank")
         for (_, name), observed in parts.items():
             truth = gain if name in ("total", part) else 0.0
-            found[f"{learner}: {name.replace('_', '-')}"] = observed, truth
+            checks.append((f"{learner}: {name.replace('_', '-')}", observed, truth))
     for sees in (0.0, 0.6, 0.95):
         gold, fits, *guesses = rng.integers(0, 4, (4, n))
-        clean, edited = (np.where(rng.random(n) < sees, shown, guess)
-                         for shown, guess in zip((gold, fits), guesses))
+        clean = np.where(rng.random(n) < sees, gold, guesses[0])
+        edited = np.where(rng.random(n) < sees, fits, guesses[1])
         effect = causal_effect(clean, edited, gold, fits)[gold != fits]
-        found[f"causal effect of an edit on who looks at {sees:.0%} of the pictures"] = (
-            Observed("effect", effect), sees)
-    entries = []
-    for what, (observed, truth) in found.items():
-        entry = {"check": what, "truth": truth} | summarise([observed])
-        width = entry["ci95"][1] - entry["ci95"][0]
-        passed = bool(abs(entry["value"] - truth) <= width < 0.15)
-        entries.append(entry | {"passed": passed})
-    return entries
+        what = f"causal effect of an edit on who looks at {sees:.0%} of the pictures"
+        checks.append((what, Observed("effect", effect), sees))
+    return [verify(*check) for check in checks]
+
+
+def verify(what, observed, truth) -> dict:
+    """What was observed beside the truth, and whether they agree."""
+    entry = {"check": what, "truth": truth} | summarise([observed])
+    width = entry["ci95"][1] - entry["ci95"][0]
+    return entry | {"passed": bool(abs(entry["value"] - truth) <= width < 0.15)}
 
 
 def simulate(rng, group, form, **skill) -> dict:
@@ -1045,12 +1040,13 @@ def check_shapes(panel: "Panel") -> list:
             what = f"{policy}: worth of the picture ({name}) where the text suffices"
             entries.append({"check": what, "truth": 0.0, **paired(worth[suffices])})
         for group in sorted(BLIND_BEST.keys() & set(groups)):
-            found = share(without[groups == group], ("count", "value"))
+            best, found = BLIND_BEST[group], share(without[groups == group])
             what = f"{policy}: right on {group} without the picture ({name}), at most"
-            p = tail(found["count"], found["n"], BLIND_BEST[group])
-            entries.append({"check": what, "truth": BLIND_BEST[group], **found, "p": p})
-    for entry, p in zip(entries, holm([entry["p"] for entry in entries])):
-        entry |= {"p_holm": p, "passed": p >= 0.01}
+            entries.append({"check": what, "truth": best, **found,
+                            "p": tail(found["count"], found["n"], best)})
+    holm(entries)
+    for entry in entries:
+        entry["passed"] = entry["p_holm"] >= 0.01
     return entries
 
 
@@ -1216,9 +1212,8 @@ def take_sampled(given) -> dict:
     sampled = defaultdict(dict)
     for name in sorted({name for _, name in given}):
         asked = {policy: rows for (policy, other), rows in given.items() if other == name}
-        # a policy may not have been asked with clean pictures
-        clean = {policy: given.get((policy, "clean"), {}) for policy in asked}
-        if all(rows.keys() < clean[policy].keys() for policy, rows in asked.items()):
+        # of training questions clean pictures may not have been asked about
+        if all(rows.keys() < given.get((who, "clean"), {}).keys() for who, rows in asked.items()):
             common = sorted(set.intersection(*map(set, asked.values())))
             for policy, rows in asked.items():
                 del given[policy, name]
@@ -1311,10 +1306,7 @@ def same_study(found) -> str:
     text = readme.read_text(encoding="utf-8") if readme.exists() else ""
     if found[:16] in text:
         return f"Fingerprint {found[:16]}: the README's table comes from these answers"
-    other = f"Fingerprint {found[:16]}: the README's table comes from other answers"
-    if platform.machine() not in ("x86_64", "AMD64"):
-        other += f", by an x86-64 processor, and {platform.machine()} rounds sums otherwise"
-    return other
+    return f"Fingerprint {found[:16]}: the README's table comes from other answers"
 
 
 def canonical(answer) -> str:
@@ -1386,9 +1378,8 @@ def cell(x, form=percent, n=None):
     value = next(x[key] for key in ("value", "accuracy", "share") if key in x)
     if value is None:
         return "cannot be told", ""
-    small = ""
-    if "ci95" in x:
-        small = "[{}, {}]".format(*(form(end).strip("+%") for end in x["ci95"]))
+    low, high = (form(end).strip("+%") for end in x["ci95"])
+    small = f"[{low}, {high}]"
     if "p_holm" in x:
         small += f" p {x['p_holm']:.2g}" if x["p_holm"] > 0.001 else " p < 0.001"
     if n is not None and n != x["n"]:
@@ -1568,7 +1559,7 @@ def render(data, panels, r, most):
     environment.filters |= {"cut": shorten, "tokens": tokens_of, "whole": whole, "family": family,
                             "json": json.dumps}
     return environment.from_string(PAGE).render(
-        r=r, css=Markup(CSS), parts=("total", *PARTS), protocol=PROTOCOL, cell=cell, points=points,
+        r=r, css=Markup(CSS), parts=("total", *PARTS), protocol=PROTOCOL, cell=cell, points=points, percent=percent,
         tables={panel.source: tables_of(r, panel.source) for panel in panels},
         galleries={panel.source: gallery(data, panel, most) for panel in panels},
         curves=training_curves(data, r["provenance"]["policies"]), same=same_study(r["fingerprint"]),
@@ -1704,7 +1695,7 @@ limit that holds on shapes is shown to be exceeded{% endif %}. <a href="#check">
 {{ same }}.</small></p>
 {% else %}<div class="box bad" role="alert"><strong>✗ The instrument check did not pass: explain this
 before you believe a number.</strong><ul>{% for e in check.entries if not e.passed %}
-<li>{{ e.check }}, {{ cell(e, n=0)|join(" ") }} instead of {{ cell({"value": e.truth})[0] }}</li>
+<li>{{ e.check }}, {{ cell(e, n=0)|join(" ") }} instead of {{ percent(e.truth) }}</li>
 {% endfor %}</ul></div><p class="soft">{{ same }}.</p>{% endif %}
 {% if r.notes %}<details><summary>What is missing: {{ r.notes|length }}</summary><ul>
 {% for note in r.notes %}<li>{{ note }}</li>{% endfor %}</ul></details>{% endif %}
@@ -1807,7 +1798,7 @@ land in one part, nothing in the others. On shapes, what must hold for every pol
 {% call scroll("measurements") %}<table><thead><tr><th scope="col">measurement</th>
 <th scope="col">truth or limit</th><th scope="col">found</th><th scope="col">verdict</th></tr>
 </thead><tbody>{% for e in check.entries %}<tr><th scope="row">{{ e.check }}</th>
-<td>{{ cell({"value": e.truth})[0] }}</td><td>{{ cell(e, n=0)|join(" ") }}</td>
+<td>{{ percent(e.truth) }}</td><td>{{ cell(e, n=0)|join(" ") }}</td>
 <td>{{ "✓ passed" if e.passed else "✗ failed" }}</td></tr>{% endfor %}</tbody></table>{% endcall %}
 </details>
 <details><summary>How each number is computed</summary>{% for name, text in how.items() %}
