@@ -258,12 +258,12 @@ def depends(name: str, about: dict, source: str) -> dict:
 def share_of_gain(panel: "Panel", blind: str, seeing: str) -> dict | None:
     """Gain of `blind` over gain of `seeing` on clean input: a ratio of means over common seeds."""
     gains = [(panel.gain(one), panel.gain(two)) for one, two in panel.by_seed(blind, seeing).values()]
-    whole = sum(two.value for _, two in gains)
+    whole = sum(two.mean() for _, two in gains)
     if whole <= 0:  # also without common seeds
         return None
-    ratio = sum(one.value for one, _ in gains) / whole
+    ratio = sum(one.mean() for one, _ in gains) / whole
     # linearised: how far a seed's gains move the ratio of the means
-    linear = [(one - two * ratio) * (len(gains) / whole) for one, two in gains]
+    linear = [over_questions((one - ratio * two) * (len(gains) / whole)) for one, two in gains]
     found = over_runs(linear, UNBOUNDED)
     return found | {"value": ratio, "ci95": [ratio + end for end in found["ci95"]]}
 
@@ -455,8 +455,8 @@ def sum_of_terms(terms: tuple, panel: "Panel", damage: str | None, asked: str) -
     names = [damage if kind == "hallucination" else kind for _, kind, _ in terms]
     sums = []
     for runs in panel.by_seed(*names).values():
-        accuracies = [panel.measured(run, asked) * factor for run, (factor, *_) in zip(runs, terms)]
-        sums.append(sum(accuracies[1:], start=accuracies[0]))
+        accuracies = [factor * panel.right(run, asked) for run, (factor, *_) in zip(runs, terms)]
+        sums.append(over_questions(sum(accuracies)))
     return over_runs(sums) if sums else None
 
 
@@ -508,7 +508,7 @@ def observe(panel: "Panel", policy: str) -> dict:
     bootstrap; 1: the picture is worth nothing. That paper asks as input `removed` does. Well
     formed: share of the responses to intact questions.
     """
-    right = {name: panel.column(policy, name, "correct") for name in panel.answers[policy]}
+    right = {name: panel.right(policy, name) for name in panel.answers[policy]}
     found = {("accuracy", name): Observed("accuracy", x) for name, x in right.items()}
     for name, x in panel.sampled.get(policy, {}).items():
         found["accuracy", name] = Observed("accuracy", x)
@@ -692,8 +692,8 @@ def eight_settings(panel: "Panel", trained: "Panel | None") -> dict:
         if found["S1"] and found["base"]["S1"]:
             found["memorised"] = over_runs([apart(trained.gain(run), panel.gain(run)) for run in standard])
         if found["S4"]:
-            found["picture"] = over_runs([panel.measured(run, "clean") - panel.measured(run, asked)
-                                          for run in standard])
+            worth = [panel.right(run, "clean") - panel.right(run, asked) for run in standard]
+            found["picture"] = over_runs([over_questions(x) for x in worth])
     return out
 
 
@@ -702,7 +702,7 @@ def accuracy_of(panel: "Panel | None", condition: str, name: str) -> dict | None
     runs = panel.conditions.get(condition, {}).values() if panel else ()
     if not runs or any(name not in panel.answers[run] for run in runs):
         return None
-    return summarise([Observed("accuracy", panel.column(run, name, "correct")) for run in runs])
+    return summarise([Observed("accuracy", panel.right(run, name)) for run in runs])
 
 
 def strict_subset(panel: "Panel") -> list:
@@ -818,21 +818,11 @@ class Measured:
     """A run's value of some measure, and how far the choice of questions moves it.
 
     The sum of squares of `moves` is the value's variance over that choice. Runs answer the same
-    questions, so the sum of products of two runs' moves is their covariance, and a difference of
-    two values has the difference of their moves.
+    questions, so the sum of products of two runs' moves is their covariance.
     """
     value: float
     moves: np.ndarray
     n: int  # questions
-
-    def __add__(self, other: "Measured") -> "Measured":
-        return Measured(self.value + other.value, self.moves + other.moves, self.n)
-
-    def __mul__(self, factor: float) -> "Measured":
-        return Measured(self.value * factor, self.moves * factor, self.n)
-
-    def __sub__(self, other: "Measured") -> "Measured":
-        return self + other * -1
 
 
 def over_questions(x) -> Measured:
@@ -849,8 +839,9 @@ def over_resamples(replicates, n: int) -> Measured:
     return Measured(float(replicates[0]), (drawn - drawn.mean()) / math.sqrt(len(drawn)), n)
 
 
-def apart(one: Measured, two: Measured) -> Measured:
-    """Difference of two measures on different questions: what the choice of either does adds up."""
+def apart(one, two) -> Measured:
+    """Difference of two means over different questions: what the choice of either does adds up."""
+    one, two = over_questions(one), over_questions(two)
     return Measured(one.value - two.value, np.concatenate([one.moves, two.moves]), min(one.n, two.n))
 
 
@@ -1033,10 +1024,10 @@ def check_shapes(panel: "Panel") -> list:
     groups = np.array([q["group"] for q in panel.questions])
     suffices = np.array([q["needs_image"] is False for q in panel.questions])
     for policy, name in itertools.product(panel.answers, panel.withouts):
-        without = panel.column(policy, name, "correct")
+        without = panel.right(policy, name)
         # on the first alone: a model may fail under another for want of practice
         if suffices.any() and name == panel.without:
-            worth = panel.column(policy, "clean", "correct") - without
+            worth = panel.right(policy, "clean") - without
             what = f"{policy}: worth of the picture ({name}) where the text suffices"
             entries.append({"check": what, "truth": 0.0, **paired(worth[suffices])})
         for group in sorted(BLIND_BEST.keys() & set(groups)):
@@ -1111,17 +1102,16 @@ class Panel:
     def column(self, policy, name, key) -> np.ndarray:
         return np.array([row[key] for row in self.answers[policy][name]], float)
 
-    def measured(self, run, name) -> Measured:
-        """Accuracy of a run on an input."""
-        return over_questions(self.column(run, name, "correct"))
+    def right(self, policy, name) -> np.ndarray:
+        return self.column(policy, name, "correct")
 
-    def gain(self, run) -> Measured:
-        """Over the base, on clean input."""
-        return self.measured(run, "clean") - self.measured("base", "clean")
+    def gain(self, run) -> np.ndarray:
+        """Over the base, on clean input, of each question (n,)."""
+        return self.right(run, "clean") - self.right("base", "clean")
 
     def outcomes(self, run) -> dict:
         """Input -> (correct, formed), each (n,), on clean input and without a picture."""
-        return {name: (self.column(run, name, "correct"), self.column(run, name, "well_formed"))
+        return {name: (self.right(run, name), self.column(run, name, "well_formed"))
                 for name in ("clean", *self.withouts)}
 
     def said(self, policy, name) -> np.ndarray:

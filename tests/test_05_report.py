@@ -340,12 +340,12 @@ def truths(base, policy):
 
 
 def measured_runs(report, world, weights, base, runs):
-    """Measure -> each run's `Measured`."""
-    found = {name: [report.over_questions(run[name][0]) for run in runs] for name in ("clean", "blank")}
-    found["causal_effect"] = [report.over_questions(run["effect"]) for run in runs]
+    """Measure -> each run's `Observed`."""
+    found = {name: [report.Observed("accuracy", run[name][0]) for run in runs] for name in ("clean", "blank")}
+    found["causal_effect"] = [report.Observed("effect", run["effect"]) for run in runs]
     parts = [report.split_gain(weights, world.strata, base, run, "blank") for run in runs]
     for _, name in parts[0]:
-        found[name] = [part["gains", name].measured for part in parts]
+        found[name] = [part["gains", name] for part in parts]
     return found
 
 
@@ -372,9 +372,9 @@ def test_intervals_over_seeds_cover_the_truth_in_500_simulated_studies(report, s
             measured[name] = measured_runs(report, world, weights, base, runs)
         for name in of:
             for measure, runs in measured[name].items():
-                note(covered, f"{name}: {measure}", report.over_runs(runs), truth[name][measure])
+                note(covered, f"{name}: {measure}", report.over_runs([run.measured for run in runs]), truth[name][measure])
         for measure in measured["blind"]:
-            pairs = [one - two for one, two in zip(measured["blind"][measure], measured["standard"][measure])]
+            pairs = [(one - two).measured for one, two in zip(measured["blind"][measure], measured["standard"][measure])]
             note(covered, f"blind - standard: {measure}", report.over_runs(pairs), truth["blind"][measure] - truth["standard"][measure])
     share = {what: np.mean(hits) for what, hits in covered.items()}
     assert len(share) == 21 and all(len(hits) == 500 for hits in covered.values())
@@ -400,7 +400,7 @@ def test_the_closed_forms_are_what_is_simulated(report):
     for settings_ in STANDARD, BLIND:
         found = measured_runs(report, world, weights, base, [world.run(**settings_)])
         for name, truth in truths(BASE, settings_).items():
-            assert found[name][0].value == pytest.approx(truth, abs=0.006), name
+            assert found[name][0].measured.value == pytest.approx(truth, abs=0.006), name
 
 
 # The check of the instrument
@@ -989,7 +989,7 @@ def test_what_was_memorised_adds_up_two_choices_of_questions(report):
     """Two independent samples of questions: the variance of a difference is the sum of theirs (Welch)."""
     rng = np.random.default_rng(0)
     old, new = rng.normal(0.3, 1, 400), rng.normal(0.1, 2, 150)
-    found = report.over_runs([report.apart(report.over_questions(old), report.over_questions(new))], (-math.inf, math.inf))
+    found = report.over_runs([report.apart(old, new)], (-math.inf, math.inf))
     error = stats.ttest_ind(old, new, equal_var=False)
     half = stats.norm.ppf(0.975) * (old.var(ddof=1) / 400 + new.var(ddof=1) / 150) ** 0.5
     assert found["ci95"] == pytest.approx([old.mean() - new.mean() - half, old.mean() - new.mean() + half])
