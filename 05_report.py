@@ -937,6 +937,7 @@ READABLE = 1 / 3  # share of malformed responses whose answer can be read all th
 # shares that are seen and read from the text, form: exponent on a group's share of well-formed answers
 NOVICE = {"sees": 0.0, "reads": 0.3, "guesses": ANY_ANSWER, "form": 1.0}
 LEARNERS = {  # what a base is, what training changes, the one part in which the whole gain must land
+    "answers at random, and learns nothing": ({"reads": 0.0}, {}, None),
     "learns nothing": ({"sees": 0.3}, {}, None),
     "learns the form alone": ({"sees": 0.3}, {"form": 0.1}, "format"),
     "learns to look at 6 pictures in 10": ({}, {"sees": 0.6}, "visual"),
@@ -1740,7 +1741,7 @@ decide</summary>{% endif %}{% call scroll("claims and verdicts") %}<table class=
 <td>{{ c.benchmark or "any" }} {{ c.damage or "" }} {{ c.input or "" }}</td><td>{{ c.source }}</td>
 <td>{{ c.test }}</td></tr>{% endfor %}</tbody></table>{% endcall %}
 {% if not judged %}</details>{% endif %}{% endfor %}</details>{% endif %}
-<details><summary>Do the benchmarks need the picture?</summary><p>The strict subset is of questions
+<details><summary>Which questions need the picture?</summary><p>The strict subset is of questions
 that no policy, the base included, answers without the picture, above chance (strict-SOURCE.json).</p>
 <ul>{% for source, kept in r.strict_subset.items() %}<li>{{ source }}:
 {{ cell(kept, n=0)|join(" ") }}</li>{% endfor %}</ul></details>
