@@ -21,7 +21,6 @@ import io
 import itertools
 import json
 import math
-import platform
 import re
 import sys
 from collections import Counter, defaultdict
@@ -66,14 +65,15 @@ CLUSTERED = ("mathverse", "wemath")  # benchmarks that ask several questions abo
 
 def main(config: Config) -> dict:
     """Read the answers, measure, say what follows, draw; returns what results.json holds."""
-    prepare.check_least(config, 40, "resamples")  # so that one lies beyond either end of an interval
+    prepare.check_least(config, 40, "resamples")  # fewer do not tell how far a measure moves
     prepare.check_least(config, 0, "gallery")
     data = Path(config.data)
     study = prepare.load_study(data)
     seen = Seen()
     # a panel is a source: the same questions for every policy and input
     panels = read_benchmarks(data, study, config.resamples, seen)
-    trained = read_training_questions(data, study, config.resamples, seen)
+    # of the questions that were trained on, where some of them were asked
+    trained = read_panel(data, study, study["sources"]["train"], "train/*.jsonl", config.resamples, seen)
 
     results = measure_all(panels, trained)
     results["claims"] = ledger(panels, study)
@@ -84,7 +84,7 @@ def main(config: Config) -> dict:
     results["notes"] = seen.notes
     results["provenance"] = {
         "study": study, "policies": runs, "resamples": config.resamples,
-        "versions": prepare.versions(), "inputs": dict(sorted(seen.checked.items()))}
+        "versions": prepare.versions(), "inputs": dict(sorted(seen.checked))}
     page = render(data, panels, results, config.gallery)
     write(data / "report", page, results)
 
@@ -137,14 +137,14 @@ def measure_all(panels: list, trained: "Panel | None") -> dict:
             put(out, found, "differences", one, two, source)
             for name, test in found.items():
                 tests[name].append(test)
-        put(out, eight_settings(panel, trained, differences), "s1_to_s8", source)
-        put(out, card(panel), "card", source)
-        put(out, about_subset(panel), "strict_subset", source)
+        put(out, eight_settings(panel, trained), "s1_to_s8", source)
+        ids = strict_subset(panel)
+        kept = share([question["id"] in ids for question in panel.questions])
+        put(out, kept | {"ids": ids}, "strict_subset", source)
         put(out, {"n": len(panel.questions), "inputs": panel.inputs,
                   "without_picture": panel.without}, "sources", source)
     for same in tests.values():
-        for test, p in zip(same, holm([test["p"] for test in same])):
-            test["p_holm"] = p
+        holm(same)
     return out
 
 
@@ -168,8 +168,8 @@ def say_all(r, panels: list, runs: Iterable):
         trained = [name for name, x in about.items() if set(x["runs"]) <= set(runs)]
         said = sentences(r, panel, about, trained) if trained else depend[::-1][:3]
         put(r, said, "sentences", panel.source)
-        for condition, found in r["s1_to_s8"][panel.source].items():
-            found["sentence"] = say_settings(found, condition)
+        for found in r["s1_to_s8"][panel.source].values():
+            found["sentence"] = say_settings(found)
 
 
 def sentences(r, panel: "Panel", about: dict, trained: list) -> list:
@@ -245,12 +245,11 @@ def say_following(about, conditions: list, source: str) -> dict:
 def depends(name: str, about: dict, source: str) -> dict:
     """Whether a policy answers worse without the picture, as each test without it says."""
     worths = about.get("picture_worth", {})
-    shown = {math.copysign(1, x["value"]) for x in worths.values() if x["p_holm"] < 0.05}
-    claim = "is not shown to depend on the picture"
-    if not worths:
-        claim = "was not asked without the picture"
-    elif all(x["p_holm"] < 0.05 for x in worths.values()) and len(shown) == 1:
-        claim = "depends on the picture" if 1 in shown else "does better without the picture"
+    # which way each test points: 0 where it shows nothing
+    ways = {math.copysign(1, x["value"]) if x["p_holm"] < 0.05 else 0 for x in worths.values()}
+    claims = {(): "was not asked without the picture", (1,): "depends on the picture",
+              (-1,): "does better without the picture"}
+    claim = claims.get(tuple(ways), "is not shown to depend on the picture")
     numbers = {f"right, {asked}": about["accuracy"][asked] for asked in ("clean", *worths)}
     numbers |= {f"worth of the picture ({asked})": x for asked, x in worths.items()}
     return {"text": f"{name} {claim} on {source}.", "numbers": behind(numbers)}
@@ -259,33 +258,29 @@ def depends(name: str, about: dict, source: str) -> dict:
 def share_of_gain(panel: "Panel", blind: str, seeing: str) -> dict | None:
     """Gain of `blind` over gain of `seeing` on clean input: a ratio of means over common seeds."""
     gains = [(panel.gain(one), panel.gain(two)) for one, two in panel.by_seed(blind, seeing).values()]
-    whole = sum(two.value for _, two in gains)
+    whole = sum(two.mean() for _, two in gains)
     if whole <= 0:  # also without common seeds
         return None
-    ratio = sum(one.value for one, _ in gains) / whole
+    ratio = sum(one.mean() for one, _ in gains) / whole
     # linearised: how far a seed's gains move the ratio of the means
-    linear = [(one - two * ratio) * (len(gains) / whole) for one, two in gains]
+    linear = [over_questions((one - ratio * two) * (len(gains) / whole)) for one, two in gains]
     found = over_runs(linear, UNBOUNDED)
     return found | {"value": ratio, "ci95": [ratio + end for end in found["ci95"]]}
 
 
-def say_settings(found, condition: str) -> str:
-    """What S1 to S8 say together: what was memorised, what carries over, what needs the picture."""
+def say_settings(found) -> str:
+    """What S1 to S8 say together: what was memorised, and what needs the picture."""
     clauses = []
     for name, (shown, not_shown) in SAID_OF_SETTINGS.items():
         if name in found:
-            sure = found[name]["ci95"][0] > 0 and found[name].get("p_holm", 0) < 0.05
-            size = f"{100 * found[name]['value']:.0f} points"
-            said = shown if sure else not_shown
-            clauses.append(said.format(points=size, trained=on_what(condition)))
+            said = shown if found[name]["ci95"][0] > 0 else not_shown
+            clauses.append(said.format(points=f"{100 * found[name]['value']:.0f} points"))
     return f"Together: {'; '.join(clauses)}."
 
 
 SAID_OF_SETTINGS = {  # where the interval is above 0, and where it is not
     "memorised": ("{points} of what training on the real pictures gains on its own questions do not "
                   "carry over to new ones", "that anything was memorised is not shown"),
-    "carried": ("training {trained} is worth {points} on new, intact questions",
-                "training {trained} is not shown to help on new, intact questions"),
     "picture": ("{points} of what training on the real pictures gets right on new questions need the "
                 "picture", "training on the real pictures is not shown to need them on new questions"),
 }
@@ -460,8 +455,8 @@ def sum_of_terms(terms: tuple, panel: "Panel", damage: str | None, asked: str) -
     names = [damage if kind == "hallucination" else kind for _, kind, _ in terms]
     sums = []
     for runs in panel.by_seed(*names).values():
-        accuracies = [panel.measured(run, asked) * factor for run, (factor, *_) in zip(runs, terms)]
-        sums.append(sum(accuracies[1:], start=accuracies[0]))
+        accuracies = [factor * panel.right(run, asked) for run, (factor, *_) in zip(runs, terms)]
+        sums.append(over_questions(sum(accuracies)))
     return over_runs(sums) if sums else None
 
 
@@ -492,13 +487,17 @@ class Observed:
     Or, of a statistic that is no mean, its bootstrap replicates, x (1 + resamples,), of n
     questions.
     """
-    kind: str  # accuracy, share, difference (of two shares), effect; of replicates: part or ratio
+    kind: str  # accuracy, share, difference (of two such), effect; of replicates: part or ratio
     x: np.ndarray
     n: int | None = None
 
     @property
     def measured(self) -> "Measured":
         return over_questions(self.x) if self.n is None else over_resamples(self.x, self.n)
+
+    def __sub__(self, other: "Observed") -> "Observed":
+        kind = "difference" if self.kind == "accuracy" else "difference of such"
+        return Observed(kind, self.x - other.x, self.n)
 
 
 def observe(panel: "Panel", policy: str) -> dict:
@@ -509,10 +508,10 @@ def observe(panel: "Panel", policy: str) -> dict:
     bootstrap; 1: the picture is worth nothing. That paper asks as input `removed` does. Well
     formed: share of the responses to intact questions.
     """
-    right = {name: panel.column(policy, name, "correct") for name in panel.answers[policy]}
+    right = {name: panel.right(policy, name) for name in panel.answers[policy]}
     found = {("accuracy", name): Observed("accuracy", x) for name, x in right.items()}
-    for name, rows in panel.sampled.get(policy, {}).items():
-        found["accuracy", name] = Observed("accuracy", np.array([row["correct"] for row in rows], float))
+    for name, x in panel.sampled.get(policy, {}).items():
+        found["accuracy", name] = Observed("accuracy", x)
     with_picture = panel.weights @ right["clean"]
     with_picture[with_picture == 0] = np.nan  # then there is no ratio
     for name in panel.withouts:
@@ -523,29 +522,14 @@ def observe(panel: "Panel", policy: str) -> dict:
     if policy != "base":  # it gains nothing over itself
         found |= split_gain(panel.weights, panel.strata, panel.outcomes("base"),
                             panel.outcomes(policy), panel.without)
-    return found | observe_changes(panel, policy)
-
-
-def observe_changes(panel: "Panel", policy: str) -> dict:
-    """What becomes of an answer when the picture is edited, and it is known what it then shows.
-
-    Flips: answers that change where the right one does; stays: answers that stay where it does.
-    """
-    gold = np.array([canonical(question["answer"]) for question in panel.questions])
-    clean = panel.said(policy, "clean")
-    found = {}
-    for name, fits in panel.shown.items():
-        there = panel.said(policy, name)
-        # an edit should change the right answer, `kept` should not; else nothing is to be seen
-        told = (fits != "") & ((fits == gold) == (name == "kept"))
-        if not told.any():
-            continue
-        if name == "kept":
-            found["stays",] = Observed("share", (clean == there)[told])
-        else:
-            found["flips",] = Observed("share", (clean != there)[told])
-            effect = causal_effect(clean, there, gold, fits)
-            found["causal_effect",] = Observed("effect", effect[told])
+    if panel.fits is not None:
+        gold = np.array([canonical(question["answer"]) for question in panel.questions])
+        # an edit may leave the right answer as it was, or nobody knows it
+        changed = (panel.fits != "") & (panel.fits != gold)
+        if changed.any():
+            clean, edited = panel.said(policy, "clean"), panel.said(policy, "edited")
+            effect = causal_effect(clean, edited, gold, panel.fits)
+            found["causal_effect",] = Observed("effect", effect[changed])
     return found
 
 
@@ -627,20 +611,17 @@ def measure(runs: list) -> dict:
 
 
 def summarise(runs: list) -> dict:
-    """One measure of a run, or of a condition's seeds: value, n, 95% interval; for a difference p.
+    """One measure of a run, or of a condition's seeds: value, n, 95% interval; of a difference p.
 
-    By formula where it can be, else by percentiles of the bootstrap; of several seeds by
-    `over_runs`.
+    By formula where one run has one, else by `over_runs`.
     """
-    kind, x, n = runs[0].kind, runs[0].x, runs[0].n
+    kind = runs[0].kind
     by_formula = {"accuracy": accuracy, "share": share, "difference": paired}
     if len(runs) == 1 and kind in by_formula:
-        return by_formula[kind](x)
-    if len(runs) == 1 and n:
-        return estimate(x, n)
+        return by_formula[kind](runs[0].x)
     measured = [run.measured for run in runs]
     found = over_runs(measured, BOUNDS.get(kind, (-1.0, 1.0)))
-    if kind == "difference":
+    if kind.startswith("difference") and found["value"] is not None:
         found["p"] = p_over_runs(measured)
     return found
 
@@ -650,40 +631,27 @@ def compare(panel: "Panel", runs: dict) -> dict:
 
     Two runs of one seed share questions, their order and all draws, so conditions are compared
     seed by seed (`over_runs`), and what all runs of a seed owe to its luck falls out. `by_seed` is
-    the difference of each; `within_seed` what McNemar's test says of it, which is all there is
-    when a study has one seed: the luck of a run is then not covered.
+    the difference of each. With one seed McNemar's test is all there is for right and wrong answers:
+    the luck of a run is then not covered.
     """
     paths = [("accuracy", name) for name in ("clean", *panel.withouts)]
     paths += [("causal_effect",), *(("gains", part) for part in PARTS)]
     out = defaultdict(dict)
-    for one, two in itertools.combinations(panel.conditions, 2):
+    for (one, two), path in itertools.product(itertools.combinations(panel.conditions, 2), paths):
         seeds = panel.by_seed(two, one)
-        for path in paths if seeds else ():
-            pairs = {seed: [runs[run].get(path) for run in both] for seed, both in seeds.items()}
-            # the base has no parts of a gain, and not everybody was asked everything
-            if all(None not in pair for pair in pairs.values()):
-                found = compare_two(pairs)
-                if found["value"] is not None:
-                    out[two, one][path[-1]] = found
+        pairs = [[runs[run].get(path) for run in both] for both in seeds.values()]
+        # the base has no parts of a gain, and not everybody was asked everything
+        if not pairs or any(None in pair for pair in pairs):
+            continue
+        apart_by_seed = [first - second for first, second in pairs]
+        found = summarise(apart_by_seed)
+        if found["value"] is not None:
+            values = [difference.measured.value for difference in apart_by_seed]
+            out[two, one][path[-1]] = found | {"by_seed": dict(zip(seeds, values))}
     return out
 
 
-def compare_two(pairs: dict) -> dict:
-    """Difference of two conditions by one measure; seed -> what the run of either `Observed`."""
-    runs = {seed: one.measured - two.measured for seed, (one, two) in pairs.items()}
-    found = over_runs(list(runs.values()))
-    if found["value"] is not None:
-        found["p"] = p_over_runs(list(runs.values()))
-        found["by_seed"] = {seed: difference.value for seed, difference in runs.items()}
-    within = {seed: paired(one.x - two.x) for seed, (one, two) in pairs.items() if one.kind == "accuracy"}
-    if within:
-        found["within_seed"] = within
-    if len(within) == 1:  # one seed: McNemar's p is exact, that of a normal distribution is not
-        found |= next(iter(within.values()))
-    return found
-
-
-# The paper's eight settings; which questions need their picture; what a benchmark is like
+# The paper's eight settings; which questions need their picture
 
 # trained on, asked about, split. The order of the pairs is the paper's, as notes on it tell; that
 # within a pair the questions trained on come first is this kit's choice
@@ -695,7 +663,7 @@ SETTINGS = {
 }
 
 
-def eight_settings(panel: "Panel", trained: "Panel | None", differences: dict) -> dict:
+def eight_settings(panel: "Panel", trained: "Panel | None") -> dict:
     """S1 to S8 of the paper, for each damage that was trained on: setting -> accuracy.
 
     `panel` holds the answers to test questions, `trained` those to questions of the training set,
@@ -705,10 +673,10 @@ def eight_settings(panel: "Panel", trained: "Panel | None", differences: dict) -
 
         memorised  gain of training on clean pictures on the questions trained on, S1 - base, less the
                    same on new ones, S2 - base: what does not carry over
-        carried    S6 - base: what training on damaged pictures is worth on new, clean questions
         picture    S2 - S4: what training on clean pictures gets right on new questions by their picture
     """
-    out, standard = {}, panel.runs_with("standard", "clean")
+    out = {}
+    standard = panel.conditions.get("standard", {}).values()
     for condition in panel.conditions:
         kind, _, damage = condition.partition("-")
         asked = damage.partition("+")[0]
@@ -718,26 +686,23 @@ def eight_settings(panel: "Panel", trained: "Panel | None", differences: dict) -
         for setting, (of, name, split) in SETTINGS.items():
             where = panel if split == "test" else trained
             name = name.replace("damaged", asked)
+            found[setting] = accuracy_of(where, "standard" if of == "clean" else condition, name)
             if of == "clean":
-                found[setting] = accuracy_of(where, "standard", name)
                 found["base"][setting] = accuracy_of(where, "base", name)
-            else:
-                found[setting] = accuracy_of(where, condition, name)
         if found["S1"] and found["base"]["S1"]:
             found["memorised"] = over_runs([apart(trained.gain(run), panel.gain(run)) for run in standard])
-        found["carried"] = differences[condition, "base"]["clean"]
         if found["S4"]:
-            found["picture"] = over_runs([panel.measured(run, "clean") - panel.measured(run, asked)
-                                          for run in standard])
+            worth = [panel.right(run, "clean") - panel.right(run, asked) for run in standard]
+            found["picture"] = over_runs([over_questions(x) for x in worth])
     return out
 
 
 def accuracy_of(panel: "Panel | None", condition: str, name: str) -> dict | None:
-    """Accuracy of a condition on an input, over its seeds; nothing where it was not asked."""
-    runs = panel.runs_with(condition, name) if panel else []
-    if not runs:
+    """Accuracy of a condition on an input, over its seeds; nothing where one was not asked."""
+    runs = panel.conditions.get(condition, {}).values() if panel else ()
+    if not runs or any(name not in panel.answers[run] for run in runs):
         return None
-    return summarise([Observed("accuracy", panel.column(run, name, "correct")) for run in runs])
+    return summarise([Observed("accuracy", panel.right(run, name)) for run in runs])
 
 
 def strict_subset(panel: "Panel") -> list:
@@ -763,36 +728,13 @@ def strict_subset(panel: "Panel") -> list:
     return out
 
 
-def about_subset(panel: "Panel") -> dict:
-    """The strict subset, and on how many answers it rests, by policy and input."""
-    ids = strict_subset(panel)
-    samples = {policy: {name: 1 + inputs[name][0].get("samples", 0) for name in panel.withouts}
-               for policy, inputs in panel.answers.items()}
-    return share(q["id"] in set(ids) for q in panel.questions) | {"ids": ids, "answers": samples}
-
-
-def card(panel: "Panel") -> dict:
-    """What a benchmark is like, whoever answers: how much of it can be had without looking.
-
-    `one_choice`: the mean share of a choice question that a blind choice gets. blank, removed: the
-    base, so asked.
-    """
-    out = {"said_to_need_the_picture": share(q["needs_image"] is True for q in panel.questions)}
-    options = [1 / len(q["choices"]) for q in panel.questions if q["choices"]]
-    if options:
-        out["one_choice"] = {"expected": sum(options) / len(options), "n": len(options)}
-    for name in panel.withouts:
-        out[name] = accuracy(panel.column("base", name, "correct"))
-    return out
-
-
 # ------------------------------------------------------------------------------------------------
 # Below: the machine room. You can fork this kit without reading on.
 # ------------------------------------------------------------------------------------------------
 
 
 # Statistics of shares and paired differences. One run's intervals cover the choice of questions: by
-# formula where a measure is a share or a paired difference, else by bootstrap.
+# formula where a measure is a share or a paired difference, else as far as a bootstrap moves it.
 
 Z = 1.959963984540054  # of a normal distribution, 95% lie within so many standard deviations
 
@@ -809,26 +751,25 @@ def wilson(hits: int, n: int) -> list[float]:
     return [max(0.0, (centre - half) / whole), min(1.0, (centre + half) / whole)]
 
 
-def share(hits: Iterable, names: tuple = ("count", "share")) -> dict:
-    hits = [bool(hit) for hit in hits]
-    n, k = len(hits), sum(hits)
+def share(hits, names: tuple = ("count", "share")) -> dict:
+    n, k = len(hits), int(sum(hits))
     return {"n": n, names[0]: k, names[1]: k / n, "ci95": wilson(k, n)}
 
 
-def accuracy(right: Iterable) -> dict:
+def accuracy(right) -> dict:
     return share(right, ("correct", "accuracy"))
 
 
 def mcnemar(only_one: int, only_two: int) -> float:
     """Exact two-sided p of McNemar's test: do questions that only one got right fall evenly?"""
-    n = only_one + only_two
-    fewer = sum(math.comb(n, i) for i in range(min(only_one, only_two) + 1))
-    return min(1.0, 2 * fewer / 2**n)
+    return min(1.0, 2 * tail(max(only_one, only_two), only_one + only_two, 0.5))
 
 
+@lru_cache(maxsize=None)
 def tail(k: int, n: int, p: float) -> float:
-    """Of a binomial distribution: the probability of k or more."""
-    return sum(math.comb(n, i) * p**i * (1 - p) ** (n - i) for i in range(k, n + 1))
+    """Of a binomial distribution: the probability of k or more of n."""
+    p = mpmath.mpf(p)  # whose powers do not vanish, however large n is
+    return float(sum(math.comb(n, i) * p**i * (1 - p) ** (n - i) for i in range(k, n + 1)))
 
 
 def paired(difference) -> dict:
@@ -850,16 +791,15 @@ def paired(difference) -> dict:
             "p": mcnemar(only_one, only_two), "only_one": only_one, "only_two": only_two}
 
 
-def holm(ps: list) -> list:
-    """p values corrected for their number, as Holm (1979) does.
+def holm(tests: list):
+    """Give each test its `p_holm`: its p corrected for their number, as Holm (1979) does.
 
     The i-th smallest of m times m - i + 1, never falling, at most 1.
     """
-    order = np.argsort(ps, kind="stable")
-    corrected = np.empty(len(ps))
-    times = np.arange(len(ps), 0, -1)
-    corrected[order] = np.minimum(1, np.maximum.accumulate(np.array(ps)[order] * times))
-    return corrected.tolist()
+    so_far = 0.0
+    for i, test in enumerate(sorted(tests, key=lambda test: test["p"])):
+        so_far = max(so_far, test["p"] * (len(tests) - i))
+        test["p_holm"] = min(1.0, so_far)
 
 
 def resample(n: int, resamples: int, *seed) -> np.ndarray:
@@ -867,14 +807,6 @@ def resample(n: int, resamples: int, *seed) -> np.ndarray:
     rng = np.random.default_rng(list(json.dumps(seed).encode()))
     drawn = rng.multinomial(n, np.full(n, 1 / n), resamples)
     return np.vstack([np.ones((1, n)), drawn]) / n
-
-
-def estimate(replicates, n: int) -> dict:
-    """Value and 95% percentile interval of a statistic from its replicates (1 + resamples,)."""
-    if not np.isfinite(replicates[0]):
-        return {"value": None, "ci95": None, "n": n}
-    ends = np.nanpercentile(replicates[1:], [2.5, 97.5]).tolist()
-    return {"value": float(replicates[0]), "ci95": ends, "n": n}
 
 
 # Several seeds. An interval then covers two things: the choice of questions, which all runs share,
@@ -886,21 +818,11 @@ class Measured:
     """A run's value of some measure, and how far the choice of questions moves it.
 
     The sum of squares of `moves` is the value's variance over that choice. Runs answer the same
-    questions, so the sum of products of two runs' moves is their covariance, and a difference of
-    two values has the difference of their moves.
+    questions, so the sum of products of two runs' moves is their covariance.
     """
     value: float
     moves: np.ndarray
     n: int  # questions
-
-    def __add__(self, other: "Measured") -> "Measured":
-        return Measured(self.value + other.value, self.moves + other.moves, self.n)
-
-    def __mul__(self, factor: float) -> "Measured":
-        return Measured(self.value * factor, self.moves * factor, self.n)
-
-    def __sub__(self, other: "Measured") -> "Measured":
-        return self + other * -1
 
 
 def over_questions(x) -> Measured:
@@ -917,8 +839,9 @@ def over_resamples(replicates, n: int) -> Measured:
     return Measured(float(replicates[0]), (drawn - drawn.mean()) / math.sqrt(len(drawn)), n)
 
 
-def apart(one: Measured, two: Measured) -> Measured:
-    """Difference of two measures on different questions: what the choice of either does adds up."""
+def apart(one, two) -> Measured:
+    """Difference of two means over different questions: what the choice of either does adds up."""
+    one, two = over_questions(one), over_questions(two)
     return Measured(one.value - two.value, np.concatenate([one.moves, two.moves]), min(one.n, two.n))
 
 
@@ -1005,15 +928,14 @@ def p_over_runs(runs: list) -> float:
 # respect, by a known amount, go through the same functions as the real ones; and on shapes what
 # must hold for whoever answers is tested. A page whose check fails says so before anything else.
 
-# of four groups of questions: need of the picture, how frequent each answer is, share well formed
+# of four groups of questions: need of the picture, share well formed, chance of a guess to be right
+# if all answers are as likely, and if it is the most frequent answer
 NEEDS = np.array([True, True, True, False])
-FREQUENT = [(0.4, 0.3, 0.2, 0.1), (0.7, 0.3), (0.25, 0.25, 0.25, 0.25), (0.1,) * 10]
 FORMED = np.array([0.4, 0.9, 0.6, 0.7])
-OPTIONS = np.array([len(frequent) for frequent in FREQUENT])
+ANY_ANSWER, FREQUENT = np.array([0.25, 0.5, 0.25, 0.1]), np.array([0.4, 0.7, 0.25, 0.1])
 READABLE = 1 / 3  # share of malformed responses whose answer can be read all the same
-# form: exponent on a group's share of well-formed answers; majority: guesses are the likeliest
-# answer
-NOVICE = {"sees": 0.0, "reads": 0.3, "majority": False, "form": 1.0}
+# shares that are seen and read from the text, form: exponent on a group's share of well-formed answers
+NOVICE = {"sees": 0.0, "reads": 0.3, "guesses": ANY_ANSWER, "form": 1.0}
 LEARNERS = {  # what a base is, what training changes, the one part in which the whole gain must land
     "answers at random, and learns nothing": ({"reads": 0.0}, {}, None),
     "learns nothing": ({"sees": 0.3}, {}, None),
@@ -1021,7 +943,7 @@ LEARNERS = {  # what a base is, what training changes, the one part in which the
     "learns to look at 6 pictures in 10": ({}, {"sees": 0.6}, "visual"),
     "learns to see all": ({}, {"sees": 1.0}, "visual"),
     "forgets to look": ({"sees": 0.6}, {"sees": 0.0}, "visual"),
-    "learns which answer is frequent": ({}, {"majority": True}, "image_free"),
+    "learns which answer is frequent": ({}, {"guesses": FREQUENT}, "image_free"),
     "learns to reason from the text": ({"sees": 0.3}, {"reads": 0.9}, "image_free"),
 }
 BLIND_BEST = {"count": 0.42, "colour": 0.26, "more": 0.70, "both": 0.42}  # shapes: best blind guess
@@ -1038,66 +960,58 @@ def check_measures(n: int = 4000, resamples: int = 500, seed: int = 1) -> list:
     """Simulated policies of known truth, through the same functions as the real ones.
 
     A measurement passes within one width of its 95% interval, about four standard errors, of the
-    truth, if that width is below 15 points.
+    truth, if that width is below 15 points (`verify`).
     """
     rng = np.random.default_rng(seed)
-    group = np.arange(n) % len(FREQUENT)
-    draws = [[rng.choice(len(FREQUENT[g]), p=FREQUENT[g]) for g in group] for _ in range(2)]
-    gold, donor = np.array(draws)
-    weights, strata = resample(n, resamples, "check", seed), np.eye(len(FREQUENT))[group]
-    entries = []
-
-    def check(what, observed, truth):
-        found = summarise([observed])
-        width = found["ci95"][1] - found["ci95"][0]
-        passed = bool(abs(found["value"] - truth) <= width < 0.15)
-        entries.append({"check": what, "truth": truth, **found, "passed": passed})
-
+    group = np.arange(n) % len(NEEDS)
+    weights, strata = resample(n, resamples, "check", seed), np.eye(len(NEEDS))[group]
+    checks = []  # what is checked, what was observed, the truth
     for learner, (was, change, part) in LEARNERS.items():
-        before, after = NOVICE | was, NOVICE | was | change
-        base, policy = ({"clean": simulate(rng, gold, gold, **settings)[1:],
-                         "blank": simulate(rng, gold, None, **settings)[1:]}
-                        for settings in (before, after))
-        gain = expected_accuracy(**after) - expected_accuracy(**before)
-        for (_, name), observed in split_gain(weights, strata, base, policy, "blank").items():
+        base, policy = NOVICE | was, NOVICE | was | change
+        gain = expected_accuracy(**policy) - expected_accuracy(**base)
+        parts = split_gain(weights, strata, simulate(rng, group, **base),
+                           simulate(rng, group, **policy), "blank")
+        for (_, name), observed in parts.items():
             truth = gain if name in ("total", part) else 0.0
-            check(f"{learner}: {name.replace('_', '-')}", observed, truth)
+            checks.append((f"{learner}: {name.replace('_', '-')}", observed, truth))
     for sees in (0.0, 0.6, 0.95):
-        settings = NOVICE | {"sees": sees, "form": 0.0}
-        clean = simulate(rng, gold, gold, **settings)[0]
-        edited = simulate(rng, gold, donor, **settings)[0]
-        effect = causal_effect(clean, edited, gold, donor)[NEEDS[group] & (gold != donor)]
-        check(f"causal effect of an edit on who looks at {sees:.0%} of the pictures",
-              Observed("effect", effect), sees)
-    return entries
+        gold, fits, *guesses = rng.integers(0, 4, (4, n))
+        clean = np.where(rng.random(n) < sees, gold, guesses[0])
+        edited = np.where(rng.random(n) < sees, fits, guesses[1])
+        effect = causal_effect(clean, edited, gold, fits)[gold != fits]
+        what = f"causal effect of an edit on who looks at {sees:.0%} of the pictures"
+        checks.append((what, Observed("effect", effect), sees))
+    return [verify(*check) for check in checks]
 
 
-def simulate(rng, gold, shown, sees, reads, majority, form) -> tuple:
-    """(answers, correct, formed), each (n,), of a policy that sees, reads and guesses so often.
-
-    `gold`, `shown` (n,): the right answers, and those that the pictures show; None: no pictures.
-    """
-    n = len(gold)
-    group = np.arange(n) % len(FREQUENT)
-    answer = np.zeros(n, int)  # 0 is each group's likeliest
-    if not majority:
-        answer = (rng.random(n) * OPTIONS[group]).astype(int)
-    answer = np.where(~NEEDS[group] & (rng.random(n) < reads), gold, answer)
-    if shown is not None:
-        answer = np.where(NEEDS[group] & (rng.random(n) < sees), shown, answer)
-    formed = rng.random(n) < FORMED[group] ** form
-    readable = formed | (rng.random(n) < READABLE)
-    return np.where(readable, answer, -1), 1.0 * ((answer == gold) & readable), 1.0 * formed
+def verify(what, observed, truth) -> dict:
+    """What was observed beside the truth, and whether they agree."""
+    entry = {"check": what, "truth": truth} | summarise([observed])
+    width = entry["ci95"][1] - entry["ci95"][0]
+    return entry | {"passed": bool(abs(entry["value"] - truth) <= width < 0.15)}
 
 
-def expected_accuracy(sees, reads, majority, form) -> float:
-    """Of such a policy on clean input, in closed form: readable, and known or guessed."""
-    readable = FORMED**form + (1 - FORMED**form) * READABLE  # (groups,)
-    known = np.where(NEEDS, sees, reads)
-    guessed = 1 / OPTIONS
-    if majority:
-        guessed = np.array([frequent[0] for frequent in FREQUENT])
-    return float(np.mean(readable * (known + (1 - known) * guessed)))
+def simulate(rng, group, form, **skill) -> dict:
+    """Input -> (correct, formed), each (n,), of a policy that sees, reads and guesses so often."""
+    out = {}
+    for name in ("clean", "blank"):
+        formed = rng.random(len(group)) < (FORMED**form)[group]
+        readable = formed | (rng.random(len(group)) < READABLE)
+        right = rng.random(len(group)) < chance(name, **skill)[group]
+        out[name] = 1.0 * (right & readable), 1.0 * formed
+    return out
+
+
+def chance(name, sees, reads, guesses) -> np.ndarray:
+    """Of such a policy to know or guess what is right, by group."""
+    known = np.where(NEEDS, sees * (name == "clean"), reads)
+    return known + (1 - known) * guesses
+
+
+def expected_accuracy(form, **skill) -> float:
+    """Of such a policy on clean input, in closed form."""
+    formed = FORMED**form
+    return float(np.mean((formed + (1 - formed) * READABLE) * chance("clean", **skill)))
 
 
 def check_shapes(panel: "Panel") -> list:
@@ -1111,19 +1025,20 @@ def check_shapes(panel: "Panel") -> list:
     groups = np.array([q["group"] for q in panel.questions])
     suffices = np.array([q["needs_image"] is False for q in panel.questions])
     for policy, name in itertools.product(panel.answers, panel.withouts):
-        without = panel.column(policy, name, "correct")
+        without = panel.right(policy, name)
         # on the first alone: a model may fail under another for want of practice
         if suffices.any() and name == panel.without:
-            worth = panel.column(policy, "clean", "correct") - without
+            worth = panel.right(policy, "clean") - without
             what = f"{policy}: worth of the picture ({name}) where the text suffices"
             entries.append({"check": what, "truth": 0.0, **paired(worth[suffices])})
         for group in sorted(BLIND_BEST.keys() & set(groups)):
-            found = share(without[groups == group], ("count", "value"))
+            best, found = BLIND_BEST[group], share(without[groups == group])
             what = f"{policy}: right on {group} without the picture ({name}), at most"
-            p = tail(found["count"], found["n"], BLIND_BEST[group])
-            entries.append({"check": what, "truth": BLIND_BEST[group], **found, "p": p})
-    for entry, p in zip(entries, holm([entry["p"] for entry in entries])):
-        entry |= {"p_holm": p, "passed": p >= 0.01}
+            entries.append({"check": what, "truth": best, **found,
+                            "p": tail(found["count"], found["n"], best)})
+    holm(entries)
+    for entry in entries:
+        entry["passed"] = entry["p_holm"] >= 0.01
     return entries
 
 
@@ -1133,8 +1048,7 @@ def check_shapes(panel: "Panel") -> list:
 
 
 ROW = {"id": str, "response": str, "answer": (str, type(None)), "gold": str, "correct": bool,
-       "well_formed": bool, "truncated": bool, "tokens": int,
-       "made_from": dict}
+       "well_formed": bool}
 TOKENS = {"token_texts": [str], "token_nats": [(int, float)]}
 
 
@@ -1145,8 +1059,9 @@ class Panel:
     questions: list[dict]         # records of stage 1, without pictures
     answers: dict[str, dict]      # policy -> input -> n rows of stage 4
     weights: np.ndarray           # (R, n)
-    shown: dict[str, np.ndarray]  # input -> (n,): what its swapped picture says, "" where nobody knows
-    # policy -> input that was asked of fewer questions -> rows
+    # (n,): the answer to the edited picture, "" where nobody knows; where edits were asked about
+    fits: np.ndarray | None = None
+    # policy -> input that was asked of fewer questions -> whether each answer is right
     sampled: dict[str, dict] = field(default_factory=dict)
 
     @property
@@ -1185,25 +1100,19 @@ class Panel:
         return {seed: [self.conditions[name].get(seed, "base") for name in conditions]
                 for seed in common}
 
-    def runs_with(self, condition, name) -> list:
-        """The runs of a condition, if all answered an input."""
-        runs = list(self.conditions.get(condition, {}).values())
-        return runs if all(name in self.answers[run] for run in runs) else []
-
     def column(self, policy, name, key) -> np.ndarray:
         return np.array([row[key] for row in self.answers[policy][name]], float)
 
-    def measured(self, run, name) -> Measured:
-        """Accuracy of a run on an input."""
-        return over_questions(self.column(run, name, "correct"))
+    def right(self, policy, name) -> np.ndarray:
+        return self.column(policy, name, "correct")
 
-    def gain(self, run) -> Measured:
-        """Over the base, on clean input."""
-        return self.measured(run, "clean") - self.measured("base", "clean")
+    def gain(self, run) -> np.ndarray:
+        """Over the base, on clean input, of each question (n,)."""
+        return self.right(run, "clean") - self.right("base", "clean")
 
     def outcomes(self, run) -> dict:
         """Input -> (correct, formed), each (n,), on clean input and without a picture."""
-        return {name: (self.column(run, name, "correct"), self.column(run, name, "well_formed"))
+        return {name: (self.right(run, name), self.column(run, name, "well_formed"))
                 for name in ("clean", *self.withouts)}
 
     def said(self, policy, name) -> np.ndarray:
@@ -1213,63 +1122,56 @@ class Panel:
 
 
 class Seen:
-    """What reading found: `notes` for the page, artifact -> sha256, a hash of each answer."""
+    """What reading found: `notes` for the page, (artifact, sha256), a hash of each answer."""
 
     def __init__(self):
-        self.notes, self.checked, self.lines = [], {}, []
+        self.notes, self.checked, self.lines = [], set(), []
         self.models = {}  # policy -> the artifacts that its answers come from, the same in all files
 
 
 def read_benchmarks(data, study, resamples, seen: Seen) -> list:
     """A panel for each benchmark of the study that has answers."""
     sources, panels = study["sources"]["benchmarks"], []
-    for path in sorted((data / "answers").glob("*/*/*")):
+    for path in sorted((data / "answers").glob("*/*/[!.]*")):  # a lock's name begins with a dot
         # train/ holds answers to questions that were trained on
-        if path.name.startswith("."):  # a lock
-            continue
         if path.name != "train" and (path.suffix != ".jsonl" or path.parent.name not in sources):
             seen.notes.append(f"{path.relative_to(data)} is unfinished, or of no benchmark of this study: "
                               "not counted")
     for source in sources:
-        files = sorted((data / "answers").glob(f"*/{source}/*.jsonl"))
-        policies = {path.parent.parent.name for path in files}
+        policies = {path.parts[-3] for path in (data / "answers").glob(f"*/{source}/*.jsonl")}
         for run in [*runs_of(data), "base"]:
             if run not in policies:
                 seen.notes.append(f"{run} has no answers to {source}: 04_evaluate.py makes them")
-        if panels and not files:
+        if panels and not policies:
             continue
         for policy in sorted({"base"} | policies):
             clean = data / "answers" / policy / source / "clean.jsonl"
             if not clean.exists():
                 raise UserError(f"{clean} is missing: run 04_evaluate.py --data {data}")
-        panels.append(read_panel(data, study, source, files, resamples, seen))
+        panels.append(read_panel(data, study, source, "*.jsonl", resamples, seen))
         if source in CLUSTERED:
             seen.notes.append(f"{source} asks several questions about one problem: its intervals and "
                               "tests, which count them as independent, are too sure")
     return panels
 
 
-def read_training_questions(data, study, resamples, seen: Seen) -> Panel | None:
-    """The panel of the questions that were trained on, where some of them were asked."""
-    source = study["sources"]["train"]
-    files = sorted((data / "answers").glob(f"*/{source}/train/*.jsonl"))
-    return read_panel(data, study, source, files, resamples, seen) if files else None
-
-
-def read_panel(data, study, source, files, resamples, seen: Seen) -> Panel:
-    """Read these files, and cut them to the questions that all of them answer."""
+def read_panel(data, study, source, files, resamples, seen: Seen) -> Panel | None:
+    """Read these files of each policy, and cut them to the questions that all of them answer."""
     again = f"run 04_evaluate.py --data {data} again, for all policies at once"
-    given = {}  # (policy, input) -> id -> row
-    for path in files:
-        given[path.relative_to(data).parts[1], path.stem] = read_rows(data, path, source, seen)
+    given, cuts = {}, set()  # (policy, input) -> id -> row
+    for path in sorted((data / "answers").glob(f"*/{source}/{files}")):
+        rows = read_rows(data, path, source, seen)
+        given[path.relative_to(data).parts[1], path.stem] = rows
+        cuts |= {str(row.get("max_new_tokens")) for row in rows.values()}
     # a longer limit gives more right answers: such files are not compared
-    cuts = {str(row.get("max_new_tokens")) for rows in given.values() for row in rows.values()}
     if len(cuts) > 1:
         raise UserError(f"{data / 'answers'}: some answers to {source} were cut after "
                         f"{' tokens, others after '.join(sorted(cuts))}: {again}")
-    records = {name: records_of(data, source, name) for name in {"clean"} | {name for _, name in given}}
+    if not given:
+        return None
     sampled = take_sampled(given)
-    ids = [i for i in records["clean"] if all(i in rows for rows in given.values())]
+    records = records_of(data, source, "clean")
+    ids = [i for i in records if all(i in rows for rows in given.values())]
     if not ids:
         raise UserError(f"{data / 'answers'}: no question of {source} has an answer of every policy under "
                         f"every input: {again} and with one --limit")
@@ -1277,36 +1179,45 @@ def read_panel(data, study, source, files, resamples, seen: Seen) -> Panel:
     if left_out:
         seen.notes.append(f"{left_out} questions of {source} lack an answer of some policy: all numbers "
                           f"are on the other {len(ids)}. 04_evaluate.py without --limit answers them")
-    questions = [records["clean"][i] | {"group": records["clean"][i]["group"] or "all"} for i in ids]
-    pictured = {q["group"]: q["id"] for q in reversed(questions)}.values()  # in the gallery
+    questions = [records[i] | {"group": records[i]["group"] or "all"} for i in ids]
+    pictured = {ids[place] for place in first_of_groups(questions)}  # in the gallery
     answers = {}
     for policy, name in sorted(given, key=lambda key: policy_order(key[0])):
         rows = given[policy, name]
         put(answers, [rows[i] for i in ids], policy, name)
-        for i in rows.keys() - set(pictured):
+        for i in rows.keys() - pictured:
             for key in ("response", *TOKENS):  # most of what a row weighs
                 rows[i].pop(key, None)
-    shown = {name: np.array([canonical(records[name][i]["shown_answer"]) for i in ids])
-             for name in ("edited", "kept") if all(name in inputs for inputs in answers.values())}
+    fits = None
+    if all("edited" in inputs for inputs in answers.values()):
+        edited = records_of(data, source, "edited")
+        fits = np.array([canonical(edited[i]["shown_answer"]) for i in ids])
     weights = resample(len(ids), resamples, study["seed"], source)
-    return Panel(source, questions, answers, weights, shown, sampled)
+    return Panel(source, questions, answers, weights, fits, sampled)
 
 
 def take_sampled(given) -> dict:
     """Take out of `given` the inputs that every policy was asked about fewer questions than about
-    clean pictures, as stage 4 does where no sentence rests on an input: policy -> input -> rows, on
-    the questions that all policies have there."""
-    asked = defaultdict(dict)  # input -> policy -> id -> row
-    for (policy, name), rows in given.items():
-        asked[name][policy] = rows
-    sampled = {}
-    for name, by_policy in asked.items():
-        if all(rows.keys() < given[policy, "clean"].keys() for policy, rows in by_policy.items()):
-            common = sorted(set.intersection(*(set(rows) for rows in by_policy.values())))
-            for policy in by_policy:
-                rows = given.pop((policy, name))
-                put(sampled, [rows[i] for i in common], policy, name)
+    clean pictures, as stage 4 does where no sentence rests on an input: policy -> input -> whether
+    each answer is right, on the questions that all policies have there."""
+    sampled = defaultdict(dict)
+    for name in sorted({name for _, name in given}):
+        asked = {policy: rows for (policy, other), rows in given.items() if other == name}
+        # of training questions clean pictures may not have been asked about
+        if all(rows.keys() < given.get((who, "clean"), {}).keys() for who, rows in asked.items()):
+            common = sorted(set.intersection(*map(set, asked.values())))
+            for policy, rows in asked.items():
+                del given[policy, name]
+                sampled[policy][name] = np.array([rows[i]["correct"] for i in common], float)
     return sampled
+
+
+def first_of_groups(questions) -> list:
+    """Places of the first question of each group: none is picked for its looks."""
+    firsts = {}
+    for place, question in enumerate(questions):
+        firsts.setdefault(question["group"], place)
+    return list(firsts.values())
 
 
 def records_of(data, source, name) -> dict:
@@ -1320,46 +1231,53 @@ def read_rows(data, path, source, seen: Seen) -> dict:
     """Id -> row of an answers file: whole, in its form, made from what lies in the folder now."""
     _, policy, *where, _ = path.relative_to(data).parts
     again = f"run 04_evaluate.py --data {data} again"
-    rows = prepare.read_jsonl(path)
-    if len(rows) != len(path.read_bytes().splitlines()) or not rows:
-        raise UserError(f"{path} row {len(rows) + 1} cannot be read: delete it and {again}")
-    for i, row in enumerate(rows):
-        wrong = what_is_wrong(row, policy, prepare.input_path(source, path.stem), seen)
-        if wrong:
-            raise UserError(f"{path} row {i + 1} {wrong}: delete it and {again}")
-        # a file is hashed once, however many rows were made from it
-        new = {key: digest for key, digest in row.pop("made_from").items()
-               if seen.checked.get(key) != digest}
-        prepare.check_fresh(data, path, new,
+    rows, origin = prepare.read_jsonl(path), set()
+    wrong = what_is_wrong(path, rows, prepare.input_path(source, path.stem))
+    if not wrong:
+        for row in rows:
+            origin |= row.pop("made_from").items()
+        packages = {row.pop("made_with", None) for row in rows}
+        wrong = who_is_wrong(policy, origin, packages, seen)
+    if wrong:
+        raise UserError(f"{path} {wrong}: delete it and {again}")
+    # a file is hashed once, however many answers were made from it
+    for name, digest in sorted(origin - seen.checked):
+        prepare.check_fresh(data, path, {name: digest},
                             f"{again}, or delete {data / 'answers' / policy} to do without this policy")
-        seen.checked |= new
+    seen.checked |= origin
+    for row in rows:
         said = [row[key] for key in ("id", "response", "answer", "correct", "well_formed")]
         # versions, file hashes and log probabilities are left out
         line = json.dumps([policy, "/".join(where), path.stem, *said])
         seen.lines.append(hashlib.sha256(line.encode()).digest())
-    by_id = {row["id"]: row for row in rows}
-    if len(by_id) != len(rows):
-        raise UserError(f"{path} answers a question twice: delete it and {again}")
-    return by_id
+    return {row["id"]: row for row in rows}
 
 
-def what_is_wrong(row, policy, questions, seen: Seen) -> str | None:
-    """With a row that should be `policy`'s answer to one of `questions`."""
-    form = ROW | TOKENS if "token_nats" in row else ROW
-    wrong = [key for key in form if not prepare.has_shape(row, {key: form[key]})]
-    if not wrong and questions not in row["made_from"]:
-        wrong = ["made_from"]
-    if wrong:
-        return f"has no proper {wrong[0]}"
+def what_is_wrong(path, rows, questions) -> str | None:
+    """With the rows of a file of answers to these questions."""
+    if not rows or len(rows) < len(path.read_bytes().splitlines()):
+        return f"row {len(rows) + 1} cannot be read"
+    form = ROW | {"made_from": {questions: str}}
+    for i, row in enumerate(rows, 1):
+        shapes = form | TOKENS if "token_nats" in row else form
+        for key in shapes:
+            if not prepare.has_shape(row, {key: shapes[key]}):
+                return f"row {i} has no proper {key}"
+    if len({row["id"] for row in rows}) < len(rows):
+        return "answers a question twice"
+    return None
+
+
+def who_is_wrong(policy, origin: set, packages: set, seen: Seen) -> str | None:
+    """With answers that should be by one policy: that they, or its others, are by another."""
     # what answered, as opposed to what was asked
-    model = {key: digest for key, digest in row["made_from"].items()
-             if not key.startswith(("questions/", "corrupted/"))}
-    adapters = [Path(key).parent.name for key in model if key.endswith("adapter_model.safetensors")]
-    who = (adapters or ["base"])[0]
+    model = {(name, digest) for name, digest in origin
+             if not name.startswith(("questions/", "corrupted/"))}
+    adapters = {Path(name).parent.name for name, _ in model if name.endswith("adapter_model.safetensors")}
+    who = ", ".join(sorted(adapters)) or "base"
     if who != policy:
         return f"is by {who}, not by {policy}"
-    model["made_with"] = row.pop("made_with", None)  # packages
-    if seen.models.setdefault(policy, model) != model:
+    if seen.models.setdefault(policy, (model, packages)) != (model, packages):
         return f"is by another {policy} than its answers elsewhere"
     return None
 
@@ -1379,10 +1297,7 @@ def same_study(found) -> str:
     text = readme.read_text(encoding="utf-8") if readme.exists() else ""
     if found[:16] in text:
         return f"Fingerprint {found[:16]}: the README's table comes from these answers"
-    other = f"Fingerprint {found[:16]}: the README's table comes from other answers"
-    if platform.machine() not in ("x86_64", "AMD64"):
-        other += f", by an x86-64 processor, and {platform.machine()} rounds sums otherwise"
-    return other
+    return f"Fingerprint {found[:16]}: the README's table comes from other answers"
 
 
 def canonical(answer) -> str:
@@ -1451,12 +1366,11 @@ def cell(x, form=percent, n=None):
     """A number, and its interval, p and n; n questions are usual where n is given, and not told."""
     if not x:
         return "\N{EN DASH}", ""
-    value = next(x[key] for key in ("value", "accuracy", "share", "expected") if key in x)
+    value = next(x[key] for key in ("value", "accuracy", "share") if key in x)
     if value is None:
         return "cannot be told", ""
-    small = ""
-    if "ci95" in x:
-        small = "[{}, {}]".format(*(form(end).strip("+%") for end in x["ci95"]))
+    low, high = (form(end).strip("+%") for end in x["ci95"])
+    small = f"[{low}, {high}]"
     if "p_holm" in x:
         small += f" p {x['p_holm']:.2g}" if x["p_holm"] > 0.001 else " p < 0.001"
     if n is not None and n != x["n"]:
@@ -1497,8 +1411,6 @@ def tables_of(r, source):
     """The tables of one source, by the part of the page in which they stand."""
     rows, about = rows_of(r, source), r["sources"][source]
     n, without = about["n"], about["without_picture"]
-    runs = [run for x in rows.values() for run in x["runs"] if len(x["runs"]) > 1]
-    runs = {run: {"accuracy": r["accuracy"][run][source]} for run in runs}
     asked = {name: ("accuracy", name) for name in about["inputs"]}
     heat = {"kind": "heat", "groups": [("", 1), *Counter(map(group_of, asked)).items()]}
     gained = {name: x for name, x in rows.items() if "gains" in x}
@@ -1506,22 +1418,13 @@ def tables_of(r, source):
     looking = {
         "mirage score": ("mirage", without),
         "worth of the picture": ("picture_worth", without),
-        "causal effect of an edit": ("causal_effect",), "flips": ("flips",), "stays": ("stays",),
-        "well formed": ("well_formed",)}
-    if "told" in asked:
-        looking["right when told to guess"] = ("accuracy", "told")
-    blind = {
-        "a blind choice": ("one_choice",), "base, blank": ("blank",), "base, removed": ("removed",),
-        "nobody, ever": ("strict",), "said to need the picture": ("said_to_need_the_picture",)}
-    benchmark = {source: r["card"][source] | {"strict": r["strict_subset"][source]}}
+        "causal effect of an edit": ("causal_effect",), "well formed": ("well_formed",)}
     found = {
         "matrix": [grid("right answers", rows, asked, **heat)],
         "settings": [settings_table(*x) for x in r["s1_to_s8"][source].items()],
         "gains": [grid("gain over the base in points", gained, gains, points)],
         "looking": [grid(f"without the picture: {without}", rows, looking, n=n)],
-        "differences": [differences_table(r, source)],
-        "card": [grid("right without looking", benchmark, blind, n=n)],
-        "runs": [grid("right answers of each run", runs, asked, **heat)]}
+        "differences": [differences_table(r, source)]}
     # what holds for all of them
     for t in itertools.chain(*found.values()):
         t["caption"] = f"{source}, 95% intervals, n = {n}: {t['caption']}"
@@ -1597,13 +1500,11 @@ def training_curves(data, runs):
 
 
 def gallery(data, panel: Panel, most):
-    """The first question of each group, under every input: none is picked for its looks."""
-    # number of the first question of each group
-    firsts = {q["group"]: i for i, q in reversed(list(enumerate(panel.questions)))}
+    """The first question of each group, under every input."""
     tables = {name: prepare.read_questions(data / prepare.input_path(panel.source, name),
                                            "run 02_corrupt.py again") for name in panel.inputs}
     entries = []
-    for i in sorted(firsts.values())[:most]:
+    for i in first_of_groups(panel.questions)[:most]:
         question, shown = panel.questions[i], []
         for name, table in tables.items():
             row = table[table["id"][:].index(question["id"])]
@@ -1629,8 +1530,8 @@ def tokens_of(row):
 
 
 EXPLAINED = (  # functions whose docstrings the page shows
-    sentences, wilson, paired, mcnemar, holm, estimate, over_runs, p_over_runs, split_gain, form_part,
-    compare, observe, causal_effect, eight_settings, strict_subset, card,
+    sentences, wilson, paired, mcnemar, holm, over_runs, p_over_runs, split_gain, form_part,
+    compare, observe, causal_effect, eight_settings, strict_subset,
     judge, check_measures, check_shapes, fingerprint)
 
 
@@ -1649,7 +1550,7 @@ def render(data, panels, r, most):
     environment.filters |= {"cut": shorten, "tokens": tokens_of, "whole": whole, "family": family,
                             "json": json.dumps}
     return environment.from_string(PAGE).render(
-        r=r, css=Markup(CSS), parts=("total", *PARTS), protocol=PROTOCOL, cell=cell, points=points,
+        r=r, css=Markup(CSS), parts=("total", *PARTS), protocol=PROTOCOL, cell=cell, points=points, percent=percent,
         tables={panel.source: tables_of(r, panel.source) for panel in panels},
         galleries={panel.source: gallery(data, panel, most) for panel in panels},
         curves=training_curves(data, r["provenance"]["policies"]), same=same_study(r["fingerprint"]),
@@ -1785,7 +1686,7 @@ limit that holds on shapes is shown to be exceeded{% endif %}. <a href="#check">
 {{ same }}.</small></p>
 {% else %}<div class="box bad" role="alert"><strong>✗ The instrument check did not pass: explain this
 before you believe a number.</strong><ul>{% for e in check.entries if not e.passed %}
-<li>{{ e.check }}, {{ cell(e, n=0)|join(" ") }} instead of {{ cell({"value": e.truth})[0] }}</li>
+<li>{{ e.check }}, {{ cell(e, n=0)|join(" ") }} instead of {{ percent(e.truth) }}</li>
 {% endfor %}</ul></div><p class="soft">{{ same }}.</p>{% endif %}
 {% if r.notes %}<details><summary>What is missing: {{ r.notes|length }}</summary><ul>
 {% for note in r.notes %}<li>{{ note }}</li>{% endfor %}</ul></details>{% endif %}
@@ -1795,7 +1696,8 @@ before you believe a number.</strong><ul>{% for e in check.entries if not e.pass
 {% for settings in t.settings %}<div>{{ table(settings) }}<p class="soft caption">
 {{ (r.s1_to_s8[source].values()|list)[loop.index0].sentence }}</p></div>{% endfor %}</div>
 {% endfor %}<p class="soft caption">Rows were trained differently, columns damage the question.
-Right is the intact question&rsquo;s answer, also where the picture was swapped. S1 to S8: trained
+Right is the intact question&rsquo;s answer, also where the picture was swapped. Told: the text says
+that there is no picture, and asks for a guess. S1 to S8: trained
 clean (S1 to S4) or damaged (S5 to S8), asked clean or damaged, about the questions trained on or
 new ones; the numbers go through a row from left to right. Where no training question was asked,
 the four settings with new ones are left.</p></section>
@@ -1814,11 +1716,10 @@ gained without the picture too. Visual: the rest, which is gone when the picture
 <small>{{ cell(x, points)|join(" ") }}</small></div>{% endfor %}</div>{% endfor %}{% endfor %}
 </section>{% endif %}
 <details{{ " open" if not r.gains }}><summary>Do the answers depend on the picture?</summary>
-<p>Mirage score (arXiv 2603.21687): accuracy without the picture over accuracy with it; told to
-guess: the text says that there is no picture. Worth: accuracy with the picture less
-accuracy without it, p corrected for the number of policies (Holm). Causal effect: how much more
-often an answer is the one that fits an edited picture, because of that edit; flips: it changes when
-it should; stays: it stays when it should.</p><ul>
+<p>Mirage score (arXiv 2603.21687): accuracy without the picture over accuracy with it. Worth:
+accuracy with the picture less accuracy without it, p corrected for the number of policies (Holm).
+Causal effect: how much more often an answer is the one that fits an edited picture, because of that
+edit.</p><ul>
 {% for list in r.dependence.values() %}{% for x in list %}<li>{{ x.text }} <small>{{ x.numbers }}</small>
 </li>{% endfor %}{% endfor %}</ul>{{ tables_for("looking") }}</details>
 {% if r.differences %}<details><summary>Which conditions differ</summary><p>Runs of one seed answer
@@ -1826,7 +1727,7 @@ the same questions and were trained on the same draws: conditions are compared s
 several seeds interval and p cover the choice of questions and the luck of a run (a paired t test,
 widened by the choice of questions); with one seed that luck is not covered, and p is
 McNemar&rsquo;s where answers are right or wrong. p is corrected for the number of comparisons by
-the same measure (Holm).</p>{{ tables_for("differences") }}{{ tables_for("runs") }}</details>
+the same measure (Holm).</p>{{ tables_for("differences") }}</details>
 <details><summary>What was claimed, and what this study says</summary>
 <p>Each claim has a test that was fixed before any run (below). The verdict is on this study&rsquo;s
 model and data. {{ protocol }}</p>
@@ -1840,10 +1741,10 @@ decide</summary>{% endif %}{% call scroll("claims and verdicts") %}<table class=
 <td>{{ c.benchmark or "any" }} {{ c.damage or "" }} {{ c.input or "" }}</td><td>{{ c.source }}</td>
 <td>{{ c.test }}</td></tr>{% endfor %}</tbody></table>{% endcall %}
 {% if not judged %}</details>{% endif %}{% endfor %}</details>{% endif %}
-<details><summary>Do the benchmarks need the picture?</summary><p>What blind answers are worth: a
-benchmark whose base does as well without the picture cannot show that anyone looks. Nobody, ever:
-the strict subset, questions that no policy answers without the picture, above chance
-(strict-SOURCE.json).</p>{{ tables_for("card") }}</details>
+<details><summary>Which questions need the picture?</summary><p>The strict subset is of questions
+that no policy, the base included, answers without the picture, above chance (strict-SOURCE.json).</p>
+<ul>{% for source, kept in r.strict_subset.items() %}<li>{{ source }}:
+{{ cell(kept, n=0)|join(" ") }}</li>{% endfor %}</ul></details>
 {% if curves %}<details><summary>How training went</summary><p>Means over the sampled completions
 of a step, on the questions as each policy saw them, smoothed over a twentieth of the steps, from
 0 to 1, a line for each run: a record, not a measurement.</p><ul class="legend">
@@ -1888,7 +1789,7 @@ land in one part, nothing in the others. On shapes, what must hold for every pol
 {% call scroll("measurements") %}<table><thead><tr><th scope="col">measurement</th>
 <th scope="col">truth or limit</th><th scope="col">found</th><th scope="col">verdict</th></tr>
 </thead><tbody>{% for e in check.entries %}<tr><th scope="row">{{ e.check }}</th>
-<td>{{ cell({"value": e.truth})[0] }}</td><td>{{ cell(e, n=0)|join(" ") }}</td>
+<td>{{ percent(e.truth) }}</td><td>{{ cell(e, n=0)|join(" ") }}</td>
 <td>{{ "✓ passed" if e.passed else "✗ failed" }}</td></tr>{% endfor %}</tbody></table>{% endcall %}
 </details>
 <details><summary>How each number is computed</summary>{% for name, text in how.items() %}
