@@ -21,6 +21,7 @@ import io
 import itertools
 import json
 import math
+import platform
 import re
 import sys
 from collections import Counter, defaultdict
@@ -269,7 +270,7 @@ def share_of_gain(panel: "Panel", blind: str, seeing: str) -> dict | None:
 
 
 def say_settings(found) -> str:
-    """What S1 to S8 say together: what was memorised, and what needs the picture."""
+    """What S1 to S8 say together: what was memorised, what carries over, what needs the picture."""
     clauses = []
     for name, (shown, not_shown) in SAID_OF_SETTINGS.items():
         if name in found:
@@ -281,6 +282,8 @@ def say_settings(found) -> str:
 SAID_OF_SETTINGS = {  # where the interval is above 0, and where it is not
     "memorised": ("{points} of what training on the real pictures gains on its own questions do not "
                   "carry over to new ones", "that anything was memorised is not shown"),
+    "carried": ("training on damaged questions is worth {points} on new, intact questions",
+                "training on damaged questions is not shown to help on new, intact questions"),
     "picture": ("{points} of what training on the real pictures gets right on new questions need the "
                 "picture", "training on the real pictures is not shown to need them on new questions"),
 }
@@ -631,8 +634,8 @@ def compare(panel: "Panel", runs: dict) -> dict:
 
     Two runs of one seed share questions, their order and all draws, so conditions are compared
     seed by seed (`over_runs`), and what all runs of a seed owe to its luck falls out. `by_seed` is
-    the difference of each. With one seed McNemar's test is all there is for right and wrong answers:
-    the luck of a run is then not covered.
+    the difference of each; `within_seed` what McNemar's test says of right and wrong answers, which
+    is all there is where a study has one seed: the luck of a run is then not covered.
     """
     paths = [("accuracy", name) for name in ("clean", *panel.withouts)]
     paths += [("causal_effect",), *(("gains", part) for part in PARTS)]
@@ -647,7 +650,11 @@ def compare(panel: "Panel", runs: dict) -> dict:
         found = summarise(apart_by_seed)
         if found["value"] is not None:
             values = [difference.measured.value for difference in apart_by_seed]
-            out[two, one][path[-1]] = found | {"by_seed": dict(zip(seeds, values))}
+            found["by_seed"] = dict(zip(seeds, values))
+            if apart_by_seed[0].kind == "difference":
+                tests = [paired(difference.x) for difference in apart_by_seed]
+                found["within_seed"] = dict(zip(seeds, tests))
+            out[two, one][path[-1]] = found
     return out
 
 
@@ -673,6 +680,7 @@ def eight_settings(panel: "Panel", trained: "Panel | None") -> dict:
 
         memorised  gain of training on clean pictures on the questions trained on, S1 - base, less the
                    same on new ones, S2 - base: what does not carry over
+        carried    S6 - base: what training on damaged questions is worth on new, clean questions
         picture    S2 - S4: what training on clean pictures gets right on new questions by their picture
     """
     out = {}
@@ -691,6 +699,8 @@ def eight_settings(panel: "Panel", trained: "Panel | None") -> dict:
                 found["base"][setting] = accuracy_of(where, "base", name)
         if found["S1"] and found["base"]["S1"]:
             found["memorised"] = over_runs([apart(trained.gain(run), panel.gain(run)) for run in standard])
+        found["carried"] = over_runs(
+            [over_questions(panel.gain(run)) for run in panel.conditions[condition].values()])
         if found["S4"]:
             worth = [panel.right(run, "clean") - panel.right(run, asked) for run in standard]
             found["picture"] = over_runs([over_questions(x) for x in worth])
@@ -1297,7 +1307,10 @@ def same_study(found) -> str:
     text = readme.read_text(encoding="utf-8") if readme.exists() else ""
     if found[:16] in text:
         return f"Fingerprint {found[:16]}: the README's table comes from these answers"
-    return f"Fingerprint {found[:16]}: the README's table comes from other answers"
+    other = f"Fingerprint {found[:16]}: the README's table comes from other answers"
+    if platform.machine() not in ("x86_64", "AMD64"):
+        other += f", by an x86-64 processor, and {platform.machine()} rounds sums otherwise"
+    return other
 
 
 def canonical(answer) -> str:

@@ -636,6 +636,9 @@ def test_conditions_are_compared_seed_by_seed(seeds_results, seeds_study, report
     t_half = np.diff(truth.confidence_interval(0.95))[0] / 2
     half = math.hypot(t_half, stats.norm.ppf(0.975) * shared**0.5)
     assert clean["ci95"] == pytest.approx([max(-1, clean["value"] - half), min(1, clean["value"] + half)])
+    for seed, one in clean["within_seed"].items():
+        table = [[0, (pairs[int(seed)] > 0).sum()], [(pairs[int(seed)] < 0).sum(), 0]]
+        assert one["p"] == pytest.approx(mcnemar(table, exact=True).pvalue)
     one = seeds_results["differences"]["mixed-blank"]["base"]["shapes"]["clean"]  # of one seed alone
     runs = [np.array([row["correct"] for row in answers(seeds_study, run, "clean")]) for run in ("mixed-blank-s1", "base")]
     table = [[0, (runs[0] & ~runs[1]).sum()], [(runs[1] & ~runs[0]).sum(), 0]]
@@ -669,7 +672,10 @@ def test_the_fingerprint_is_of_the_answers_alone(seeds_results, seeds_study, rep
     (tmp_path / "README.md").write_text(f"as in {found[:16]}")
     monkeypatch.setattr(report, "__file__", str(tmp_path / "05_report.py"))
     assert report.same_study(found) == f"Fingerprint {found[:16]}: the README's table comes from these answers"
+    monkeypatch.setattr(report.platform, "machine", lambda: "x86_64")
     assert report.same_study("0" * 64).endswith("comes from other answers")
+    monkeypatch.setattr(report.platform, "machine", lambda: "arm64")
+    assert report.same_study("0" * 64).endswith("other answers, by an x86-64 processor, and arm64 rounds sums otherwise")
     run(report, seeds_study)
     assert f"Fingerprint {found[:16]}: the README's table comes from these answers" in capsys.readouterr().out
     assert found[:16] in (seeds_study / "report" / "index.html").read_text() and found[:16] in (seeds_study / "report" / "tables.md").read_text()
@@ -980,6 +986,7 @@ def test_eight_settings_recount(seeds_results, seeds_study):
         assert (cell["value"], cell["seeds"], cell["n"]) == (pytest.approx(np.mean(right)), len(right), len(right[0])), k
     base = [np.mean([row["correct"] for row in answers(seeds_study, "base", name)]) for name in ("train/clean", "clean")]
     assert found["memorised"]["value"] == pytest.approx(found["S1"]["value"] - base[0] - found["S2"]["value"] + base[1])
+    assert found["carried"]["value"] == pytest.approx(found["S6"]["value"] - base[1])
     assert found["picture"]["value"] == pytest.approx(found["S2"]["value"] - found["S4"]["value"])
     page, tables = ((seeds_study / "report" / name).read_text() for name in ("index.html", "tables.md"))
     assert found["sentence"] in " ".join(Page(page).text.split()) and "S1 to S8" in tables and found["sentence"][:40] in tables
