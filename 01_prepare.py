@@ -938,19 +938,15 @@ def search_number(text: str, choices: Choices = ()) -> str | None:
 
 
 def search_maths(text: str, choices: Choices = ()) -> str | None:
-    """The whole text if it is maths, else what is claimed as the answer, what is stated last, the
-    last formula or number."""
+    """The whole text if it is maths, else what is claimed as the answer or stated last, the last
+    formula or number."""
     last = last_sentence(text)
     if NEGATION.search(last) or REFUSAL.search(last):
         return None
-    candidates = [text]
-    claims = re.split(CLAIM, text)[1:]
-    if claims:
-        claim = re.split(r"\n|\. ", claims[-1][:100])[0]
-        candidates += [claim, re.split(STATES, claim)[-1]]
-    candidates.append(re.split(r"\b(?:is|are|be)\b|:", last)[-1])
-    candidates += re.findall(r"(?:\$|\\[(\[])(.{1,100}?)(?:\$|\\[)\]])", text, re.DOTALL)[-1:]
-    for candidate in candidates:
+    *claims, claim = re.split(CLAIM, text)
+    stated = re.split(r"\n|\. ", claim[:100])[0] if claims else last
+    formulas = re.findall(r"(?:\$|\\[(\[])(.{1,100}?)(?:\$|\\[)\]])", text, re.DOTALL)
+    for candidate in (text, stated, re.split(r"\b(?:is|are|be)\b|:", last)[-1], *formulas[-1:]):
         if read_measure(candidate, UNIT)[0]:
             return candidate.strip()
     return search_number(text)
@@ -961,24 +957,21 @@ def search_choice(text: str, choices: Choices) -> str | None:
 
     Benchmarks take the last of several; here two that are claimed, or joined by "or", are none.
     """
-    lone, last = lone_letter(choices), last_sentence(text)
-    refused = REFUSAL.search(last)
-    said = last.partition("whether")[0] if refused else last  # can't tell whether it's B
-    denied = rf"(?i:\bnot|n['’]t|\bnever) (?:be )?(?i:option |choice )?[({{*]{{0,3}}{lone}"
-    text = text.strip().removesuffix(last) + re.sub(denied, "", said)
-    first, _, more = text.strip().partition("\n")
+    lone, refused = lone_letter(choices), REFUSAL.search(last_sentence(text))
+    # can't tell whether it's B, it is not (B)
+    denied = rf"\bwhether\b[^.!?\n]*.?$|(?i:\bnot|n['’]t|\bnever) (?:be )?(?i:option |choice )?[({{*]{{0,3}}{lone}"
+    text = re.sub(denied, "", text).strip()
+    first, _, more = text.partition("\n")
     known = bare_choice(first[:ANSWER_CHARACTERS], choices)
     if known and not re.search(r"\([A-Z]\)", more):
         return known
     claims = re.findall(CLAIM + lone, text)
     either = rf"{lone}\W{{0,4}}(?:or|and|,|&)\W{{0,4}}(?!\1){lone}"
-    if re.search(CLAIM + either, text) or re.search(rf"{either}\W*$", text[-40:]):
-        return None
-    if len({*claims}) > 1:
+    if len({*claims}) > 1 or re.search(CLAIM + either, text) or re.search(rf"{either}\W*$", text):
         return None
     found = claims
     if not claims and not refused:
-        found = read_choice(re.split(STATES, last)[-1], choices)
+        found = read_choice(re.split(STATES, last_sentence(text))[-1], choices)
     found = found or re.findall(lone, text) or named_choices(text, choices)
     listed = len(found) == len({*found}) == len(choices) > 2  # all of them
     return found[-1] if found and not listed else None
@@ -1007,8 +1000,7 @@ def search_nearest(text: str, choices: Choices) -> str | None:
     if known or not last or refused or re.search(lone_letter(choices), text):
         return known
     if NEGATION.search(last):  # it is not the largest
-        letters = choice_letters(choices)
-        return letters["no"] if letters.keys() <= {"yes", "no", "Yes", "No"} else None
+        return choice_letters(choices).get("no")
     stated = (last.partition(" is ")[2] or last)[:200]
     nearest = min(choices, key=lambda choice: edit_distance(stated, choice[:200]))
     return LETTERS[choices.index(nearest)]
@@ -1268,8 +1260,7 @@ def read_choice(text: str, choices: Choices) -> str | None:
         rest = words.sub(" ", said)
         if NEGATION.search(rest):  # isn't stable, A is wrong
             return None
-        numeric = re.search(r"\d", "".join(choices[LETTERS.index(letter)] for letter in named))
-        if numeric and not lettered and CHANGES.search(rest):
+        if not lettered and CHANGES.search(rest):
             return None
     return named.pop() if len(named) == 1 else None
 
