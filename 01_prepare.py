@@ -845,7 +845,7 @@ def grade(
     reasoning.
     """
     response = f"<think>{response}" if think_opened else str(response)
-    response = response.replace("< ", "<").replace("</ ", "</").replace("think >", "think>")
+    response = re.sub(r"<(/?) ?think ?>", r"<\1think>", response)
     final = response.rpartition("</think>")[2]
     # reasoning that never ends answers nothing
     final = final.partition("<think>")[0][-FINAL_CHARACTERS:]
@@ -858,7 +858,7 @@ def is_well_formed(response: str, final: str) -> bool:
     """White space, <think>, reasoning, </think>, text with one box that is not empty, closing
     punctuation."""
     parts = BOX.split(final)
-    if not response.count("<think>") == response.count("</think>") == 1 or len(parts) != 3:
+    if re.findall("</?think>", response) != ["<think>", "</think>"] or len(parts) != 3:
         return False
     _, box, after = parts
     closed = after.strip(" \n\t\r$.)]\\*") == ""
@@ -870,20 +870,17 @@ def read_answer(final: str, question: Mapping, reward: bool) -> str | None:
     kind, choices = as_text(question.get("answer_type")), choices_of(question)
     rules = {} if reward else BENCHMARKS.get(as_text(question.get("source")), {})
     boxes = BOX.findall(final)
-    if kind == "choice" and not choices or reward and len(boxes) > 1:
-        return None
     if rules and not boxes:
         boxes = re.findall(r"<answer>((?:(?!</?answer>).)*)</answer>", final, re.DOTALL)
-    answer, known = ", ".join(dict.fromkeys(boxes)).strip(), None
-    if boxes and kind != "choice":
-        return answer
-    if boxes:
-        known = read_choice(answer, choices)
+    if kind == "choice" and not choices or reward and len(boxes) > 1:
+        return None
+    answer = ", ".join(dict.fromkeys(boxes)).strip() if boxes else None
+    if boxes and kind == "choice":
+        answer = read_choice(answer, choices)
     # Several boxes that name no one choice are working. A box that never closes holds nothing.
-    unclosed = not boxes and "\\boxed" in final
-    if known or len(boxes) == 1 or unclosed or kind not in rules:
-        return known
-    return rules[kind](final, choices)
+    if answer is None and len(boxes) != 1 and kind in rules and (boxes or "\\boxed" not in final):
+        return rules[kind](final, choices)
+    return answer
 
 
 # free text: where a benchmark looks for an answer that stands in no box. BENCHMARKS, below, is the
@@ -946,7 +943,8 @@ def search_maths(text: str, choices: Choices = ()) -> str | None:
     *claims, claim = re.split(CLAIM, text)
     stated = re.split(r"\n|\. ", claim[:100])[0] if claims else last
     formulas = re.findall(r"(?:\$|\\[(\[])(.{1,100}?)(?:\$|\\[)\]])", text, re.DOTALL)
-    for candidate in (text, stated, re.split(r"\b(?:is|are|be)\b|:", last)[-1], *formulas[-1:]):
+    ends = [re.split(r"\b(?:is|are|be)\b|:", said)[-1] for said in (stated, last)]
+    for candidate in (text, stated, *ends, *formulas[-1:]):
         if read_measure(candidate, UNIT)[0]:
             return candidate.strip()
     return search_number(text)
@@ -972,20 +970,15 @@ def search_choice(text: str, choices: Choices) -> str | None:
     found = claims
     if not claims and not refused:
         found = read_choice(re.split(STATES, last_sentence(text))[-1], choices)
-    found = found or re.findall(lone, text) or named_choices(text, choices)
+    found = found or re.findall(lone, text)
+    words, said = choice_words(choices), plain(text)
+    opening = words.match(said)
+    if not found and opening:  # "No, because ..."
+        found = [choice_letters(choices)[opening[0]]]
+    elif not found and not refused:
+        found = [choice_letters(choices)[name] for name in words.findall(said)]
     listed = len(found) == len({*found}) == len(choices) > 2  # all of them
     return found[-1] if found and not listed else None
-
-
-def named_choices(text: str, choices: Choices) -> list[str]:
-    """The choices whose texts occur, in order; where one opens the text, that one."""
-    letters, words, said = choice_letters(choices), choice_words(choices), plain(text)
-    opening = words.match(said)
-    if opening:  # "No, because ..."
-        return [letters[opening[0]]]
-    if REFUSAL.search(last_sentence(text)):
-        return []
-    return [letters[name] for name in words.findall(said)]
 
 
 # no statement about the answer, and what a blank picture brings
@@ -1117,7 +1110,7 @@ class Rejected(ValueError):
 def check_gold(question: Mapping):
     """Reject a question for which no answer could be graded right."""
     golds, letters = gold_texts(question), LETTERS[:len(choices_of(question))]
-    if not all(plain(gold) for gold in golds):
+    if not all(map(plain, golds)):
         raise Rejected("gold: the answer is empty")
     if question["answer_type"] == "choice" and golds[0] not in [*letters]:
         raise Rejected(
@@ -1139,8 +1132,8 @@ MARKS = str.maketrans({"′": "'", "’": "'", "‘": "'", "“": '"', "”": '"
                        **dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff", "")})  # without a width
 WRAPPED = re.compile(r"\\(?:text(?:bf|it|normal|rm)?|mathrm|mathbf|mbox)\s?\{([^{}\\]*)\}")
 WRAPPING = re.compile(r"\\(?:text(?:bf|it|normal|rm)?|mathrm|mathbf|mbox)\s?\{|\\[()\[\],;! ]|[$*\\{}\"°]")
-SEVERAL = re.compile(r"[,;/|&+]|\b(?:or|and|yes|versus|vs|then|both|plus)\b")
-FILLER = re.compile(r"(?:\W|\b(?:an?|the|its?|is|are|was|this|that|they|one|answer|final|correct|called|of|in|to|by|be|would|must|type|colou?r)\b)*")
+# beside an open answer; a mark or word that lists (, & or) is none
+FILLER = (r"(?:[^\w,;/|&+]|\b(?:an?|the|its?|is|are|was|this|that|they|one|answer|final|correct|called|of|in|to|by|be|would|must|type|colou?r)\b){0,99}")
 SYMBOL = re.compile(r"[A-Za-z]|(?!NO\b)[A-Z]{2}|\w*[a-z][A-Z]\w*")  # mW, CO, pH: not as words
 
 
@@ -1187,10 +1180,8 @@ def same_text(answer: str, gold: str, phrase: bool) -> bool:
     answer, gold = plain(answer[:FINAL_CHARACTERS]), plain(gold)
     if answer == gold or not gold or not phrase:
         return answer == gold != ""
-    rest = re.sub(rf"(?<![\w.+^'-]){re.escape(gold)}(?![\w+^'-]|\.\d)", "", answer, count=1)
-    if rest == answer or len(rest) >= 100:
-        return False
-    return FILLER.fullmatch(rest) is not None and not SEVERAL.search(rest)
+    words = rf"(?<![\w.+^'-]){re.escape(gold)}(?![\w+^'-]|\.\d)"
+    return re.fullmatch(f"{FILLER}{words}{FILLER}", answer) is not None
 
 
 # choices
@@ -1225,15 +1216,15 @@ def lone_letter(choices: Choices) -> str:
 def bare_choice(text: str, choices: Choices) -> str | None:
     """The choice that a text is, and nothing else: a letter, a choice's text, or both as in "C. A
     to B"."""
-    texts, letters = choice_letters(choices), LETTERS[:len(choices)]
-    letter = re.fullmatch(r"\(?([A-Za-z])\s?[).:]*", plain(text))
-    if letter and letter[1].upper() in letters:
-        return letter[1].upper()
+    texts, values = choice_letters(choices), dict(zip(LETTERS, choices))
+    letter = plain(text).strip("().: ").upper()
     known = texts.get(text.strip()) or texts.get(plain(text))
-    both = re.match(rf"[\s(]{{0,3}}([{letters}])[).:=\s]{{1,3}}(?=\S)", text)
-    if not known and both and same_maths(text[both.end():], choices[LETTERS.index(both[1])]):
+    both = re.match(r"[\s(]{0,3}([A-Z])[).:=\s]{1,3}(?=\S)", text)
+    if letter in values or known:
+        return letter if letter in values else known
+    if both and both[1] in values and same_maths(text[both.end():], values[both[1]]):
         return both[1]
-    return known
+    return None
 
 
 # beside a number it is another: more than 12, 12 thousand, minus 12
@@ -1250,19 +1241,16 @@ def read_choice(text: str, choices: Choices) -> str | None:
     known = bare_choice(text, choices)
     if known:
         return known
-    letters, words, said = choice_letters(choices), choice_words(choices), plain(text)
-    named = {*re.findall(lone_letter(choices), text)}
-    lettered = len(named) > 0
-    if not named and read_maths(text):  # 1.8 for \frac{9}{5}; as words, 5 would stand in -5
+    lettered = {*re.findall(lone_letter(choices), text)}
+    if not lettered and read_maths(text):  # 1.8 for \frac{9}{5}; as words, 5 would stand in -5
         named = {letter for letter, choice in zip(LETTERS, choices) if same_maths(text, choice)}
-    else:
-        named.update(letters[found] for found in words.findall(said))
-        rest = words.sub(" ", said)
-        if NEGATION.search(rest):  # isn't stable, A is wrong
-            return None
-        if not lettered and CHANGES.search(rest):
-            return None
-    return named.pop() if len(named) == 1 else None
+        return named.pop() if len(named) == 1 else None
+    words, said = choice_words(choices), plain(text)
+    named = lettered | {choice_letters(choices)[name] for name in words.findall(said)}
+    rest = words.sub(" ", said)
+    if NEGATION.search(rest) or len(named) != 1:  # isn't stable, A is wrong
+        return None
+    return None if not lettered and CHANGES.search(rest) else named.pop()
 
 
 # maths: small, bounded arithmetic instead of a computer algebra system
