@@ -967,18 +967,16 @@ def search_choice(text: str, choices: Choices) -> str | None:
     either = rf"{lone}\W{{0,4}}(?:or|and|,|&)\W{{0,4}}(?!\1){lone}"
     if len({*claims}) > 1 or re.search(CLAIM + either, text) or re.search(rf"{either}\W*$", text):
         return None
-    found = claims
-    if not claims and not refused:
-        found = read_choice(re.split(STATES, last_sentence(text))[-1], choices)
-    found = found or re.findall(lone, text)
-    words, said = choice_words(choices), plain(text)
-    opening = words.match(said)
-    if not found and opening:  # "No, because ..."
-        found = [choice_letters(choices)[opening[0]]]
-    elif not found and not refused:
-        found = [choice_letters(choices)[name] for name in words.findall(said)]
-    listed = len(found) == len({*found}) == len(choices) > 2  # all of them
-    return found[-1] if found and not listed else None
+    if claims or refused:
+        return claims[-1] if claims else None
+    stated, said = read_choice(re.split(STATES, last_sentence(text))[-1], choices), plain(text)
+    names = choice_words(choices).findall(said)
+    if names and said.startswith(names[0]):  # "No, because ..."
+        names = names[:1]
+    found = re.findall(lone, text) or names
+    if stated or not found or len(found) == len({*found}) == len(choices) > 2:  # all of them
+        return stated
+    return choice_letters(choices).get(found[-1], found[-1])
 
 
 # no statement about the answer, and what a blank picture brings
@@ -1134,7 +1132,10 @@ WRAPPED = re.compile(r"\\(?:text(?:bf|it|normal|rm)?|mathrm|mathbf|mbox)\s?\{([^
 WRAPPING = re.compile(r"\\(?:text(?:bf|it|normal|rm)?|mathrm|mathbf|mbox)\s?\{|\\[()\[\],;! ]|[$*\\{}\"°]")
 # beside an open answer; a mark or word that lists (, & or) is none
 FILLER = (r"(?:[^\w,;/|&+]|\b(?:an?|the|its?|is|are|was|this|that|they|one|answer|final|correct|called|of|in|to|by|be|would|must|type|colou?r)\b){0,99}")
-SYMBOL = re.compile(r"[A-Za-z]|(?!NO\b)[A-Z]{2}|\w*[a-z][A-Z]\w*")  # mW, CO, pH: not as words
+# words, but not mW, CO, pH; nor the Mg of 5 Mg, which is not mg
+WORD = re.compile(
+    r"(?<![^\W\d_])(?!(?:[A-Za-z]|(?!NO\b)[A-Z]{2}|[^\W\d_]*[a-z][A-Z][^\W\d_]*|(?<=\d)[^\W\d_]{2})(?![^\W\d_]))"
+    r"[^\W\d_]+")
 
 
 def unwrapped(text: str) -> str:
@@ -1160,12 +1161,7 @@ def plain(text: str) -> str:
     text = re.sub("^'(.*)'$", r"\1", text)
     # 5 MW is 5MW, 3 : 1 is 3:1
     text = re.sub(r"(?<=[^\W\d_]{2})!+$|(?<=\d) (?=[A-Za-z]{1,3}\b|:)|(?<=:) (?=\d)", "", text)
-    return re.sub(r"[^\W\d_]+", in_one_case, text)
-
-
-def in_one_case(word: re.Match) -> str:
-    behind_number = len(word[0]) == 2 and word.string[:word.start()][-1:].isdigit()  # 5 Mg, 5 mg
-    return word[0] if behind_number or SYMBOL.fullmatch(word[0]) else word[0].casefold()
+    return WORD.sub(lambda word: word[0].casefold(), text)
 
 
 def same_text(answer: str, gold: str, phrase: bool) -> bool:
@@ -1200,7 +1196,7 @@ def choice_words(choices: Choices) -> re.Pattern:
     """The plain texts as words, the longest first: 5 is not in -5, 3/5 or 4:5, and no answer is not
     the answer no."""
     texts = sorted({plain(choice[:ANSWER_CHARACTERS]) for choice in choices} - {""}, key=len)
-    words = "|".join(map(re.escape, reversed(texts))) or "(?!)"
+    words = "|".join(map(re.escape, texts[::-1])) or "(?!)"
     return re.compile(
         rf"(?<![\w.+/^√-])(?<!\d[:,])(?:{words})(?![\w/^!%']|[.,:]\d|-\w)(?:(?<!\bno)|(?! \w))")
 
@@ -1298,7 +1294,7 @@ REWRITES = [(re.compile(pattern), new) for pattern, new in (
     (r"\\(?:overline|vec|hat|bar)\s?\{([A-Za-z]+)\}", r"\1"),
     (r"\\pm(?![a-z])", "±"), (r"\\mp(?![a-z])", "∓"), (r"\*\*", "^"),
     (r"\\[dtc]?(frac|binom)(?![a-z])", r"\\\1"), (r"\\(?:cdot|times|ast)(?![a-z])", "*"), (r"\\div(?![a-z])", "/"),
-    (r"\\(?:approx|simeq|doteq)(?![a-z])", "≈"), (r"\\in(?![a-z])", "="), (r"(sin|cos|tan)\s?\^\s?\{?\s?-1\s?\}?", r"arc\1"),
+    (r"\\(?:approx|simeq|doteq|in)(?![a-z])|≈", "="), (r"(sin|cos|tan)\s?\^\s?\{?\s?-1\s?\}?", r"arc\1"),
     (r"(?:sec|csc|cot|sinh|cosh|tanh)\s?\^\s?\{?\s?-1\s?\}?", "inverse"),
     (r"\\?log\s?_\s?(?:\{([^{}]*)\}|(\w))", r"\\logarithm{\1\2}\\ln "), (r"\\sqrt\s?\[([^\[\]]*)\]", r"\\root{\1}"), (r"\\?sqrt(?![a-z])", r"\\root(2)"),
     (r"\\sec(?![a-z])", r"\\frac{1}\\cos"), (r"\\csc(?![a-z])", r"\\frac{1}\\sin"), (r"\\cot(?![a-z])", r"\\frac{1}\\tan"), (r"\\neq?(?![a-z])|\\not\s?=|!=", "≠"),
@@ -1317,8 +1313,8 @@ REWRITES = [(re.compile(pattern), new) for pattern, new in (
     (r"([<>≤≥][^,]*\b)and(\b[^,]*[<>≤≥])", r"\1both\2"),  # an intersection, which is not read
     (r",?\s*\b(?:and|or)\b|;|∪|\\cup(?![a-z])", ","),
     (r"(?i)^\s*(?:(?:about|approximately|around|roughly|exactly|(?:so|thus|therefore|hence),?|(?:the )?(?:final )?answer is|there (?:are|is)|it is)\s)+", ""),
-    (rf"(?:^|(?<=,))\s*(?:\\text\{{(?!\s*(?:not|never|no)\b)[^{{}}]*\}}|{NOUN}(?:\s[a-z]+){{0,3}})?\s*[=≈]", ""),  # Area = 12
-    (rf"(?:^|(?<=,))\s*({NAME})\s?(?=[=≈<>≤≥])", r"⟨\1⟩"))]
+    (rf"(?:^|(?<=,))\s*(?:\\text\{{(?!\s*(?:not|never|no)\b)[^{{}}]*\}}|{NOUN}(?:\s[a-z]+){{0,3}})?\s*=", ""),  # Area = 12
+    (rf"(?:^|(?<=,))\s*({NAME})\s?(?=[=<>≤≥])", r"⟨\1⟩"))]
 BINARY = {  # of two arguments
     "frac": truediv, "binom": lambda n, k: factorial(n) / factorial(k) / factorial(n - k),
     "root": lambda degree, value: power(value, 1 / degree),
@@ -1330,11 +1326,11 @@ TOKEN = re.compile(
     rf"|\\?((?:(?<=\\)(?:var)?(?i:{'|'.join(GREEK)})(?![a-z])|[A-Za-z])(?:_(?:\{{\w{{1,9}}\}}|\w))?'*)|⟨([^⟩]*)⟩|(\S)")
 BRACKETS = {"(": ")]", "[": "])", "{": "}", "⟦": "⟧", "⌈": "⌉"}  # and what may close them; ⌈ and ⌉ are the bars of |x|
 END = "end"  # behind the last token
-RELATIONS = {*"=≈<>≤≥≠"}
+RELATIONS = {*"=<>≤≥≠"}
 ENDS = {END, *",)]}⟧⌉", *RELATIONS}
 PLUS, MINUS = str.maketrans("±∓", "+-"), str.maketrans("±∓", "-+")
 UPWARDS = str.maketrans(">≥", "<≤")
-INTERVALS = {"<<": "()", "<≤": "(]", "≤<": "[)", "≤≤": "[]"}
+INTERVALS = {"<<": "(,)", "<≤": "(,]", "≤<": "[,)", "≤≤": "[,]"}
 
 
 class Letter(tuple):
@@ -1344,7 +1340,7 @@ class Letter(tuple):
 @dataclass
 class Group:
     """Several values between brackets: a pair, an interval, or the rows of a matrix."""
-    brackets: str
+    shape: str  # as in (,] or [,,]
     parts: list
 
 
@@ -1462,14 +1458,12 @@ def same_relation(relation, gold) -> bool:
 def same_value(value, gold) -> bool:
     """Expressions equal wherever the gold is real, for a root is asked only where it is defined,
     and at the last place; groups part by part."""
-    if type(value) != type(gold) and Group in (type(value), type(gold)):
+    if isinstance(value, Group) and isinstance(gold, Group):
+        return value.shape == gold.shape and all(map(same_value, value.parts, gold.parts))
+    if isinstance(value, Group) or isinstance(gold, Group):
         return False
-    if isinstance(gold, Group):
-        same_shape = value.brackets == gold.brackets and len(value.parts) == len(gold.parts)
-        return same_shape and all(map(same_value, value.parts, gold.parts))
-    *pairs, last = zip(value, gold)
-    asked = {last, *(pair for pair in pairs if not isinstance(pair[1], complex))}
-    return all(equal(*pair) for pair in asked)
+    asked = [pair for pair in zip(value, gold) if not isinstance(pair[1], complex)]
+    return all(equal(*pair) for pair in {*asked, (value[-1], gold[-1])})
 
 
 def equal(value, gold) -> bool:
@@ -1546,26 +1540,22 @@ def read_claim(tokens) -> Claim:
     letters = [side for side in sides if isinstance(side, Letter)]
     values = [side for side in sides if not isinstance(side, Letter)]
     difference = () if Group in map(type, sides) else each(sub, sides[1], sides[0])
-    if len(letters) < 2 and {*signs} <= {*"=≈"}:
+    if len(letters) < 2 and {*signs} == {"="}:
         if all(rounds_to(value, values[-1]) for value in values):
             return Claim([values[0], values[-1]], *letters, sign="=", difference=difference)
     if len(letters) == 1 and {*signs} <= {*"<≤"} and all(map(is_constant, values)):
-        return Claim([as_interval(sides, signs)], *letters, sign=signs, difference=difference)
+        return Claim([interval(sides, signs, sides.index(*letters))], *letters, sign=signs, difference=difference)
     if len(sides) > 2 or is_constant(difference):
         raise ValueError("a relation of numbers, as in 17 ≈ 18")
     return Claim([], sign=signs, difference=difference)
 
 
-def as_interval(sides, signs) -> Group:
-    """x < 2 as (-infty, 2)."""
-    if isinstance(sides[0], Letter):
-        sides, signs = [everywhere(-math.inf), *sides], "<" + signs
-    if isinstance(sides[-1], Letter):
-        sides, signs = [*sides, everywhere(math.inf)], signs + "<"
-    low, _, high = sides
+def interval(sides, signs, at) -> Group:
+    """What a letter, one of the sides, lies between: of x < 2, (-infty, 2)."""
+    low, _, high = [everywhere(-math.inf), *sides, everywhere(math.inf)][at:at + 3]
     if low[0].real > high[0].real:
         raise ValueError("nothing is between")
-    return Group(INTERVALS[signs], [low, high])
+    return Group(INTERVALS[f"<{signs}<"[at:at + 2]], [low, high])
 
 
 def rounds_to(value, rounded) -> bool:
@@ -1623,7 +1613,7 @@ def read_brackets(tokens, opening):
     if closing not in BRACKETS[opening] or any(claim.name for claim in claims):
         raise ValueError("unbalanced brackets, or a relation between them")
     parts = [claim.values[0] for claim in claims]
-    value = parts[0] if len(parts) == 1 else Group(opening + closing, parts)
+    value = parts[0] if len(parts) == 1 else Group(opening + "," * (len(parts) - 1) + closing, parts)
     return each(abs, value) if opening == "⌈" else value
 
 
