@@ -1047,8 +1047,8 @@ def is_right(answer: str, question: Mapping) -> bool:
     """
     kind, golds = question.get("answer_type"), gold_texts(question)
     if kind == "choice":  # another option with the same text is right too
-        texts = dict(zip(LETTERS, choices_of(question)))
-        return golds[0] in texts and texts[answer].split() == texts[golds[0]].split()
+        texts = dict(zip(LETTERS, map(str.split, choices_of(question))))
+        return texts[answer] == texts.get(golds[0])
     if kind in ("text", "open"):
         return any(same_text(answer, gold, phrase=kind == "open") for gold in golds)
     gold = unboxed(golds[0])
@@ -1368,8 +1368,9 @@ def same_maths(answer: str, gold: str) -> bool:
         return False
     if not all(map(is_constant, golds)):  # a letter that is a factor is no unit: 2 is not 2mg
         claims = read_maths(answer)
-    in_brackets = gold.startswith("(") and same_claims(read_maths(f"({answer})"), golds)  # 1, 2
-    return same_claims(claims, golds) or in_brackets
+    if gold.startswith("(") and len(claims) > len(golds) == 1:  # 1, 2
+        claims = read_maths(f"({answer})")
+    return same_claims(claims, golds)
 
 
 @lru_cache(1024)
@@ -1407,8 +1408,9 @@ def one_number(claims) -> float:
 
 def real_number(value) -> float:
     """What a value is everywhere, where that is one real number; else nan."""
-    one = not isinstance(value, Group) and len({*value}) == 1 and not isinstance(value[0], complex)
-    return float(value[0]) if one else math.nan
+    if isinstance(value, Group) or not is_constant(value) or isinstance(value[0], complex):
+        return math.nan
+    return float(value[0])
 
 
 def is_constant(value) -> bool:
@@ -1422,9 +1424,8 @@ def is_constant(value) -> bool:
 def same_claims(claims, golds) -> bool:
     """Whether each claim is another of the golds, in whatever order; names may be left out where
     there is but one."""
-    names = {claim.name for claim in (*claims, *golds)} - {()}
-    bare = not all(claim.sign for claim in (*claims, *golds))
-    if not claims or len(claims) != len(golds) or len(names) > 1 and bare:
+    names = {claim.name for claim in (*claims, *golds) if claim.values}
+    if not claims or len(claims) != len(golds) or () in names and len(names) > 2:
         return False
     left = list(golds)
     for claim in claims:
@@ -1647,9 +1648,9 @@ def read_argument(tokens):
 def variable(name: str) -> Letter:
     """A letter's values at the PLACES, independent of every other letter's."""
     draw = random.Random(name)
-    either_sign = [draw.uniform(-2.7, 2.7) for _ in range(PLACES - 2)]
+    first, *others = [draw.uniform(-2.7, 2.7) for _ in range(PLACES - 1)]
     turned = complex(draw.uniform(0.8, 1.2), draw.uniform(0.01, 0.05))
-    return Letter([draw.uniform(0.3, 2.7), *either_sign, turned])
+    return Letter([abs(first), *others, turned])
 
 
 def everywhere(number) -> tuple:
