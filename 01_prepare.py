@@ -1301,7 +1301,6 @@ REWRITES = [(re.compile(pattern), new) for pattern, new in (
     (r"\\leq?(?:slant|q)?(?![a-z])|<=", "≤"), (r"\\geq?(?:slant|q)?(?![a-z])|>=", "≥"), (r"\\lt(?![a-z])", "<"), (r"\\gt(?![a-z])", ">"),
     (r"\^\s?\{?\s?\\circ\s?\}?|\\circ(?![a-z])|\\degree|\s?\bdegrees?\b", "°"), (r"\\?%|\s?\b(?:percent|pct)\b", " "),
     (r"\\[lr]?[vV]ert(?![a-z])|\\\|", "|"),
-    *[(r"\|([^|]*[\w)\]}!°'⌉])\s?\|", r"⌈\1⌉")] * 2,  # bars, and bars around these
     # thousands: a comma between round or square brackets separates
     (r"(?<![\d.,])\d{1,3}(?:(?:,\d{3}){1,6}(?![\d,])(?![^()\[\]]*?(?:[)\]]|\\\}))|(?:(?:\{,\}|\\,|\s)\d{3}){1,6}(?!\d))",
      lambda found: re.sub(r"\D", "", found[0])),
@@ -1325,6 +1324,7 @@ TOKEN = re.compile(
     r"|((?![abcxyz]{3}(?![A-Za-z]))(?=[A-Za-z]*[aeiou])[A-Za-z]{3,})"  # prose, no product of letters
     rf"|\\?((?:(?<=\\)(?:var)?(?i:{'|'.join(GREEK)})(?![a-z])|[A-Za-z])(?:_(?:\{{\w{{1,9}}\}}|\w))?'*)|⟨([^⟩]*)⟩|(\S)")
 BRACKETS = {"(": ")]", "[": "])", "{": "}", "⟦": "⟧", "⌈": "⌉"}  # and what may close them; ⌈ and ⌉ are the bars of |x|
+BARS = re.compile(r"\|([^|]*[\w)\]}!°'⌉])\s?\|")
 END = "end"  # behind the last token
 RELATIONS = {*"=<>≤≥≠"}
 ENDS = {END, *",)]}⟧⌉", *RELATIONS}
@@ -1351,10 +1351,10 @@ class Claim:
 
     A value is a tuple of numbers, one at each of the PLACES, or a Group.
     """
-    values: list           # of 1/3 ≈ 0.33 both; none of x^2 = 4
-    name: tuple = ()       # a Letter
-    sign: str = ""         # of a relation: =, ≠, < or ≤
+    values: list            # of 1/3 ≈ 0.33 both; none of x^2 = 4
+    sign: str = ""          # of a relation: =, ≠, < or ≤
     difference: tuple = ()  # of its sides
+    name: tuple = ()        # a Letter
 
 
 def same_maths(answer: str, gold: str) -> bool:
@@ -1493,6 +1493,8 @@ def read_maths(text: str) -> list[Claim]:
 def parse(text: str) -> list[Claim]:
     """The claims of a text in the one notation."""
     text = re.sub(r"\\text\{([^{}]*)\}", r" \1 ", text)
+    while BARS.search(text):  # the inner ones first
+        text = BARS.sub(r"⌈\1⌉", text)
     if "±" in text:
         text = f"{text.translate(PLUS)},{text.translate(MINUS)}"
     try:
@@ -1543,12 +1545,13 @@ def read_claim(tokens) -> Claim:
     difference = () if Group in map(type, sides) else each(sub, sides[1], sides[0])
     if len(letters) < 2 and {*signs} == {"="}:
         if all(rounds_to(value, values[-1]) for value in values):
-            return Claim([values[0], values[-1]], *letters, sign="=", difference=difference)
+            return Claim([values[0], values[-1]], "=", difference, *letters)
     if len(letters) == 1 and {*signs} <= {*"<≤"} and all(map(is_constant, values)):
-        return Claim([interval(sides, signs, sides.index(*letters))], *letters, sign=signs, difference=difference)
+        between = interval(sides, signs, sides.index(*letters))
+        return Claim([between], signs, difference, *letters)
     if len(sides) > 2 or is_constant(difference):
         raise ValueError("a relation of numbers, as in 17 ≈ 18")
-    return Claim([], sign=signs, difference=difference)
+    return Claim([], signs, difference)
 
 
 def interval(sides, signs, at) -> Group:
