@@ -965,18 +965,22 @@ def search_choice(text: str, choices: Choices) -> str | None:
         return known
     claims = re.findall(CLAIM + lone, text)
     either = rf"{lone}\W{{0,4}}(?:or|and|,|&)\W{{0,4}}(?!\1){lone}"
-    if len({*claims}) > 1 or re.search(CLAIM + either, text) or re.search(rf"{either}\W*$", text):
+    if len({*claims}) > 1 or re.search(CLAIM + either, text) or re.search(rf"{either}\W*$", text[-40:]):
         return None
     if claims or refused:
         return claims[-1] if claims else None
-    stated, said = read_choice(re.split(STATES, last_sentence(text))[-1], choices), plain(text)
-    names = choice_words(choices).findall(said)
-    if names and said.startswith(names[0]):  # "No, because ..."
-        names = names[:1]
-    found = re.findall(lone, text) or names
+    stated = read_choice(re.split(STATES, last_sentence(text))[-1], choices)
+    found = re.findall(lone, text) or named_choices(text, choices)
     if stated or not found or len(found) == len({*found}) == len(choices) > 2:  # all of them
         return stated
-    return choice_letters(choices).get(found[-1], found[-1])
+    return found[-1]
+
+
+def named_choices(text: str, choices: Choices) -> list[str]:
+    """The choices whose texts occur, in order; where one opens the text, that one."""
+    letters, words, said = choice_letters(choices), choice_words(choices), plain(text)
+    opening = words.match(said)  # "No, because ..."
+    return [letters[name] for name in ([opening[0]] if opening else words.findall(said))]
 
 
 # no statement about the answer, and what a blank picture brings
