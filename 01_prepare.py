@@ -845,7 +845,7 @@ def grade(
     reasoning.
     """
     response = f"<think>{response}" if think_opened else str(response)
-    response = response.replace("< ", "<").replace("</ ", "</").replace("think >", "think>")
+    response = re.sub(r"<(/?) ?think ?>", r"<\1think>", response)
     final = response.rpartition("</think>")[2]
     # reasoning that never ends answers nothing
     final = final.partition("<think>")[0][-FINAL_CHARACTERS:]
@@ -858,7 +858,7 @@ def is_well_formed(response: str, final: str) -> bool:
     """White space, <think>, reasoning, </think>, text with one box that is not empty, closing
     punctuation."""
     parts = BOX.split(final)
-    if not response.count("<think>") == response.count("</think>") == 1 or len(parts) != 3:
+    if re.findall("</?think>", response) != ["<think>", "</think>"] or len(parts) != 3:
         return False
     _, box, after = parts
     closed = after.strip(" \n\t\r$.)]\\*") == ""
@@ -870,20 +870,17 @@ def read_answer(final: str, question: Mapping, reward: bool) -> str | None:
     kind, choices = as_text(question.get("answer_type")), choices_of(question)
     rules = {} if reward else BENCHMARKS.get(as_text(question.get("source")), {})
     boxes = BOX.findall(final)
-    if kind == "choice" and not choices or reward and len(boxes) > 1:
-        return None
     if rules and not boxes:
         boxes = re.findall(r"<answer>((?:(?!</?answer>).)*)</answer>", final, re.DOTALL)
-    answer, known = ", ".join(dict.fromkeys(boxes)).strip(), None
-    if boxes and kind != "choice":
-        return answer
-    if boxes:
-        known = read_choice(answer, choices)
+    if kind == "choice" and not choices or reward and len(boxes) > 1:
+        return None
+    answer = ", ".join(dict.fromkeys(boxes)).strip() if boxes else None
+    if boxes and kind == "choice":
+        answer = read_choice(answer, choices)
     # Several boxes that name no one choice are working. A box that never closes holds nothing.
-    unclosed = not boxes and "\\boxed" in final
-    if known or len(boxes) == 1 or unclosed or kind not in rules:
-        return known
-    return rules[kind](final, choices)
+    if answer is None and len(boxes) != 1 and kind in rules and (boxes or "\\boxed" not in final):
+        return rules[kind](final, choices)
+    return answer
 
 
 # free text: where a benchmark looks for an answer that stands in no box. BENCHMARKS, below, is the
@@ -938,20 +935,17 @@ def search_number(text: str, choices: Choices = ()) -> str | None:
 
 
 def search_maths(text: str, choices: Choices = ()) -> str | None:
-    """The whole text if it is maths, else what is claimed as the answer, what is stated last, the
-    last formula or number."""
+    """The whole text if it is maths, else what is claimed as the answer or stated last, the last
+    formula or number."""
     last = last_sentence(text)
     if NEGATION.search(last) or REFUSAL.search(last):
         return None
-    candidates = [text]
-    claims = re.split(CLAIM, text)[1:]
-    if claims:
-        claim = re.split(r"\n|\. ", claims[-1][:100])[0]
-        candidates += [claim, re.split(STATES, claim)[-1]]
-    candidates.append(re.split(r"\b(?:is|are|be)\b|:", last)[-1])
-    candidates += re.findall(r"(?:\$|\\[(\[])(.{1,100}?)(?:\$|\\[)\]])", text, re.DOTALL)[-1:]
-    for candidate in candidates:
-        if is_maths(candidate, UNIT):
+    *claims, claim = re.split(CLAIM, text)
+    stated = re.split(r"\n|\. ", claim[:100])[0] if claims else last
+    formulas = re.findall(r"(?:\$|\\[(\[])(.{1,100}?)(?:\$|\\[)\]])", text, re.DOTALL)
+    ends = [re.split(r"\b(?:is|are|be)\b|:", said)[-1] for said in (stated, last)]
+    for candidate in (text, stated, *ends, *formulas[-1:]):
+        if read_measure(candidate, UNIT)[0]:
             return candidate.strip()
     return search_number(text)
 
@@ -961,38 +955,32 @@ def search_choice(text: str, choices: Choices) -> str | None:
 
     Benchmarks take the last of several; here two that are claimed, or joined by "or", are none.
     """
-    lone, last = lone_letter(choices), last_sentence(text)
-    refused = REFUSAL.search(last)
-    said = last.partition("whether")[0] if refused else last  # can't tell whether it's B
-    denied = rf"(?i:\bnot|n['’]t|\bnever) (?:be )?(?i:option |choice )?[({{*]{{0,3}}{lone}"
-    text = text.strip().removesuffix(last) + re.sub(denied, "", said)
-    first, _, more = text.strip().partition("\n")
+    lone, refused = lone_letter(choices), REFUSAL.search(last_sentence(text))
+    # can't tell whether it's B, it is not (B)
+    denied = rf"\bwhether\b[^.!?\n]*.?$|(?i:\bnot|n['’]t|\bnever) (?:be )?(?i:option |choice )?[({{*]{{0,3}}{lone}"
+    text = re.sub(denied, "", text).strip()
+    first, _, more = text.partition("\n")
     known = bare_choice(first[:ANSWER_CHARACTERS], choices)
     if known and not re.search(r"\([A-Z]\)", more):
         return known
     claims = re.findall(CLAIM + lone, text)
     either = rf"{lone}\W{{0,4}}(?:or|and|,|&)\W{{0,4}}(?!\1){lone}"
-    if re.search(CLAIM + either, text) or re.search(rf"{either}\W*$", text[-40:]):
+    if len({*claims}) > 1 or re.search(CLAIM + either, text) or re.search(rf"{either}\W*$", text[-40:]):
         return None
-    if len({*claims}) > 1:
-        return None
-    found = claims
-    if not claims and not refused:
-        found = read_choice(re.split(STATES, last)[-1], choices)
-    found = found or re.findall(lone, text) or named_choices(text, choices)
-    listed = len(found) == len({*found}) == len(choices) > 2  # all of them
-    return found[-1] if found and not listed else None
+    if claims or refused:
+        return claims[-1] if claims else None
+    stated = read_choice(re.split(STATES, last_sentence(text))[-1], choices)
+    found = re.findall(lone, text) or named_choices(text, choices)
+    if stated or not found or len(found) == len({*found}) == len(choices) > 2:  # all of them
+        return stated
+    return found[-1]
 
 
 def named_choices(text: str, choices: Choices) -> list[str]:
     """The choices whose texts occur, in order; where one opens the text, that one."""
     letters, words, said = choice_letters(choices), choice_words(choices), plain(text)
-    opening = words.match(said)
-    if opening:  # "No, because ..."
-        return [letters[opening[0]]]
-    if REFUSAL.search(last_sentence(text)):
-        return []
-    return [letters[name] for name in words.findall(said)]
+    opening = words.match(said)  # "No, because ..."
+    return [letters[name] for name in ([opening[0]] if opening else words.findall(said))]
 
 
 # no statement about the answer, and what a blank picture brings
@@ -1007,8 +995,7 @@ def search_nearest(text: str, choices: Choices) -> str | None:
     if known or not last or refused or re.search(lone_letter(choices), text):
         return known
     if NEGATION.search(last):  # it is not the largest
-        letters = choice_letters(choices)
-        return letters["no"] if letters.keys() <= {"yes", "no", "Yes", "No"} else None
+        return choice_letters(choices).get("no")
     stated = (last.partition(" is ")[2] or last)[:200]
     nearest = min(choices, key=lambda choice: edit_distance(stated, choice[:200]))
     return LETTERS[choices.index(nearest)]
@@ -1064,14 +1051,15 @@ def is_right(answer: str, question: Mapping) -> bool:
     """
     kind, golds = question.get("answer_type"), gold_texts(question)
     if kind == "choice":  # another option with the same text is right too
-        texts = dict(zip(LETTERS, choices_of(question)))
-        return golds[0] in texts and texts[answer].split() == texts[golds[0]].split()
+        texts = dict(zip(LETTERS, map(str.split, choices_of(question))))
+        return texts[answer] == texts.get(golds[0])
     if kind in ("text", "open"):
         return any(same_text(answer, gold, phrase=kind == "open") for gold in golds)
     gold = unboxed(golds[0])
     if kind == "list" and "[" not in answer:
         answer = f"[{answer}]"
-    if kind == "float" and same_number(answer, gold, question.get("precision")):
+    precision = question.get("precision")
+    if kind == "float" and precision in range(16) and same_number(answer, gold, int(precision)):
         return True
     return same_maths(answer, gold)
 
@@ -1124,7 +1112,7 @@ class Rejected(ValueError):
 def check_gold(question: Mapping):
     """Reject a question for which no answer could be graded right."""
     golds, letters = gold_texts(question), LETTERS[:len(choices_of(question))]
-    if not all(plain(gold) for gold in golds):
+    if not all(map(plain, golds)):
         raise Rejected("gold: the answer is empty")
     if question["answer_type"] == "choice" and golds[0] not in [*letters]:
         raise Rejected(
@@ -1135,7 +1123,7 @@ def reads_as_maths(question: Mapping) -> bool:
     """Whether a gold that should be a number, a list or maths can be read as such; else it is
     compared as text."""
     is_text = question["answer_type"] not in ("integer", "float", "list", "math")
-    return is_text or is_maths(unboxed(gold_texts(question)[0]), GOLD_UNIT)
+    return is_text or bool(read_measure(unboxed(gold_texts(question)[0]), GOLD_UNIT)[0])
 
 
 # text
@@ -1146,9 +1134,12 @@ MARKS = str.maketrans({"′": "'", "’": "'", "‘": "'", "“": '"', "”": '"
                        **dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff", "")})  # without a width
 WRAPPED = re.compile(r"\\(?:text(?:bf|it|normal|rm)?|mathrm|mathbf|mbox)\s?\{([^{}\\]*)\}")
 WRAPPING = re.compile(r"\\(?:text(?:bf|it|normal|rm)?|mathrm|mathbf|mbox)\s?\{|\\[()\[\],;! ]|[$*\\{}\"°]")
-SEVERAL = re.compile(r"[,;/|&+]|\b(?:or|and|yes|versus|vs|then|both|plus)\b")
-FILLER = re.compile(r"(?:\W|\b(?:an?|the|its?|is|are|was|this|that|they|one|answer|final|correct|called|of|in|to|by|be|would|must|type|colou?r)\b)*")
-SYMBOL = re.compile(r"[A-Za-z]|(?!NO\b)[A-Z]{2}|\w*[a-z][A-Z]\w*")  # mW, CO, pH: not as words
+# beside an open answer; a mark or word that lists (, & or) is none
+FILLER = (r"(?:[^\w,;/|&+]|\b(?:an?|the|its?|is|are|was|this|that|they|one|answer|final|correct|called|of|in|to|by|be|would|must|type|colou?r)\b){0,99}")
+# words, but not mW, CO, pH; nor the Mg of 5 Mg, which is not mg
+WORD = re.compile(
+    r"(?<![^\W\d_])(?!(?:[A-Za-z]|(?!NO\b)[A-Z]{2}|[^\W\d_]*[a-z][A-Z][^\W\d_]*|(?<=\d)[^\W\d_]{2})(?![^\W\d_]))"
+    r"[^\W\d_]+")
 
 
 def unwrapped(text: str) -> str:
@@ -1174,12 +1165,7 @@ def plain(text: str) -> str:
     text = re.sub("^'(.*)'$", r"\1", text)
     # 5 MW is 5MW, 3 : 1 is 3:1
     text = re.sub(r"(?<=[^\W\d_]{2})!+$|(?<=\d) (?=[A-Za-z]{1,3}\b|:)|(?<=:) (?=\d)", "", text)
-    return re.sub(r"[^\W\d_]+", in_one_case, text)
-
-
-def in_one_case(word: re.Match) -> str:
-    behind_number = len(word[0]) == 2 and word.string[:word.start()][-1:].isdigit()  # 5 Mg, 5 mg
-    return word[0] if behind_number or SYMBOL.fullmatch(word[0]) else word[0].casefold()
+    return WORD.sub(lambda word: word[0].casefold(), text)
 
 
 def same_text(answer: str, gold: str, phrase: bool) -> bool:
@@ -1189,15 +1175,13 @@ def same_text(answer: str, gold: str, phrase: bool) -> bool:
     Unlike MMMU's, the phrase may not list several things or deny one: naming everything is
     no answer.
     """
-    if re.search(r"\d", gold) and one_number(gold) is not None:
+    if re.search(r"\d", gold) and math.isfinite(one_number(read_maths(gold))):
         return same_maths(answer, gold) or phrase and same_number(answer, gold, 2)
     answer, gold = plain(answer[:FINAL_CHARACTERS]), plain(gold)
     if answer == gold or not gold or not phrase:
         return answer == gold != ""
-    rest = re.sub(rf"(?<![\w.+^'-]){re.escape(gold)}(?![\w+^'-]|\.\d)", "", answer, count=1)
-    if rest == answer or len(rest) >= 100:
-        return False
-    return FILLER.fullmatch(rest) is not None and not SEVERAL.search(rest)
+    words = rf"(?<![\w.+^'-]){re.escape(gold)}(?![\w+^'-]|\.\d)"
+    return re.fullmatch(f"{FILLER}{words}{FILLER}", answer) is not None
 
 
 # choices
@@ -1216,7 +1200,7 @@ def choice_words(choices: Choices) -> re.Pattern:
     """The plain texts as words, the longest first: 5 is not in -5, 3/5 or 4:5, and no answer is not
     the answer no."""
     texts = sorted({plain(choice[:ANSWER_CHARACTERS]) for choice in choices} - {""}, key=len)
-    words = "|".join(map(re.escape, reversed(texts))) or "(?!)"
+    words = "|".join(map(re.escape, texts[::-1])) or "(?!)"
     return re.compile(
         rf"(?<![\w.+/^√-])(?<!\d[:,])(?:{words})(?![\w/^!%']|[.,:]\d|-\w)(?:(?<!\bno)|(?! \w))")
 
@@ -1232,15 +1216,15 @@ def lone_letter(choices: Choices) -> str:
 def bare_choice(text: str, choices: Choices) -> str | None:
     """The choice that a text is, and nothing else: a letter, a choice's text, or both as in "C. A
     to B"."""
-    texts, letters = choice_letters(choices), LETTERS[:len(choices)]
-    letter = re.fullmatch(r"\(?([A-Za-z])\s?[).:]*", plain(text))
-    if letter and letter[1].upper() in letters:
-        return letter[1].upper()
+    texts, values = choice_letters(choices), dict(zip(LETTERS, choices))
+    letter = plain(text).strip("().: ").upper()
     known = texts.get(text.strip()) or texts.get(plain(text))
-    both = re.match(rf"[\s(]{{0,3}}([{letters}])[).:=\s]{{1,3}}(?=\S)", text)
-    if not known and both and same_maths(text[both.end():], choices[LETTERS.index(both[1])]):
+    both = re.match(r"[\s(]{0,3}([A-Z])[).:=\s]{1,3}(?=\S)", text)
+    if letter in values or known:
+        return letter if letter in values else known
+    if both and both[1] in values and same_maths(text[both.end():], values[both[1]]):
         return both[1]
-    return known
+    return None
 
 
 # beside a number it is another: more than 12, 12 thousand, minus 12
@@ -1257,20 +1241,16 @@ def read_choice(text: str, choices: Choices) -> str | None:
     known = bare_choice(text, choices)
     if known:
         return known
-    letters, words, said = choice_letters(choices), choice_words(choices), plain(text)
-    named = {*re.findall(lone_letter(choices), text)}
-    lettered = len(named) > 0
-    if not named and read_maths(text):  # 1.8 for \frac{9}{5}; as words, 5 would stand in -5
+    lettered = {*re.findall(lone_letter(choices), text)}
+    if not lettered and read_maths(text):  # 1.8 for \frac{9}{5}; as words, 5 would stand in -5
         named = {letter for letter, choice in zip(LETTERS, choices) if same_maths(text, choice)}
-    else:
-        named.update(letters[found] for found in words.findall(said))
-        rest = words.sub(" ", said)
-        if NEGATION.search(rest):  # isn't stable, A is wrong
-            return None
-        numeric = re.search(r"\d", "".join(choices[LETTERS.index(letter)] for letter in named))
-        if numeric and not lettered and CHANGES.search(rest):
-            return None
-    return named.pop() if len(named) == 1 else None
+        return named.pop() if len(named) == 1 else None
+    words, said = choice_words(choices), plain(text)
+    named = lettered | {choice_letters(choices)[name] for name in words.findall(said)}
+    rest = words.sub(" ", said)
+    if NEGATION.search(rest) or len(named) != 1:  # isn't stable, A is wrong
+        return None
+    return None if not lettered and CHANGES.search(rest) else named.pop()
 
 
 # maths: small, bounded arithmetic instead of a computer algebra system
@@ -1281,7 +1261,7 @@ def read_choice(text: str, choices: Choices) -> str | None:
 
 PLACES = 8  # positive, then of either sign, for x is not |x|; the last complex, for ab is not |ab|
 CONSTANTS = {"pi": math.pi, "e": math.e, "i": 1j, "infty": math.inf}
-FUNCTIONS = {name: getattr(cmath, name) for name in "sqrt exp sin cos tan sinh cosh tanh".split()} | {
+FUNCTIONS = {name: getattr(cmath, name) for name in "exp sin cos tan sinh cosh tanh".split()} | {
     "ln": cmath.log, "log": cmath.log10, "lg": cmath.log10, "abs": abs,
     "arcsin": cmath.asin, "arccos": cmath.acos, "arctan": cmath.atan}
 GREEK = ("alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho varsigma sigma tau "
@@ -1318,9 +1298,9 @@ REWRITES = [(re.compile(pattern), new) for pattern, new in (
     (r"\\(?:overline|vec|hat|bar)\s?\{([A-Za-z]+)\}", r"\1"),
     (r"\\pm(?![a-z])", "±"), (r"\\mp(?![a-z])", "∓"), (r"\*\*", "^"),
     (r"\\[dtc]?(frac|binom)(?![a-z])", r"\\\1"), (r"\\(?:cdot|times|ast)(?![a-z])", "*"), (r"\\div(?![a-z])", "/"),
-    (r"\\(?:approx|simeq|doteq)(?![a-z])", "≈"), (r"\\in(?![a-z])", "="), (r"(sin|cos|tan)\s?\^\s?\{?\s?-1\s?\}?", r"arc\1"),
+    (r"\\(?:approx|simeq|doteq|in)(?![a-z])|≈", "="), (r"(sin|cos|tan)\s?\^\s?\{?\s?-1\s?\}?", r"arc\1"),
     (r"(?:sec|csc|cot|sinh|cosh|tanh)\s?\^\s?\{?\s?-1\s?\}?", "inverse"),
-    (r"\\?log\s?_\s?(?:\{([^{}]*)\}|(\w))", r"\\logarithm{\1\2}"), (r"\\sqrt\s?\[([^\[\]]*)\]", r"\\root{\1}"),
+    (r"\\?log\s?_\s?(?:\{([^{}]*)\}|(\w))", r"\\logarithm{\1\2}\\ln "), (r"\\sqrt\s?\[([^\[\]]*)\]", r"\\root{\1}"), (r"\\?sqrt(?![a-z])", r"\\root(2)"),
     (r"\\sec(?![a-z])", r"\\frac{1}\\cos"), (r"\\csc(?![a-z])", r"\\frac{1}\\sin"), (r"\\cot(?![a-z])", r"\\frac{1}\\tan"), (r"\\neq?(?![a-z])|\\not\s?=|!=", "≠"),
     (r"\\leq?(?:slant|q)?(?![a-z])|<=", "≤"), (r"\\geq?(?:slant|q)?(?![a-z])|>=", "≥"), (r"\\lt(?![a-z])", "<"), (r"\\gt(?![a-z])", ">"),
     (r"\^\s?\{?\s?\\circ\s?\}?|\\circ(?![a-z])|\\degree|\s?\bdegrees?\b", "°"), (r"\\?%|\s?\b(?:percent|pct)\b", " "),
@@ -1336,24 +1316,25 @@ REWRITES = [(re.compile(pattern), new) for pattern, new in (
     (r"([<>≤≥][^,]*\b)and(\b[^,]*[<>≤≥])", r"\1both\2"),  # an intersection, which is not read
     (r",?\s*\b(?:and|or)\b|;|∪|\\cup(?![a-z])", ","),
     (r"(?i)^\s*(?:(?:about|approximately|around|roughly|exactly|(?:so|thus|therefore|hence),?|(?:the )?(?:final )?answer is|there (?:are|is)|it is)\s)+", ""),
-    (rf"(?:^|(?<=,))\s*(?:\\text\{{(?!\s*(?:not|never|no)\b)[^{{}}]*\}}|{NOUN}(?:\s[a-z]+){{0,3}})?\s*[=≈]", ""),  # Area = 12
-    (rf"(?:^|(?<=,))\s*({NAME})\s?(?=[=≈<>≤≥])", r"⟨\1⟩"))]
+    (rf"(?:^|(?<=,))\s*(?:\\text\{{(?!\s*(?:not|never|no)\b)[^{{}}]*\}}|{NOUN}(?:\s[a-z]+){{0,3}})?\s*=", ""),  # Area = 12
+    (rf"(?:^|(?<=,))\s*({NAME})\s?(?=[=<>≤≥])", r"⟨\1⟩"))]
 BINARY = {  # of two arguments
     "frac": truediv, "binom": lambda n, k: factorial(n) / factorial(k) / factorial(n - k),
     "root": lambda degree, value: power(value, 1 / degree),
-    "logarithm": lambda base, value: cmath.log(value) / cmath.log(base)}
+    "logarithm": lambda base, natural: natural / cmath.log(base)}
 KNOWN = "|".join(["pi", "infty", *sorted([*BINARY, *FUNCTIONS], key=len, reverse=True)])
 TOKEN = re.compile(
     rf"\\?((?:{KNOWN})(?![a-z])|\d{{1,60}}(?:\.(?:\d{{1,60}}|(?!\()))?(?:[eE][-+]?\d{{1,2}}(?![\d.]))?)"
     r"|((?![abcxyz]{3}(?![A-Za-z]))(?=[A-Za-z]*[aeiou])[A-Za-z]{3,})"  # prose, no product of letters
     rf"|\\?((?:(?<=\\)(?:var)?(?i:{'|'.join(GREEK)})(?![a-z])|[A-Za-z])(?:_(?:\{{\w{{1,9}}\}}|\w))?'*)|⟨([^⟩]*)⟩|(\S)")
 BRACKETS = {"(": ")]", "[": "])", "{": "}", "⟦": "⟧", "⌈": "⌉"}  # and what may close them; ⌈ and ⌉ are the bars of |x|
+BARS = re.compile(r"\|([^|]*[\w)\]}!°'⌉])\s?\|")
 END = "end"  # behind the last token
-RELATIONS = {*"=≈<>≤≥≠"}
+RELATIONS = {*"=<>≤≥≠"}
 ENDS = {END, *",)]}⟧⌉", *RELATIONS}
 PLUS, MINUS = str.maketrans("±∓", "+-"), str.maketrans("±∓", "-+")
 UPWARDS = str.maketrans(">≥", "<≤")
-OPENING, CLOSING = {"<": "(", "≤": "["}, {"<": ")", "≤": "]"}  # of an interval
+INTERVALS = {"<<": "(,)", "<≤": "(,]", "≤<": "[,)", "≤≤": "[,]"}
 
 
 class Letter(tuple):
@@ -1363,21 +1344,21 @@ class Letter(tuple):
 @dataclass
 class Group:
     """Several values between brackets: a pair, an interval, or the rows of a matrix."""
-    brackets: str
+    shape: str  # as in (,] or [,,]
     parts: list
 
 
 @dataclass
 class Claim:
-    """One thing that an answer says: a value, perhaps named (x = 3), or a relation between two
-    sides.
+    """One thing that an answer says: a value, perhaps named (x = 3, x < 3), or a relation between
+    two sides.
 
-    A value is a tuple of numbers, one at each of the PLACES, or a Group; a relation's is the
-    difference of its sides.
+    A value is a tuple of numbers, one at each of the PLACES, or a Group.
     """
-    values: list      # of 1/3 ≈ 0.33 both
-    name: tuple = ()  # a Letter
-    sign: str = ""    # of a relation: =, ≠, < or ≤
+    values: list            # of 1/3 ≈ 0.33 both; none of x^2 = 4
+    sign: str = ""          # of a relation: =, ≠, < or ≤
+    difference: tuple = ()  # of its sides
+    name: tuple = ()        # a Letter
 
 
 def same_maths(answer: str, gold: str) -> bool:
@@ -1385,80 +1366,60 @@ def same_maths(answer: str, gold: str) -> bool:
     but not be another."""
     if plain(answer[:FINAL_CHARACTERS]) == plain(gold) != "":
         return True
-    marks, gold_marks = unit_marks(answer[:ANSWER_CHARACTERS]), unit_marks(gold)
-    if marks and gold_marks and marks != gold_marks:  # 30% is not 30°
+    claims, unit = read_measure(answer, UNIT)
+    golds, gold_unit = read_measure(gold, GOLD_UNIT)
+    if unit and gold_unit and unit != gold_unit:  # mW is not MW, 30% is not 30°
         return False
-    if same_claims(read_maths(answer), read_maths(gold)) and not (marks and GOLD_UNIT.search(rewrite(gold))):
-        return True
-    if gold.startswith("(") and same_claims(read_maths(f"({answer})"), read_maths(gold)):  # 1, 2
-        return True
-    answer, unit = without_unit(answer, UNIT)
-    gold, gold_unit = without_unit(gold, GOLD_UNIT)
-    if not unit and not gold_unit:
-        return False
-    if not same_unit(unit or marks or gold_unit, gold_unit or gold_marks or unit):
-        return False
-    golds = read_maths(gold)  # a letter that is a factor is no unit: 2 is not 2mg
-    if not all(is_constant(gold.values[0]) for gold in golds):
-        return False
-    return same_claims(read_maths(answer), golds)
+    if not all(map(is_constant, golds)):  # a letter that is a factor is no unit: 2 is not 2mg
+        claims = read_maths(answer)
+    if gold.startswith("(") and len(claims) > len(golds) == 1:  # 1, 2
+        claims = read_maths(f"({answer})")
+    return same_claims(claims, golds)
 
 
-def same_unit(unit: str, gold: str) -> bool:
-    """mW is not MW; words count as their symbols (square metres, m^2)."""
-    for pattern, symbol in UNIT_NAMES:
-        unit, gold = pattern.sub(symbol, unit), pattern.sub(symbol, gold)
-    return unit == gold
+@lru_cache(1024)
+def read_measure(text: str, units: re.Pattern) -> tuple[list[Claim], str]:
+    """What a text claims without the units of its values, and the first of these, as a symbol."""
+    value = rewrite(text)
+    found, marks = units.search(value), "".join(sorted({*UNIT_MARK.findall(text)}))
+    unit = re.sub(r"\\text|[{}\s.]", "", found[0] if found else marks)
+    for name, symbol in UNIT_NAMES:
+        unit = re.sub(name, symbol, unit)
+    return parse(units.sub("", value)), unit
 
 
-UNIT_NAMES = [(re.compile(name), symbol) for name, symbol in (
-    (r"^(?:sq|square)(?!s)(.+)", r"\1^2"), (r"^cubic(.+)", r"\1^3"), ("milli(?=[mgls])", "m"),
+UNIT_MARK = re.compile(r"°|\\circ|degrees?\b|%|\bpercent\b|\\\$|\bdollars?\b")  # rewrite() drops them
+UNIT_NAMES = (
+    (r"\\circ|degrees?", "°"), ("percent", "%"), (r"\\\$|dollars?", "$"),
+    ("^(?:sq|square)(?!s)(.+)", r"\1^2"), ("^cubic(.+)", r"\1^3"), ("milli(?=[mgls])", "m"),
     ("centi(?=m)", "c"), ("kilo(?=[mgw])", "k"), ("met(?:er|re)s?", "m"), ("gram(?:me)?s?", "g"),
     ("lit(?:er|re)s?", "L"), ("seconds?|secs?", "s"), ("minutes?|mins?", "min"),
     ("hours?|hrs?", "h"), ("inch(?:es)?", "in"), ("f(?:ee|oo)t", "ft"), ("miles?", "mi"),
-    ("watts?", "W"), ("volts?", "V"), ("newtons?", "N"), ("joules?", "J"), ("dollars?", "$"), ("(?<=[a-z]{3})s$", ""))]
-UNIT_MARKS = {"°": r"°|\\circ|degrees?\b", "%": r"%|\bpercent\b", "$": r"\\\$|\bdollars?\b"}  # rewrite() drops them
+    ("watts?", "W"), ("volts?", "V"), ("newtons?", "N"), ("joules?", "J"), ("(?<=[a-z]{3})s$", ""))
 
 
-def unit_marks(text: str) -> str:
-    return "".join(mark for mark, pattern in UNIT_MARKS.items() if re.search(pattern, text))
-
-
-def without_unit(text: str, pattern: re.Pattern) -> tuple[str, str]:
-    """A text without the units of its values, and the first of them."""
-    text = rewrite(text)
-    found = pattern.search(text)
-    return pattern.sub("", text), re.sub(r"\\text|[{}\s.]", "", found[0]) if found else ""
-
-
-def is_maths(text: str, unit: re.Pattern) -> bool:
-    """Whether a text can be read as maths, with or without its unit."""
-    return bool(read_maths(text) or read_maths(without_unit(text, unit)[0]))
-
-
-def same_number(answer: str, gold: str, decimals) -> bool:
+def same_number(answer: str, gold: str, decimals: int) -> bool:
     """Equal when rounded to the gold's decimals, as MathVista has it."""
-    value = one_number(without_unit(answer, UNIT)[0])
-    number = one_number(without_unit(gold, GOLD_UNIT)[0])
-    if value is None or number is None or not isinstance(decimals, int) or not 0 <= decimals <= 15:
-        return False
+    value = one_number(read_measure(answer, UNIT)[0])
+    number = one_number(read_measure(gold, GOLD_UNIT)[0])
     return round(value, decimals) == round(number, decimals)
 
 
-def one_number(text: str) -> float | None:
-    """The one real number that a text says; else None."""
-    claims = read_maths(text)
-    return real_number(claims[0].values[-1]) if len(claims) == 1 and not claims[0].sign else None
+def one_number(claims) -> float:
+    """The one real number that claims are; else nan, which equals nothing."""
+    return real_number(claims[0].values[-1]) if len(claims) == 1 and claims[0].values else math.nan
 
 
-def real_number(value) -> float | None:
-    """What a value is everywhere, where that is one real number; else None."""
+def real_number(value) -> float:
+    """What a value is everywhere, where that is one real number; else nan."""
     if isinstance(value, Group) or not is_constant(value) or isinstance(value[0], complex):
-        return None
+        return math.nan
     return float(value[0])
 
 
 def is_constant(value) -> bool:
+    if isinstance(value, Claim):
+        return all(map(is_constant, value.values or [value.difference]))
     if isinstance(value, Group):
         return all(map(is_constant, value.parts))
     return len({*value}) == 1
@@ -1467,58 +1428,47 @@ def is_constant(value) -> bool:
 def same_claims(claims, golds) -> bool:
     """Whether each claim is another of the golds, in whatever order; names may be left out where
     there is but one."""
-    names = {claim.name for claim in (*claims, *golds)} - {()}
+    names = {claim.name for claim in (*claims, *golds) if claim.values}
+    if not claims or len(claims) != len(golds) or () in names and len(names) > 2:
+        return False
     left = list(golds)
     for claim in claims:
         fits = [gold for gold in left if same_claim(claim, gold)]
-        if len(names) > 1:
-            fits = [gold for gold in fits if bool(claim.name) == bool(gold.name)]
         if not fits:
             return False
         left.remove(fits[0])
-    return len(claims) > 0 and not left
+    return True
 
 
 def same_claim(claim, gold) -> bool:
     """A name on the left of a plain value may be left out; another name is another claim."""
-    other_names = claim.name and gold.name and claim.name != gold.name
-    if claim.sign or gold.sign or other_names:
-        return same_relation(as_relation(claim), as_relation(gold))
-    if gold.name and not claim.name and not is_constant(gold.values[0]):
+    if not claim.values or not gold.values or claim.name and gold.name and claim.name != gold.name:
+        return same_relation(claim, gold)
+    if gold.name and not claim.name and not is_constant(gold):
         return False
     return any(same_value(*pair) for pair in product(claim.values, gold.values))
-
-
-def same_value(value, gold) -> bool:
-    """Expressions equal wherever the gold is real, for a root is asked only where it is defined,
-    and at the last place; groups part by part."""
-    if isinstance(gold, Group) and isinstance(value, Group):
-        same_shape = value.brackets == gold.brackets and len(value.parts) == len(gold.parts)
-        return same_shape and all(map(same_value, value.parts, gold.parts))
-    if isinstance(gold, Group) or isinstance(value, Group):
-        return False
-    *pairs, last = zip(value, gold)
-    asked = {last, *(pair for pair in pairs if not isinstance(pair[1], complex))}
-    asked = [pair for pair in asked if not cmath.isnan(pair[1])]  # too large there
-    return len(asked) > 0 and all(equal(*pair) for pair in asked)
-
-
-def as_relation(claim) -> Claim:
-    """x = 3 as x - 3 = 0."""
-    if claim.sign or not claim.name or isinstance(claim.values[0], Group):
-        return claim
-    return Claim([each(sub, claim.name, claim.values[0])], sign="=")
 
 
 def same_relation(relation, gold) -> bool:
     """Relations hold in the same places where their differences are a constant factor apart, in an
     inequality a positive one."""
-    if not relation.sign or relation.sign != gold.sign:
+    factors = each(truediv, relation.difference, gold.difference)
+    if relation.sign != gold.sign or not factors:
         return False
-    factors = each(truediv, relation.values[0], gold.values[0])
     if gold.sign in "<≤" and not factors[0].real > 0:
         return False
     return all(equal(factor, factors[0]) for factor in factors)
+
+
+def same_value(value, gold) -> bool:
+    """Expressions equal wherever the gold is real, for a root is asked only where it is defined,
+    and at the last place; groups part by part."""
+    if isinstance(value, Group) and isinstance(gold, Group):
+        return value.shape == gold.shape and all(map(same_value, value.parts, gold.parts))
+    if isinstance(value, Group) or isinstance(gold, Group):
+        return False
+    asked = [pair for pair in zip(value, gold) if not isinstance(pair[1], complex)]
+    return all(equal(*pair) for pair in {*asked, (value[-1], gold[-1])})
 
 
 def equal(value, gold) -> bool:
@@ -1541,29 +1491,31 @@ def rewrite(text: str) -> str:
 @lru_cache(1024)
 def read_maths(text: str) -> list[Claim]:
     """What a text claims, with commas, "and" or "or" between; none where it is no maths."""
-    text, claims = re.sub(r"\\text\{([^{}]*)\}", r" \1 ", rewrite(text)), []
+    return parse(rewrite(text))
+
+
+def parse(text: str) -> list[Claim]:
+    """The claims of a text in the one notation."""
+    text = re.sub(r"\\text\{([^{}]*)\}", r" \1 ", text)
+    while BARS.search(text):  # the inner ones first
+        text = BARS.sub(r"⌈\1⌉", text)
+    if "±" in text:
+        text = f"{text.translate(PLUS)},{text.translate(MINUS)}"
     try:
-        for signs in (PLUS, MINUS) if "±" in text else (PLUS,):
-            tokens = [END, *reversed(tokenize(text.translate(signs)))]
-            claims += read_claims(tokens)
-            if tokens != [END]:
-                raise ValueError("more brackets close than open")
+        tokens = [END, *reversed(tokenize(text))]
+        claims = read_claims(tokens)
     except (ValueError, LookupError, RecursionError, TypeError):
         # a mark in the place of a number, brackets too deep, arithmetic with a pair
         return []
-    return claims
+    return claims if tokens == [END] else []  # more brackets close than open
 
 
 def tokenize(text: str) -> list[str]:
-    """Functions, numbers, names as in ⟨x⟩, and marks; bars as brackets that open and close."""
-    tokens, bars = [], 0
+    """Functions, numbers, names as in ⟨x⟩, and marks."""
+    tokens = []
     for known, prose, letter, name, mark in TOKEN.findall(text):
         if prose:
             raise ValueError(f"{prose} is prose, not a product")
-        if mark == "|":
-            closes = bars and (tokens[-1][-1].isalnum() or tokens[-1][-1] in ")]}⌉⟩!°")
-            bars += -1 if closes else 1
-            mark = "⌉" if closes else "⌈"
         constant = letter if letter in CONSTANTS else ""
         tokens.append(known or constant or mark or f"⟨{letter or name}⟩")
     return tokens
@@ -1581,12 +1533,6 @@ def read_claims(tokens) -> list[Claim]:
     return claims
 
 
-def as_group(brackets, claims) -> Group:
-    if any(claim.sign or claim.name for claim in claims):
-        raise ValueError("a relation between brackets")
-    return Group(brackets, [claim.values[0] for claim in claims])
-
-
 def read_claim(tokens) -> Claim:
     """A value that may be worked out (x = 1 + 2 = 3, 1/3 ≈ 0.33), a letter's interval, else two
     sides."""
@@ -1594,42 +1540,37 @@ def read_claim(tokens) -> Claim:
     while tokens[-1] in RELATIONS:
         signs += tokens.pop()
         sides.append(read_terms(tokens))
-    if signs and signs[0] in ">≥":
+    if not signs:
+        return Claim(sides)
+    if signs[0] in ">≥":
         sides, signs = sides[::-1], signs[::-1].translate(UPWARDS)
     letters = [side for side in sides if isinstance(side, Letter)]
     values = [side for side in sides if not isinstance(side, Letter)]
-    if not signs:
-        return Claim(sides)
-    if len(letters) < 2 and {*signs} <= {*"=≈"}:
+    difference = () if Group in map(type, sides) else each(sub, sides[1], sides[0])
+    if len(letters) < 2 and {*signs} == {"="}:
         if all(rounds_to(value, values[-1]) for value in values):
-            return Claim([values[0], values[-1]], *letters)
+            return Claim([values[0], values[-1]], "=", difference, *letters)
     if len(letters) == 1 and {*signs} <= {*"<≤"} and all(map(is_constant, values)):
-        return Claim([as_interval(sides, signs)], *letters)
-    left, right = sides  # if there are more, they differ: ValueError
-    difference = each(sub, right, left)
-    if is_constant(difference):
+        between = interval(sides, signs, sides.index(*letters))
+        return Claim([between], signs, difference, *letters)
+    if len(sides) > 2 or is_constant(difference):
         raise ValueError("a relation of numbers, as in 17 ≈ 18")
-    return Claim([difference], sign=signs)
+    return Claim([], signs, difference)
 
 
-def as_interval(sides, signs) -> Group:
-    """x < 2 as (-infty, 2)."""
-    if isinstance(sides[0], Letter):
-        sides, signs = [everywhere(-math.inf), *sides], "<" + signs
-    if isinstance(sides[-1], Letter):
-        sides, signs = [*sides, everywhere(math.inf)], signs + "<"
-    low, _, high = sides
+def interval(sides, signs, at) -> Group:
+    """What a letter, one of the sides, lies between: of x < 2, (-infty, 2)."""
+    low, _, high = [everywhere(-math.inf), *sides, everywhere(math.inf)][at:at + 3]
     if low[0].real > high[0].real:
         raise ValueError("nothing is between")
-    return Group(OPENING[signs[0]] + CLOSING[signs[1]], [low, high])
+    return Group(INTERVALS[f"<{signs}<"[at:at + 2]], [low, high])
 
 
 def rounds_to(value, rounded) -> bool:
     """Whether a value is another, or is that when rounded to its decimals."""
-    number, short = real_number(value), real_number(rounded)
-    if same_value(value, rounded) or number is None or short is None:
-        return same_value(value, rounded)
-    return round(number, len(str(short).partition(".")[2])) == short
+    short = real_number(rounded)
+    decimals = len(str(short).partition(".")[2])
+    return same_value(value, rounded) or round(real_number(value), decimals) == short
 
 
 def read_terms(tokens, rank=1):
@@ -1663,7 +1604,7 @@ def read_atom(tokens):
     elif token in BRACKETS:
         value = read_brackets(tokens, token)
     elif token in BINARY:
-        value = each(BINARY[token], read_atom(tokens), read_argument(tokens, token))
+        value = each(BINARY[token], read_atom(tokens), read_atom(tokens))
     elif token in FUNCTIONS:
         value = read_function(tokens, token)
     else:
@@ -1676,11 +1617,11 @@ def read_atom(tokens):
 
 def read_brackets(tokens, opening):
     """The value between brackets or bars; several values as a group."""
-    parts, closing = read_claims(tokens), tokens.pop()
-    if closing not in BRACKETS[opening]:
-        raise ValueError("unbalanced brackets")
-    group = as_group(opening + closing, parts)
-    value = group if len(parts) > 1 else group.parts[0]
+    claims, closing = read_claims(tokens), tokens.pop()
+    if closing not in BRACKETS[opening] or any(claim.name for claim in claims):
+        raise ValueError("unbalanced brackets, or a relation between them")
+    parts = [claim.values[0] for claim in claims]
+    value = parts[0] if len(parts) == 1 else Group(opening + "," * (len(parts) - 1) + closing, parts)
     return each(abs, value) if opening == "⌈" else value
 
 
@@ -1691,15 +1632,15 @@ def read_function(tokens, name):
         tokens.pop()
         exponent = read_atom(tokens)
     degrees = tokens.count("°")
-    value = read_argument(tokens, name)
+    value = read_argument(tokens)
     if tokens.count("°") < degrees:
         value = each(mul, value, everywhere(math.pi / 180))
     return each(power, each(FUNCTIONS[name], value), exponent)
 
 
-def read_argument(tokens, name):
+def read_argument(tokens):
     """What brackets hold, else factors side by side: the 2x of sin 2x cos x."""
-    if tokens[-1] in BRACKETS or name in ("sqrt", "frac", "binom", "root"):
+    if tokens[-1] in BRACKETS:
         return read_atom(tokens)
     value = read_terms(tokens, 3)
     while tokens[-1][0] == "⟨" or tokens[-1] in ("pi", "frac"):
@@ -1714,9 +1655,9 @@ def read_argument(tokens, name):
 def variable(name: str) -> Letter:
     """A letter's values at the PLACES, independent of every other letter's."""
     draw = random.Random(name)
-    either_sign = [draw.uniform(-2.7, 2.7) for _ in range(PLACES - 2)]
-    turned = cmath.rect(draw.uniform(0.8, 1.2), draw.uniform(0.01, 0.05))
-    return Letter([draw.uniform(0.3, 2.7), *either_sign, turned])
+    first, *others = [draw.uniform(-2.7, 2.7) for _ in range(PLACES - 1)]
+    turned = complex(draw.uniform(0.8, 1.2), draw.uniform(0.01, 0.05))
+    return Letter([abs(first), *others, turned])
 
 
 def everywhere(number) -> tuple:
@@ -1745,15 +1686,12 @@ def at_place(apply, *numbers):
 def power(base, exponent):
     """Exact for small whole exponents, else in floating point, where what is huge overflows at
     once. The cube root of -8 is -2."""
-    if not isinstance(exponent, Fraction) or isinstance(base, complex):
-        return complex(base) ** complex(exponent)
-    if base < 0 and exponent.denominator % 2 == 1:
-        size = power(-base, exponent)
-        return -size if exponent.numerator % 2 == 1 else size
-    exact = isinstance(base, Fraction) and base.denominator < 10 ** 9
-    if exact and exponent.denominator == 1 and abs(exponent) <= 64:
-        return base ** exponent
-    return complex(base) ** complex(exponent)
+    odd_root = isinstance(exponent, Fraction) and exponent.denominator % 2 == 1
+    if odd_root and not isinstance(base, complex) and base < 0:
+        return (-1) ** exponent.numerator * power(-base, exponent)
+    if abs(exponent) > 64 or isinstance(base, Fraction) and base.denominator > 10 ** 9:
+        base = complex(base)
+    return base ** exponent
 
 
 def factorial(value) -> Fraction:

@@ -382,6 +382,10 @@ def test_a_gold_that_is_no_maths_is_compared_as_text(prepare, about):
     assert boxed(prepare, about[1].upper() if about[0] == "integer" else about[1], *about) and not boxed(prepare, "2", *about)
 
 
+def test_an_answer_is_kept_as_it_was_written(prepare):
+    assert prepare.grade("<think>?</think>\\boxed{x < 3}", question("math", "x<2")).answer == "x < 3"
+
+
 def test_which_golds_read_as_maths(prepare):
     for about in (("math", "12 cm"), ("math", "x<2"), ("float", "2.5"), ("list", "[1, 2]"), ("text", "red"), ("math", "\\boxed{3} \\boxed{5}")):
         assert prepare.reads_as_maths(question(*about)), about
@@ -792,8 +796,14 @@ KINDS = [
      ["x>2 or x<0"],
      ["x<0 and x>2"]),
     ("math", "x<2",
-     [],
-     ["2x<2", "x<=2"]),
+     ["x-2<0", "-x > -2"],
+     ["2x<2", "x<=2", "x-2>0", "-x<-2"]),
+    ("math", "m+n \\text{ cm}",
+     ["m+n", "n+m"],
+     ["m-n", "m+n km"]),
+    ("math", "|||1|-x||",
+     ["|x-1|", "||x-1||"],
+     ["x-1", "|x|-1"]),
     ("math", "(3,-1)",
      ["(3,-1)"],
      ["3<x<-1"]),
