@@ -37,7 +37,7 @@ import sys
 import threading
 import unicodedata
 import warnings
-from argparse import SUPPRESS, RawDescriptionHelpFormatter
+from argparse import RawDescriptionHelpFormatter
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -104,8 +104,10 @@ PRESETS = {
 
 
 def option(default, help: str):
-    """A config field with its reason or unit, which `--help` shows."""
-    if isinstance(default, (list, dict)):
+    """A config field with its reason or unit, which `--help` shows, as its default where it has one."""
+    if default not in (None, []):
+        help += " (default: %(default)s)"
+    if isinstance(default, list):
         return field(default_factory=default.copy, metadata={"help": help})
     return field(default=default, metadata={"help": help})
 
@@ -224,29 +226,25 @@ def check_config(config: Config) -> dict[str, Path]:
 
 def is_current(data, study, plan):
     """Whether a study was made by this plan, and its artifacts are there as they were made."""
-    for name, digest in study["artifacts"].items():
-        if not (data / name).exists() or sha256(data / name) != digest:
-            return False
-    return plan.items() <= study.items()
+    there = {name: sha256(data / name) for name in study["artifacts"] if (data / name).exists()}
+    return plan.items() <= study.items() and there == study["artifacts"]
 
 
 def prepare_sources(config: Config, plan, local, processors):
     """Write the questions of all sources; returns study.json."""
-    data, rejected = Path(config.data), []
-    study = plan | {"questions": {}, "golds_as_text": {}, "artifacts": {}}
-    names, asked = plan["sources"]["benchmarks"], {}
-    # last the training set: its leaks are looked for in the benchmarks
-    names = [name for name in names if name != config.train] + [config.train]
+    data, asked, rejected, artifacts = Path(config.data), {}, [], []
+    study = plan | {"questions": {}, "golds_as_text": {}}
+    benchmarks = plan["sources"]["benchmarks"]
     try:
-        for name in names:
+        # last the training set: its leaks are looked for in the benchmarks
+        for name in [*(name for name in benchmarks if name != config.train), config.train]:
             study["questions"][name], study["golds_as_text"][name] = prepare_source(
                 name, config, local.get(name), processors, asked, rejected)
+            artifacts.append(input_path(name, "clean"))
     finally:  # also where a source has no question left: here it says why
         write_jsonl(data / REJECTED, rejected)
     print(f"{data / REJECTED}: {len(rejected)} rows that can't be used, and why")
-    for artifact in [*(input_path(name, "clean") for name in names), REJECTED]:
-        study["artifacts"][artifact] = sha256(data / artifact)
-    return study
+    return study | {"artifacts": {name: sha256(data / name) for name in [*artifacts, REJECTED]}}
 
 
 def prepare_source(name, config: Config, path, processors, asked, rejected):
@@ -311,12 +309,12 @@ def chosen(name, split, path, config: Config, rejected) -> Iterator[tuple[dict, 
             unique = f"{own}-{repeats[own] + 1}"
         groups[unique] = question.get("group")
     ids = list(groups)
-    take = set(stratified(ids, groups.values(), config.limit))
-    with tqdm(desc=f"{name} {split}", total=len(take), leave=False, disable=None) as bar:
-        for i, (place, question) in enumerate(converted(name, split, path, config, [])):
-            if i in take:
-                yield place, question | {"id": ids[i]}
-                bar.update()
+    take = {ids[i] for i in stratified(ids, groups.values(), config.limit)}
+    rows = tqdm(converted(name, split, path, config, []), f"{name} {split}", len(ids), leave=False,
+                disable=None)
+    for unique, (place, question) in zip(ids, rows):
+        if unique in take:
+            yield place, question | {"id": unique}
 
 
 def converted(name, split, path, config: Config, rejected) -> Iterator[tuple[dict, Question]]:
@@ -377,8 +375,7 @@ def check_question(question):
 
 def finish(question, folder, tokenizer, image_processor, most_tokens):
     """Decode and scale the pictures, count tokens; a prompt that is too long is rejected."""
-    if len(question["problem"]) > 100 * most_tokens:
-        raise Rejected(f"too long: {len(question['problem'])} characters")
+
     pictures, image_tokens = [], []
     for picture in question["images"]:
         if not isinstance(picture, Image.Image):
@@ -398,22 +395,21 @@ def check_new(question, seen, asked):
     """Reject a training question that is there already, or that a benchmark asks too: the same
     text and like pictures. A benchmark is scored over all it has.
 
-    `seen`: (split, problem, pictures) -> id. `asked`: bare text -> [(hashes of pictures, id)] of
-    test questions. Both grow.
+    `seen`: (problem, pictures) -> id. `asked`: bare text -> [(hashes of pictures, id)] of test
+    questions. Both grow.
     """
-    training = question["split"] == "train"
-    pixels = b"".join(picture.tobytes() for picture in question["images"])
-    key = training, question["problem"], hashlib.sha256(pixels).digest()
-    first = seen.setdefault(key, question["id"])
-    if training and first != question["id"]:
-        raise Rejected(f"duplicate: of {first}")
-    if question["source"] == "shapes":  # its splits share no question by construction
+    if question["source"] == "shapes":  # no question comes twice there, by construction
         return
     others = asked.setdefault(plain(question["text"]), [])
     hashes = [difference_hash(picture) for picture in question["images"]]
-    if not training:
+    if question["split"] == "test":
         others.append((hashes, question["id"]))
         return
+    pixels = b"".join(picture.tobytes() for picture in question["images"])
+    key = question["problem"], hashlib.sha256(pixels).digest()
+    first = seen.setdefault(key, question["id"])
+    if first != question["id"]:
+        raise Rejected(f"duplicate: of {first}")
     for other_hashes, other in others:
         if alike(hashes, other_hashes):
             raise Rejected(f"leak: also {other}")
@@ -433,8 +429,7 @@ def from_easyr1(problem, images, answer, id=None, category=None):
 
 def from_mmk12(id, question, image, answer, subject):
     """Test questions list their choices in the text."""
-    choices, answer = listed_gold(question, answer)
-    return record(question, [image], answer, choices, shown=question, id=id, group=subject)
+    return from_easyr1(question, [image], answer, id, subject)
 
 
 def from_mathvista(pid, question, decoded_image, choices, unit, precision, answer, answer_type,
@@ -718,6 +713,7 @@ def kind_of(answer):
 # form of the answer
 
 INSTRUCTION = "Think inside <think> </think>, then answer in \\boxed{}."
+PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"  # as the templates of all FAMILIES write one
 
 
 def with_choices(text, choices) -> str:
@@ -755,27 +751,18 @@ def encode(question: Question, tokenizer, image_processor) -> Prompt:
 def tokenize_prompt(problem: str, image_tokens: Sequence[int], tokenizer) -> list[int]:
     """Token ids of a question; picture i takes `image_tokens[i]` tokens.
 
-    The template sees placeholders, never the question: what a question's text says, `<|im_end|>`
+    The template sees a placeholder, never the question: what a question's text says, `<|im_end|>`
     for instance, stays text and cannot become a special token. Raises ValueError where tags and
     pictures do not match.
     """
-    texts = problem.strip().split("<image>")
-    if len(texts) - 1 != len(image_tokens):
-        raise ValueError(f"{len(texts) - 1} <image> tags for {len(image_tokens)} pictures")
-    texts[-1] += "\n" + INSTRUCTION
-    content = []
-    for number, text in enumerate(texts):  # text, picture, text, ...: the tags say where
-        if number > 0:
-            content.append({"type": "image"})
-        if text:
-            content.append({"type": "text", "text": f"\ue000{number}\ue000"})
-    counts, ids = iter(image_tokens), []
-    for number, part in enumerate(render(content, tokenizer).split("\ue000")):
-        is_text = number % 2 == 1  # odd parts are the numbers of texts
-        if is_text:
-            part = texts[int(part)]
-        else:
-            part = re.sub(r"<\|image_pad\|>", lambda match: match[0] * next(counts), part)
+    before, after = render([{"type": "text", "text": "\ue000"}], tokenizer).split("\ue000")
+    first, *texts = f"{problem.strip()}\n{INSTRUCTION}".split("<image>")
+    parts = [before, first]
+    for text, tokens in zip(texts, image_tokens, strict=True):
+        parts += [PICTURE.replace("<|image_pad|>", tokens * "<|image_pad|>"), text]
+    ids = []
+    for number, part in enumerate([*parts, after]):
+        is_text = number % 2 == 1  # else of the template, or a picture
         ids += tokenizer(part, add_special_tokens=False, split_special_tokens=is_text)["input_ids"]
     return ids
 
@@ -2448,10 +2435,11 @@ def load_model_parts(model, max_pixels):
     if kind not in FAMILIES:
         raise UserError(f"{model} is a {kind} model: this kit trains {', '.join(FAMILIES)}")
     try:
-        prompt = tokenizer.decode(tokenize_prompt("<image>", [1], tokenizer))
+        prompt = render([{"type": "image"}, {"type": "text", "text": "?"}], tokenizer)
+        whole = tokenizer.decode(tokenize_prompt("<image>?", [1], tokenizer))
     except Exception:  # no template, or a broken one
-        prompt = ""
-    if prompt.count("<|image_pad|>") != 1 or INSTRUCTION not in prompt:
+        prompt = whole = ""
+    if PICTURE + "?" not in prompt or f"{PICTURE}?\n{INSTRUCTION}" not in whole:
         raise UserError(f"{model} has no chat template for pictures or no whole tokenizer: copy "
                         "chat_template.jinja, tokenizer.json and tokenizer_config.json of the "
                         "published model there")
@@ -2955,7 +2943,7 @@ def run(main: Callable, config_class: type, description: str):
     Bad input ends with one sentence and exit code 2, Ctrl-C and SIGTERM with 130.
     """
     parser = HfArgumentParser(config_class, description=description, allow_abbrev=False,
-                              formatter_class=Help)
+                              formatter_class=RawDescriptionHelpFormatter)
     config, unknown = parser.parse_args_into_dataclasses(
         return_remaining_strings=True, look_for_args_file=False)
     keep_quiet()
@@ -2976,14 +2964,6 @@ def run(main: Callable, config_class: type, description: str):
     print(told, file=sys.stderr)
     sys.exit(code)
 
-
-class Help(RawDescriptionHelpFormatter):
-    """Docstrings as they are written, and defaults where there are any."""
-
-    def _get_help_string(self, action):
-        if action.default in (None, [], SUPPRESS):
-            return action.help
-        return f"{action.help} (default: %(default)s)"
 
 
 def keep_quiet():
