@@ -68,6 +68,7 @@ if platform.machine() in ("x86_64", "AMD64"):
 import datasets
 import huggingface_hub
 import numpy as np
+import pandas as pd
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -309,7 +310,7 @@ def chosen(name, split, path, config: Config, rejected) -> Iterator[tuple[dict, 
             unique = f"{own}-{repeats[own] + 1}"
         groups[unique] = question.get("group")
     ids = list(groups)
-    take = {ids[i] for i in stratified(ids, groups.values(), config.limit)}
+    take = {ids[i] for i in stratified(ids, list(groups.values()), config.limit)}
     rows = tqdm(converted(name, split, path, config, []), f"{name} {split}", len(ids), leave=False,
                 disable=None)
     for unique, (place, question) in zip(ids, rows):
@@ -435,8 +436,10 @@ def from_mmk12(id, question, image, answer, subject):
 def from_mathvista(pid, question, decoded_image, choices, unit, precision, answer, answer_type,
                    metadata, query):
     """`query` is its own prompt: hint, question, unit, choices. A gold choice is given by text."""
-    if answer_type == "text" and answer in some(choices):
-        answer = LETTERS[choices.index(answer)]  # of equal ones the first: any is right
+    if answer_type == "text":
+        answer_type = "choice"
+        if choices and answer in choices:
+            answer = LETTERS[choices.index(answer)]  # of equal ones the first: any is right
     return record(question, [decoded_image], answer, choices, answer_type, query, id=pid, unit=unit,
                   precision=None if precision is None else int(precision), group=metadata["task"])
 
@@ -444,17 +447,19 @@ def from_mathvista(pid, question, decoded_image, choices, unit, precision, answe
 def from_mmmu(id, question, options, answer, question_type,
               image_1, image_2, image_3, image_4, image_5, image_6, image_7):
     """Pictures are named in question and choices. An open gold may be a list of alternatives."""
-    choices = some(literal_list(options)) if question_type == "multiple-choice" else []
+    choices, kind = [], "open"
+    if question_type == "multiple-choice":
+        choices, kind = literal_list(options), "choice"
     pictures = [image_1, image_2, image_3, image_4, image_5, image_6, image_7]
     subject = re.sub(r"^(dev|validation|test)_|_\d+$", "", id)
-    return record(question, pictures, answer, choices, "open", id=id, group=subject)
+    return record(question, pictures, answer, choices, kind, id=id, group=subject)
 
 
 def from_scienceqa(image, question, choices, answer, hint, subject):
     """Its lecture and solution tell the answer: they are not read."""
     context = f"Context: {hint}\n" if hint else ""
-    shown = with_choices(context + question, some(choices))
-    return record(question, [image], LETTERS[answer], choices, shown=shown, group=subject)
+    shown = with_choices(context + question, choices)
+    return record(question, [image], LETTERS[answer], choices, "choice", shown, group=subject)
 
 
 def from_mathvision(id, question, options, decoded_image, answer, subject):
@@ -474,8 +479,8 @@ def from_mathverse(sample_index, problem_version, question, image, answer, quest
 
 def from_wemath(ID, question, option, answer, image_path, key):
     """Choices are one text: "A. 3;B. 4;C. No correct answer"."""
-    choices = some(listed_choices(re.sub(r"; *(?=[A-J]\.)", "\n", option), CHOICE_MARKS[:1]))
-    return record(question, [image_path], answer, choices, id=f"{ID}-{key}", group=key)
+    choices = listed_choices(re.sub(r"; *(?=[A-J]\.)", "\n", option), CHOICE_MARKS[:1])
+    return record(question, [image_path], answer, choices, "choice", id=f"{ID}-{key}", group=key)
 
 
 def from_own(problem, images, answer, answer_type=None, choices=None, id=None, group=None,
@@ -498,8 +503,6 @@ def from_own(problem, images, answer, answer_type=None, choices=None, id=None, g
         (answer,) = as_texts([answer], "gold: the answer")
         if answer_type in (None, "choice"):
             choices, answer = listed_gold(problem, answer)
-    if answer_type == "choice":
-        some(choices)
     return record(problem, images, answer, choices, answer_type or kind_of(answer), shown,
                   id=id, group=None if group is None else str(group), unit=unit,
                   precision=precision, split=split, needs_image=needs_image)
@@ -557,6 +560,8 @@ def record(text, pictures, answer, choices=None, kind="math", shown=None, merged
     answer = unboxed("" if answer is None else str(answer)).strip()
     if choices:
         kind = "choice"
+    elif kind == "choice":
+        raise Rejected("choices: none could be read")
     elif kind == "math" and re.fullmatch(r"[A-Za-z][A-Za-z' -]+", plain(answer)):
         kind = "text"  # Yes, or a name
     return {"text": IMAGE_TAG.sub("", text), "problem": problem, "images": images,
@@ -609,12 +614,6 @@ def as_texts(values, what):
             raise Rejected(f"{what} is no text or finite number")
     return [str(value) for value in values]
 
-
-def some(choices):
-    """The choices of a question that must have some."""
-    if not choices:
-        raise Rejected("choices: none could be read")
-    return choices
 
 
 def listed_choices(text, forms=CHOICE_MARKS):
@@ -2204,7 +2203,7 @@ def read_rows(name, path, split) -> Iterator[tuple[dict, Mapping | str]]:
     with the converter's columns, or a line of JSON. One is in memory at a time."""
     source = SOURCES.get(name, OWN)
     split = getattr(source, split)
-    tables = local_files(name, source, split, path) if path else hub_tables(name, source, split)
+    tables = local_files(name, split, path) if path else hub_tables(name, source, split)
     for file, table in tables.items():
         with reading(file, "get it again"):
             if isinstance(table, Dataset):
@@ -2241,21 +2240,21 @@ def hub_tables(name, source, split):
                         ) from error
 
 
-def local_files(name, source, split, path):
+SPLIT_NAME = re.compile("(testmini_text_only|testmini|test|train|validation|val|dev)[-_.]")
+
+
+def local_files(name, split, path):
     """Name -> file: `path` itself, its questions.jsonl, or its parquets but for those that are
     named after another split."""
-    files, ends = [path], "[-.]"  # MathVerse has a testmini_text_only
-    if source is OWN:
-        files, ends = [path, path / "questions.jsonl"], "[-_.]"
-    files = [file for file in files if file.is_file()][:1]
+    files = [file for file in (path, path / "questions.jsonl") if file.is_file()][:1]
     if not files:
-        other = re.compile(rf"(?!{split}{ends})(train|validation|val|dev|test|testmini)[-_.]")
-        files = [file for file in sorted(path.rglob("*.parquet"))
-                 if file.is_file() and not other.match(file.name)]
+        for file in sorted(path.rglob("*.parquet")):
+            named = SPLIT_NAME.match(file.name)
+            if file.is_file() and (named is None or named[1] == split):
+                files.append(file)
     if not files:
-        or_lines = " and no questions.jsonl" if source is OWN else ""
-        raise UserError(f"--local {name}={path}: that folder has no parquet of split "
-                        f"{split}{or_lines}")
+        raise UserError(f"--local {name}={path}: that folder has no parquet of split {split} and "
+                        "no questions.jsonl")
     return {str(file): file for file in files}
 
 
@@ -2408,18 +2407,14 @@ def alike(hashes, others) -> bool:
                for one, two in zip(hashes, others))
 
 
-def stratified(ids: Sequence[str], groups: Iterable[str | None], limit: int | None) -> list[int]:
+def stratified(ids: Sequence[str], groups: Sequence[str | None], limit: int | None) -> list[int]:
     """Numbers of `limit` questions in which each group has its share; in a group the hashes of ids
     decide, on every machine alike."""
     hashes = [hashlib.sha256(name.encode()).hexdigest() for name in ids]
-    members = {}
-    for number, group in enumerate(groups):
-        members.setdefault(group, []).append(number)
-    ranks = {}
-    for numbers in members.values():
-        for rank, number in enumerate(sorted(numbers, key=hashes.__getitem__)):
-            ranks[number] = (rank + 0.5) / len(numbers), hashes[number]
-    return sorted(sorted(ranks, key=ranks.get)[:limit])
+    table = pd.DataFrame({"group": groups, "hash": hashes}).sort_values("hash")
+    members = table.groupby("group", dropna=False)["hash"]
+    table["share"] = (members.cumcount() + 0.5) / members.transform("size")
+    return sorted(table.sort_values(["share", "hash"]).index[:limit])
 
 
 # The model's files: which they are, that they are whole, and that nobody changed them
@@ -2555,23 +2550,21 @@ def check_input(data: Path, study: Mapping, source: str, name: str) -> dict[str,
     Returns artifact -> sha256.
     """
     clean, path = input_path(source, "clean"), data / input_path(source, name)
-    for package, was in study["versions"].items():
-        now = versions().get(package)
+    for package, now in versions().items():
+        was = study["versions"].get(package)
         if was != now:
             raise UserError(f"{data / 'study.json'} was made with {package} {was}, not {now}: "
                             "install that, or run 01_prepare.py again")
-    digests = {clean: study["artifacts"].get(clean)}
-    check_fresh(data, data / "study.json", digests, "run 01_prepare.py again")
+    digest = study["artifacts"].get(clean)
+    check_fresh(data, data / "study.json", {clean: digest}, "run 01_prepare.py again")
     if name != "clean":
         if not path.exists():
             there = ", ".join(sorted(file.stem for file in path.parent.glob("*.parquet")))
             raise UserError(f"{path} is missing: choose from {there or 'none yet'}, or run "
                             f"02_corrupt.py --corruptions {name}")
-        origin = made_from(path)
-        if origin.get("seed") != study["seed"]:
-            raise UserError(f"{path} was damaged by seed {origin.get('seed')}, the study's is "
-                            f"{study['seed']}: run 02_corrupt.py again")
-        check_fresh(data, path, {clean: origin.get(clean)}, "run 02_corrupt.py again")
+        if not {clean: digest, "seed": study["seed"]}.items() <= made_from(path).items():
+            raise UserError(f"{path} was made from another {data / clean} than the one there now, "
+                            "or by another seed: run 02_corrupt.py again")
     return {input_path(source, name): sha256(path)}
 
 
