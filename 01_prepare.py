@@ -42,7 +42,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import lru_cache
@@ -55,7 +55,8 @@ from types import SimpleNamespace
 
 # Before torch and numpy load. Threads that wait by spinning make a shared core 100 times slower.
 os.environ.setdefault("GOMP_SPINCOUNT", "2500")
-if platform.machine() in ("x86_64", "AMD64"):
+X86 = platform.machine() in ("x86_64", "AMD64")
+if X86:
     # One instruction set and one order of sums, so that every x86-64 machine gets the same numbers.
     # What a card computes is none of their business.
     os.environ.update({
@@ -181,7 +182,7 @@ def main(config: Config) -> dict:
             "limit": config.limit,
             "sources": {"train": config.train, "benchmarks": list(dict.fromkeys(config.benchmarks))},
             "versions": versions(), "code": sha256(Path(__file__)), "inputs": inputs,
-            "model_files": hash_model(data, config.model)}
+            "model_files": hash_model(data, model)}
         if (data / "study.json").exists():
             study = load_study(data)
             if is_current(data, study, plan):
@@ -377,18 +378,18 @@ def check_question(question):
 def finish(question, folder, tokenizer, image_processor, most_tokens):
     """Decode and scale the pictures, count tokens; a prompt that is too long is rejected."""
 
-    pictures, image_tokens = [], []
+    pictures = []
     for picture in question["images"]:
         if not isinstance(picture, Image.Image):
             picture = open_picture(picture, folder)
-        picture = fit(picture, image_processor)
-        patches = image_processor.get_number_of_image_patches(picture.height, picture.width)
-        pictures.append(picture)
-        image_tokens.append(patches // image_processor.merge_size**2)
-    tokens = len(tokenize_prompt(question["problem"], image_tokens, tokenizer))
+        pictures.append(fit(picture, image_processor))
+    question = question | {"images": pictures}
+    prompt = encode(question, tokenizer, image_processor)  # as the model will read it
+    tokens = len(prompt.input_ids)
     if tokens > most_tokens:
         raise Rejected(f"too long: {tokens} tokens")
-    return question | {"images": pictures, "image_tokens": sum(image_tokens),
+    patches = int(prompt.image_grid_thw.prod(-1).sum())
+    return question | {"image_tokens": patches // image_processor.merge_size**2,
                        "prompt_tokens": tokens}
 
 
@@ -580,22 +581,22 @@ def place_pictures(text, pictures, merged):
     """
     missing = (None, {"bytes": None, "path": None})  # null, and as some write it
     given = {number: picture for number, picture in enumerate(pictures, 1) if picture not in missing}
-    numbers, named, placed = [], set(), {}
-    unnamed = (number for number in count(1) if number not in named)
+    numbers, placed = [], []
+    unnamed = (number for number in count(1) if number not in numbers)
 
     def tag(match):
         number = int(match[1] or next(unnamed))
+        again = number in numbers
         numbers.append(number)
-        named.add(number)
-        if number in placed or (merged and number not in given):
+        if again or (merged and number not in given):
             return f"image {number}"
         if number not in given:
             raise Rejected(f"picture missing: {match[0]}")
-        placed[number] = given.pop(number)
+        placed.append(given.pop(number))
         return "<image>"
 
     text = IMAGE_TAG.sub(tag, text)
-    return "<image>" * len(given) + text, [*given.values(), *placed.values()], numbers
+    return "<image>" * len(given) + text, [*given.values(), *placed], numbers
 
 
 # Choices: where they stand in the text, and which of them a gold names
@@ -1795,13 +1796,13 @@ def paint(cells, look):
     picture = Image.new("RGB", (PICTURE_SIDE, PICTURE_SIDE), ground)
     draw = ImageDraw.Draw(picture)
     for (kind, colour), (x, y, r) in zip(cells, places):
-        left, top, right, bottom = x - r, y - r, x + r, y + r
+        box = x - r, y - r, x + r, y + r
         if kind == "circle":
-            draw.ellipse((left, top, right, bottom), COLOURS[colour])
+            draw.ellipse(box, COLOURS[colour])
         elif kind == "square":
-            draw.rectangle((left, top, right, bottom), COLOURS[colour])
+            draw.rectangle(box, COLOURS[colour])
         elif kind == "triangle":
-            draw.polygon([(x, top), (right, bottom), (left, bottom)], COLOURS[colour])
+            draw.polygon([(x, y - r), (x + r, y + r), (x - r, y + r)], COLOURS[colour])
     return picture
 
 
@@ -1923,10 +1924,11 @@ def ask(family, cells, rng):
     return question, answers, words
 
 
-def asked_scenes(seed, limit):
-    """(question, words, cells, look): families in turn; train and test share no question.
+def shapes_world(seed: int, limit: int | None) -> Iterator[Question]:
+    """Questions of the families in turn, each with its `scene`: words, cells and look.
 
-    Two questions are the same if text and picture are, and where the text suffices, if the text is.
+    Train and test share none. Two are the same if text and picture are, and where the text
+    suffices, if the text is.
     """
     rng, seen = random.Random(f"shapes|{seed}"), set()
     for split, size in WORLD_SIZE.items():
@@ -1942,25 +1944,21 @@ def asked_scenes(seed, limit):
             if key in seen:
                 continue
             seen.add(key)
-            question |= {"id": f"shapes/{split}-{made:04d}", "split": split, "images": [picture]}
-            yield question, words, cells, look
+            yield question | {"id": f"shapes/{split}-{made:04d}", "split": split,
+                              "images": [picture], "scene": (words, cells, look)}
             made += 1
-
-
-def shapes_world(seed: int, limit: int | None) -> Iterator[Question]:
-    for question, *_ in asked_scenes(seed, limit):
-        yield question
 
 
 def counterfactuals(seed: int, limit: int | None, changes: bool) -> dict[str, Question]:
     """id -> the question of `shapes_world` about its own picture after one edit, which changes the
     answer or does not, with the answer that is right then; where there is such an edit."""
     found = {}
-    for question, words, cells, look in asked_scenes(seed, limit):
+    for question in shapes_world(seed, limit):
+        family, (words, cells, look) = question["group"], question["scene"]
         rng = random.Random(f"{seed}|{question['id']}|{changes}")
-        edited = edit_scene(question["group"], words, cells, rng, changes)
+        edited = edit_scene(family, words, cells, rng, changes)
         if edited:
-            answer = str(truth(question["group"], words, edited))
+            answer = str(truth(family, words, edited))
             found[question["id"]] = question | {"images": [paint(edited, look)], "answer": answer}
     return found
 
@@ -2008,8 +2006,7 @@ def make_embedded_model(folder: Path, seed: int, max_pixels: int):
     image_processor = Qwen2VLImageProcessorPil(
         size={"shortest_edge": 56 * 56, "longest_edge": max_pixels})
     loss = warm_start(model, tokenizer, image_processor, seed)
-    print(f"embedded model: {model.num_parameters() / 1e6:.2f} M parameters, last loss {loss:.3f} "
-          "nats per token")
+    print(f"embedded model: last loss {loss:.3f} nats per token")
     for part in (model, tokenizer, image_processor):
         part.save_pretrained(folder)
 
@@ -2060,9 +2057,7 @@ def warm_start(model, tokenizer, image_processor, seed):
     features = teach_tower(model, torch.cat(patches), grid, cells, rng)
 
     def loss(step):
-        rows = warm_rows(cells, step, rng)
-        some = features[[picture for picture, _, _ in rows]]
-        return response_loss(model, tokenizer, some, grid, rows)
+        return response_loss(model, tokenizer, features, grid, warm_rows(cells, step, rng))
 
     steps = [WARM_START[f"{phase}_steps"] for phase in ("first", "reasoned", "styled")]
     language = list(model.model.language_model.parameters())
@@ -2096,9 +2091,8 @@ def teach_tower(model, patches, grid, cells, rng):
     reader = torch.nn.Linear(model.config.text_config.hidden_size, len(CONTENTS))
 
     def features(some):
-        seen = model.model.get_image_features(
-            patches[some].flatten(0, 1).float(), grid.expand(len(some), -1), return_dict=True)
-        return torch.stack(list(seen.pooler_output))
+        seen = model.model.visual(patches[some].flatten(0, 1).float(), grid.expand(len(some), -1))
+        return seen.pooler_output.unflatten(0, (-1, 9))
 
     def loss(step):
         some = rng.choices(range(len(cells)), k=2 * WARM_START["batch"])
@@ -2137,12 +2131,13 @@ def warm_rows(cells, step, rng):
 def response_loss(model, tokenizer, features, grid, rows):
     """Cross-entropy over the tokens of the responses; rows as `warm_rows` makes them.
 
-    features: (B, 9, hidden) of the rows' pictures. grid: (1, 3), the same for all of them.
+    features: (pictures, 9, hidden). grid: (1, 3), the same for all pictures.
     """
-    ids, targets = [], []
-    for _, question, response in rows:
+    shown, ids, targets = [], [], []
+    for picture, question, response in rows:
         prompt = tokenize_prompt(question["problem"], [9], tokenizer)
         answer = tokenizer(response)["input_ids"] + [tokenizer.eos_token_id]
+        shown.append(features[picture])
         ids.append(torch.tensor(prompt + answer))
         targets.append(torch.tensor([-100] * len(prompt) + answer))
     ids = pad_sequence(ids, batch_first=True, padding_value=tokenizer.pad_token_id)  # (B, L)
@@ -2150,9 +2145,9 @@ def response_loss(model, tokenizer, features, grid, rows):
     is_image = ids == model.config.image_token_id
     positions, _ = model.model.get_rope_index(
         ids, mm_token_type_ids=is_image.int(), image_grid_thw=grid.expand(len(rows), -1))
-    shown = SimpleNamespace(pooler_output=list(features), deepstack_features=[])
+    seen = SimpleNamespace(pooler_output=shown, deepstack_features=[])
     hidden = model.model(input_ids=ids, position_ids=positions, use_cache=False,
-                         mm_encoder_outputs={"image": shown}).last_hidden_state
+                         mm_encoder_outputs={"image": seen}).last_hidden_state
     keep = targets != -100  # logits only where a target is
     return torch.nn.functional.cross_entropy(model.lm_head(hidden[:, :-1][keep]), targets[keep])
 
@@ -2229,9 +2224,8 @@ def hub_tables(name, source, split):
     """Name -> table, for each configuration of a hub dataset that is wanted."""
     reach_hub()
     try:
-        configs = [source.config]
-        if source.config == "*":
-            configs = get_dataset_config_names(source.hub)
+        every = source.config == "*"
+        configs = get_dataset_config_names(source.hub) if every else [source.config]
         return {f"{source.hub}/{config or 'default'}": load_dataset(source.hub, config, split=split)
                 for config in configs}
     except Exception as error:  # no network, a changed layout: the hub's errors share no class
@@ -2275,15 +2269,12 @@ def read_lines(file):
     Else it is of another encoding, in which a line may look like UTF-8 by chance, as a lone \\u56fe
     in GBK does: then ASCII, and a byte that is none stays marked, for `parse_line` to reject.
     """
-    raw = file.read_bytes()
-    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        text = raw.decode("utf-16")
-    else:
-        raw = raw.removeprefix(codecs.BOM_UTF8)
-        try:
-            text = raw.decode()
-        except UnicodeDecodeError:
-            text = raw.decode("ascii", "surrogateescape")
+    raw = file.read_bytes().removeprefix(codecs.BOM_UTF8)
+    utf16 = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        text = raw.decode("utf-16" if utf16 else "utf-8")
+    except UnicodeDecodeError:
+        text = raw.decode("ascii", "surrogateescape")
     del raw  # a file may be as large as the memory for it
     for line in re.split("\r\n|\r|\n", text):
         yield line.strip()
@@ -2357,10 +2348,7 @@ def picture_file(raw, folder):
 def eight_bits(picture):
     """Grey of more than 8 bits, or in floats, as bright as its own scale says: Pillow would clip."""
     values = np.asarray(picture, np.float32)
-    highest = values.max()
-    if not math.isfinite(highest):
-        raise Rejected("picture unreadable: its brightness is no number")
-    white = next(scale for scale in (1, 255, 65535, highest) if scale >= highest)
+    white = next(scale for scale in (1, 255, 65535, 2**31) if scale >= values.max())
     return Image.fromarray((values.clip(0) * (255 / white)).astype(np.uint8))
 
 
@@ -2368,21 +2356,16 @@ def fit(picture: Image.Image, image_processor) -> Image.Image:
     """Scale a picture above the pixel budget to the size that the image processor chooses, its
     filter included.
 
-    Then the processor finds nothing left to resize, and no picture is resampled twice. Smaller
-    pictures stay.
+    Then the processor finds nothing left to resize. Smaller pictures stay.
     """
     side = image_processor.patch_size * image_processor.merge_size
-    smallest = image_processor.size["shortest_edge"]
-    budget = image_processor.size["longest_edge"]
+    smallest, budget = image_processor.size["shortest_edge"], image_processor.size["longest_edge"]
     width, height = picture.size
-    for _ in range(99):  # twice only for strips, left above the budget: no side is below a patch
-        down, across = smart_resize(height, width, side, smallest, budget)
-        if max(width * height, across * down) <= budget:
-            break
-        width, height = across, down
-    if (width, height) == picture.size:
+    down, across = smart_resize(height, width, side, smallest, budget)
+    if max(width * height, across * down) <= budget:
         return picture
-    return picture.resize((width, height), Image.Resampling.BICUBIC)
+    # once; again only for strips, left above the budget as no side goes below a patch
+    return fit(picture.resize((across, down), Image.Resampling.BICUBIC), image_processor)
 
 
 def difference_hash(picture) -> int:
@@ -2459,15 +2442,14 @@ def loading(model):
 def hash_model(data, model):
     """What identifies a model and its processors: file, relative to `data` where it lies there, ->
     sha256; of a hub model, name -> commit."""
-    embedded = model == "embedded"
-    folder = data / "model" if embedded else Path(model).resolve()
+    folder = Path(model).resolve()
     if not folder.is_dir():
         with loading(model):
             config = AutoConfig.from_pretrained(model, trust_remote_code=False)
         return {f"hub:{model}": config._commit_hash or "unknown"}
     kinds = (".safetensors", ".json", ".jinja", ".txt")
     files = [file for file in sorted(folder.iterdir())
-             if file.suffix in kinds and file.name != RECIPE and file.is_file()]
+             if file.suffix in kinds and file.name != RECIPE]
     weights = [file for file in files if file.suffix == ".safetensors"]
     if not weights:
         raise UserError(f"{folder} has no weights as .safetensors, and others can hold code: save "
@@ -2475,7 +2457,8 @@ def hash_model(data, model):
     for file in weights:
         with loading(str(folder)), safe_open(file, "np"):
             pass  # its header fits its length
-    return {f"model/{file.name}" if embedded else str(file): sha256(file) for file in files}
+    within = data.resolve().as_posix() + "/"
+    return {file.as_posix().removeprefix(within): sha256(file) for file in files}
 
 
 def model_path(data: Path, study: Mapping) -> str:
@@ -2540,8 +2523,8 @@ def input_path(source: str, name: str) -> str:
 def load_study(data: Path) -> dict:
     """study.json, the record of stage 1."""
     path = data / "study.json"
-    remedy = f"run 01_prepare.py --data {data}"
-    return read_json(path, STUDY, f"delete it and {remedy}" if path.exists() else remedy)
+    remedy = "delete it and run" if path.exists() else "run"
+    return read_json(path, STUDY, f"{remedy} 01_prepare.py")
 
 
 def check_input(data: Path, study: Mapping, source: str, name: str) -> dict[str, str]:
@@ -2588,7 +2571,7 @@ def write_questions(path: Path, questions: Iterable[Question], made_from: Mappin
     metadata, where the function of that name finds it.
     """
     schema = FEATURES.arrow_schema
-    origin = json.dumps(dict(made_from), sort_keys=True).encode()
+    origin = json.dumps(made_from, sort_keys=True).encode()
     schema = schema.with_metadata({**schema.metadata, b"made_from": origin})
     written, questions = 0, iter(questions)
     with replacing(path) as part, pq.ParquetWriter(part, schema, write_page_checksum=True) as file:
@@ -2620,10 +2603,6 @@ def read_questions(path: Path, remedy: str) -> Dataset:
             raise ValueError("its columns are not those of a question")
     return table
 
-
-def undecoded(table: Dataset) -> Dataset:
-    """The same rows with pictures as bytes: for what needs no pixel."""
-    return table.cast_column("images", List(ImageFeature(decode=False)))
 
 
 def made_from(path: Path) -> dict[str, str | int]:
@@ -2673,7 +2652,7 @@ def write_jsonl(path: Path, rows: Iterable[Mapping]):
 
 
 def append_jsonl(path: Path, rows: Iterable[Mapping]):
-    with writing(path), open(path, "a", encoding="utf-8", newline="\n") as file:
+    with open(path, "a", encoding="utf-8", newline="\n") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
         file.flush()
         os.fsync(file)
@@ -2706,17 +2685,16 @@ def replacing(path: Path) -> Iterator[Path]:
     """A temporary name beside `path`, moved into place at the end: the artifact exists whole or not
     at all."""
     part = path.with_name(f".{path.name}.part")
-    with writing(path):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            remove(part)  # of a process that was killed
-            yield part
-            if part.is_file():
-                with open(part, "rb+") as file:  # Windows syncs only what may be written
-                    os.fsync(file)  # what the name promises survives a power cut
-            os.replace(part, path)
-        finally:
-            remove(part)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove(part)  # of a process that was killed
+        yield part
+        if part.is_file():
+            with open(part, "rb+") as file:  # Windows syncs only what may be written
+                os.fsync(file)  # what the name promises survives a power cut
+        os.replace(part, path)
+    finally:
+        remove(part)
 
 
 @contextmanager
@@ -2738,9 +2716,8 @@ def writing(path: Path):
     except UserError:
         raise
     except Exception as error:
-        number = getattr(error, "errno", None)
-        if told := re.search(r"os error (\d+)", str(error)):
-            number = int(told[1])
+        told = re.search(r"os error (\d+)", str(error))
+        number = int(told[1]) if told else getattr(error, "errno", None)
         if number is None:
             raise
         raise UserError(f"{getattr(error, 'filename', None) or path} cannot be written or read "
@@ -2771,10 +2748,10 @@ def locked(path: Path):
 def count_workers(asked: int | None, tasks: int, worker_bytes: float) -> int:
     """How many processes share that many tasks: one a card, or without cards one a core, as memory
     allows."""
+    tasks = max(tasks, 1)
     if asked is not None:
-        if asked > max(tasks, 1):
-            raise UserError(f"--workers {asked} is more than there is to do: choose at most "
-                            f"{max(tasks, 1)}")
+        if asked > tasks:
+            raise UserError(f"--workers {asked} is more than there is to do: choose at most {tasks}")
         return asked
     cores = os.cpu_count()
     if hasattr(os, "sched_getaffinity"):
@@ -2806,29 +2783,27 @@ def deal_out(work: Callable, tasks: Mapping[str, tuple], workers: int,
             receive(name, work(*task))
             watch()
         return
-    pools = [start_worker(number) for number in range(workers)]
-    idle, waiting, busy = list(pools), list(tasks.items()), {}
-    try:
-        while waiting or busy:
-            while waiting and idle:
-                pool, (name, task) = idle.pop(), waiting.pop(0)
-                with outliving(name):
-                    busy[pool.submit(work, *task)] = name, pool
-            done, _ = wait(busy, timeout=0.2, return_when=FIRST_COMPLETED)
+    waiting, busy = list(tasks.items()), {}
+    with ExitStack() as pools:
+        idle = [pools.enter_context(start_worker(number)) for number in range(workers)]
+        try:
+            while waiting or busy:
+                while waiting and idle:
+                    pool, (name, task) = idle.pop(), waiting.pop(0)
+                    with outliving(name):
+                        busy[pool.submit(work, *task)] = name, pool
+                done, _ = wait(busy, timeout=0.2, return_when=FIRST_COMPLETED)
+                watch()
+                for future in done:
+                    name, pool = busy.pop(future)
+                    with outliving(name):
+                        result = future.result()
+                    receive(name, result)
+                    idle.append(pool)
+        except BaseException:
+            stop_workers(busy)
             watch()
-            for future in done:
-                name, pool = busy.pop(future)
-                with outliving(name):
-                    result = future.result()
-                receive(name, result)
-                idle.append(pool)
-    except BaseException:
-        stop_workers(busy)
-        watch()
-        raise
-    finally:
-        for pool in pools:
-            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def start_worker(number: int) -> ProcessPoolExecutor:
@@ -2856,7 +2831,7 @@ def begin_worker(number):
 def fix_arithmetic(threads):
     """The same sums on every machine: they depend on the number of threads, and on who adds."""
     torch.set_num_threads(threads)
-    if platform.machine() in ("x86_64", "AMD64"):
+    if X86:
         multiply_by_onednn()
 
 
@@ -2878,9 +2853,9 @@ def multiply_by_onednn():
             return plain["mm"].call_boxed(keys, a, b)
         return oneDNN(a, b.t(), None, "none", [], "")
 
-    def addmm(keys, bias, a, b, *, beta=1, alpha=1):
-        if stays(a, b) or bias.dim() != 1 or beta != 1 or alpha != 1:
-            return plain["addmm"].call_boxed(keys, bias, a, b, beta=beta, alpha=alpha)
+    def addmm(keys, bias, a, b, **scales):
+        if stays(a, b) or bias.dim() != 1 or scales:
+            return plain["addmm"].call_boxed(keys, bias, a, b, **scales)
         return oneDNN(a, b.t(), bias.contiguous(), "none", [], "")
 
     plain = {name: torch.library.get_kernel(f"aten::{name}", "CPU") for name in ("mm", "addmm")}
@@ -2903,16 +2878,9 @@ def outliving(name):
     try:
         yield
     except BrokenProcessPool:
-        fault = "was killed, by a person or for lack of memory"
-    except (MemoryError, RuntimeError) as error:
-        short = isinstance(error, MemoryError | torch.OutOfMemoryError)
-        if not short and "can't allocate memory" not in str(error):
-            raise
-        fault = "ran out of memory"
-    else:
-        return
-    raise UserError(f"the worker process of {name} {fault}: the same command continues; if memory "
-                    "is short, with fewer --workers")
+        raise UserError(f"the worker process of {name} was killed, by a person or for lack of "
+                        "memory: the same command continues; if memory is short, with fewer "
+                        "--workers") from None
 
 
 def stop_workers(busy):
