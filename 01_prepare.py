@@ -176,10 +176,8 @@ def main(config: Config) -> dict:
         if model == "embedded":
             model = embedded_model(data, config.seed, config.max_pixels)
         processors = load_model_parts(model, config.max_pixels)
-        plan = {
-            "preset": config.preset, "model": config.model, "seed": config.seed,
-            "max_pixels": config.max_pixels, "max_prompt_tokens": config.max_prompt_tokens,
-            "limit": config.limit,
+        settings = ("preset", "model", "seed", "max_pixels", "max_prompt_tokens", "limit")
+        plan = {name: getattr(config, name) for name in settings} | {
             "sources": {"train": config.train, "benchmarks": list(dict.fromkeys(config.benchmarks))},
             "versions": versions(), "code": sha256(Path(__file__)), "inputs": inputs,
             "model_files": hash_model(data, model)}
@@ -203,26 +201,24 @@ def check_config(config: Config) -> dict[str, Path]:
         if getattr(config, name) in (None, []):
             setattr(config, name, value)
     check_least(config, 1, "limit", "max_pixels", "max_prompt_tokens")
-    names, local = [config.train, *config.benchmarks], {}
+    local = {}
     for item in config.local:
         name, _, path = item.partition("=")
         if not SOURCE_NAME.fullmatch(name) or name == "shapes" or not path:
             raise UserError(f"--local {item} is not NAME=PATH with a name of letters, digits, _ . "
                             "and -, other than shapes")
-        if name not in names:
+        if name not in (config.train, *config.benchmarks):
             raise UserError(f"--local {name} is neither --train nor among --benchmarks: name it "
                             "there too")
         local[name] = Path(path)
-    for name in names:
+    asked = [(name, "test") for name in config.benchmarks]
+    for name, split in [(config.train, "train"), *asked]:
         if name not in ("shapes", *SOURCES, *local):
             raise UserError(f"source {name} is unknown: choose from shapes, {', '.join(SOURCES)}, "
                             f"or give your own with --local {name}=PATH")
-    if SOURCES.get(config.train, OWN).train is None:
-        raise UserError(f"--train {config.train} is a benchmark: trained on, its scores say "
-                        "nothing, so choose another source")
-    for name in config.benchmarks:
-        if SOURCES.get(name, OWN).test is None:
-            raise UserError(f"--benchmarks {name} has no test split: it is for --train")
+        if getattr(SOURCES.get(name, OWN), split) is None:  # a benchmark, trained on, says nothing
+            raise UserError(f"source {name} has no {split} split: benchmarks are for --benchmarks "
+                            "alone, training sets for --train")
     return local
 
 
@@ -234,31 +230,32 @@ def is_current(data, study, plan):
 
 def prepare_sources(config: Config, plan, local, processors):
     """Write the questions of all sources; returns study.json."""
-    data, asked, rejected, artifacts = Path(config.data), {}, [], []
+    data, asked, rejected = Path(config.data), {}, []
     study = plan | {"questions": {}, "golds_as_text": {}}
-    benchmarks = plan["sources"]["benchmarks"]
+    # last the training set: its leaks are looked for in the benchmarks
+    names = [name for name in plan["sources"]["benchmarks"] if name != config.train]
+    names.append(config.train)
     try:
-        # last the training set: its leaks are looked for in the benchmarks
-        for name in [*(name for name in benchmarks if name != config.train), config.train]:
-            study["questions"][name], study["golds_as_text"][name] = prepare_source(
-                name, config, local.get(name), processors, asked, rejected)
-            artifacts.append(input_path(name, "clean"))
+        for name in names:
+            prepare_source(name, config, local.get(name), processors, study, asked, rejected)
     finally:  # also where a source has no question left: here it says why
         write_jsonl(data / REJECTED, rejected)
     print(f"{data / REJECTED}: {len(rejected)} rows that can't be used, and why")
-    return study | {"artifacts": {name: sha256(data / name) for name in [*artifacts, REJECTED]}}
+    artifacts = [*(input_path(name, "clean") for name in names), REJECTED]
+    return study | {"artifacts": {name: sha256(data / name) for name in artifacts}}
 
 
-def prepare_source(name, config: Config, path, processors, asked, rejected):
+def prepare_source(name, config: Config, path, processors, study, asked, rejected):
     """Write data/questions/SOURCE.parquet, test questions first.
 
-    `asked` and `rejected` grow: what benchmarks ask (`check_new`), and the rows that are not taken.
-    Returns two counts, each by split: all questions, and those whose gold should be maths but is
-    compared as text.
+    `study` gets two counts, each by split: all questions, and those whose gold should be maths but
+    is compared as text. `asked` and `rejected` grow: what benchmarks ask (`check_new`), and the
+    rows that are not taken.
     """
     wanted = {"test": config.benchmarks, "train": [config.train]}
     counts = {split: 0 for split, names in wanted.items() if name in names}
     as_text, seen = dict(counts), {}
+    study["questions"][name], study["golds_as_text"][name] = counts, as_text
     folder = path.parent if path and path.is_file() else path
 
     def questions():
@@ -280,7 +277,6 @@ def prepare_source(name, config: Config, path, processors, asked, rejected):
     told = ", ".join(f"{n} {split} questions" for split, n in counts.items())
     print(f"{file}: {told} (golds compared as text: {sum(as_text.values())}), "
           f"rejected: {reasons(name, rejected) or 'none'}")
-    return counts, as_text
 
 
 @contextmanager
@@ -377,19 +373,18 @@ def check_question(question):
 
 def finish(question, folder, tokenizer, image_processor, most_tokens):
     """Decode and scale the pictures, count tokens; a prompt that is too long is rejected."""
-
-    pictures = []
+    pictures, image_tokens = [], []
     for picture in question["images"]:
         if not isinstance(picture, Image.Image):
             picture = open_picture(picture, folder)
-        pictures.append(fit(picture, image_processor))
-    question = question | {"images": pictures}
-    prompt = encode(question, tokenizer, image_processor)  # as the model will read it
-    tokens = len(prompt.input_ids)
+        picture = fit(picture, image_processor)
+        patches = image_processor.get_number_of_image_patches(picture.height, picture.width)
+        pictures.append(picture)
+        image_tokens.append(patches // image_processor.merge_size**2)
+    tokens = len(tokenize_prompt(question["problem"], image_tokens, tokenizer))
     if tokens > most_tokens:
         raise Rejected(f"too long: {tokens} tokens")
-    patches = int(prompt.image_grid_thw.prod(-1).sum())
-    return question | {"image_tokens": patches // image_processor.merge_size**2,
+    return question | {"images": pictures, "image_tokens": sum(image_tokens),
                        "prompt_tokens": tokens}
 
 
@@ -570,6 +565,7 @@ def record(text, pictures, answer, choices=None, kind="math", shown=None, merged
 
 
 IMAGE_TAG = re.compile(r"<image ?(\d{0,2})>")  # <image>, <image1>, <image 1>
+
 
 
 def place_pictures(text, pictures, merged):
@@ -2258,8 +2254,7 @@ def wanted_columns(file, columns, source):
     missing = [name for name, argument in arguments.items()
                if argument.default is Parameter.empty and name not in columns]
     if missing:
-        raise UserError(f"{file} lacks the columns {', '.join(missing)}: it is no copy of "
-                        f"{source.hub or 'what the kit reads'}")
+        raise UserError(f"{file} lacks the columns {', '.join(missing)}: give a file that has them")
     return [name for name in arguments if name in columns]
 
 
@@ -2368,13 +2363,12 @@ def fit(picture: Image.Image, image_processor) -> Image.Image:
     return fit(picture.resize((across, down), Image.Resampling.BICUBIC), image_processor)
 
 
-def difference_hash(picture) -> int:
-    """256 bits: whether brightness falls, by more than noise, from each cell of a 17 x 16 grid to
-    the next one in its row."""
+def difference_hash(picture) -> np.ndarray:
+    """256 bits, (16, 16): whether brightness falls, by more than noise, from each cell of a 17 x 16
+    grid to the next one in its row."""
     cells = picture.convert("L").resize((17, 16), Image.Resampling.BOX)
     cells = np.asarray(cells).astype(int)  # (16, 17)
-    falls = cells[:, :-1] > cells[:, 1:] + 2
-    return int.from_bytes(np.packbits(falls).tobytes())
+    return cells[:, :-1] > cells[:, 1:] + 2
 
 
 def alike(hashes, others) -> bool:
@@ -2386,7 +2380,7 @@ def alike(hashes, others) -> bool:
     """
     if len(hashes) != len(others):
         return False
-    return all(4 * (one ^ two).bit_count() <= min(one.bit_count(), two.bit_count())
+    return all(4 * (one != two).sum() <= min(one.sum(), two.sum())
                for one, two in zip(hashes, others))
 
 

@@ -725,9 +725,9 @@ def test_a_kill_leaves_no_half_model(prepare, tmp_path, monkeypatch):
 @pytest.mark.parametrize("options, said", [
     ({"preset": "13b"}, "--preset 13b is unknown"), ({"train": "nope"}, "source nope is unknown"),
     ({"benchmarks": ["nope"]}, "source nope is unknown"),
-    ({"train": "mathvista"}, "--train mathvista is a benchmark"), ({"train": "mmmu"}, "is a benchmark"),
-    ({"train": "scienceqa"}, "is a benchmark"),
-    ({"benchmarks": ["virl39k"]}, "has no test split"), ({"local": ["mine"]}, "is not NAME=PATH"),
+    ({"train": "mathvista"}, "mathvista has no train split: benchmarks are for --benchmarks"), ({"train": "mmmu"}, "has no train split"),
+    ({"train": "scienceqa"}, "has no train split"),
+    ({"benchmarks": ["virl39k"]}, "virl39k has no test split"), ({"local": ["mine"]}, "is not NAME=PATH"),
     ({"local": ["../x=y"]}, "is not NAME=PATH"),
     ({"local": ["shapes=y"]}, "is not NAME=PATH"), ({"local": ["mine=y"]}, "neither --train nor among --benchmarks"),
     ({"limit": 0}, "--limit 0"),
