@@ -558,14 +558,15 @@ def record(text, pictures, answer, choices=None, kind="math", shown=None, merged
         kind = "choice"
     elif kind == "choice":
         raise Rejected("choices: none could be read")
-    elif kind == "math" and re.fullmatch(r"[A-Za-z][A-Za-z' -]+", plain(answer)):
-        kind = "text"  # Yes, or a name
+    elif kind == "math" and NAMES.fullmatch(plain(answer)) and not FORMULA.search(plain(answer)):
+        kind = "text"
     return {"text": IMAGE_TAG.sub("", text), "problem": problem, "images": images,
             "answer": answer, "answer_type": kind, "choices": choices, **more}
 
 
 IMAGE_TAG = re.compile(r"<image ?(\d{0,2})>")  # <image>, <image1>, <image 1>
-
+NAMES = re.compile("[A-Za-z][A-Za-z' -]+")  # Yes, or of a person
+FORMULA = re.compile(r"[\d\\^=+*]|\b[a-z]\s*[-/]\s*[a-z]\b")  # 2x, x - y; not yes/no or well-known
 
 
 def place_pictures(text, pictures, merged):
@@ -702,7 +703,7 @@ def kind_of(answer):
         return "integer"
     if re.fullmatch(r"[+-]?\d{1,15}\.\d{1,15}", answer):
         return "float"
-    return "math" if re.search(r"[\d\\^=]", answer) else "text"
+    return "math" if FORMULA.search(answer) else "text"
 
 
 # The prompt: a question in the chat template of the model's family, and one line that asks for the

@@ -291,6 +291,15 @@ def test_own_questions(stage, tmp_path):
     assert mine[4]["problem"] == "First <image>, then <image>?" and same_picture(mine[4]["images"][1], drawing(2))
 
 
+@pytest.mark.parametrize("gold, other, kind", [
+    ("x + y", "y+x", "math"), ("a/b", r"\frac{a}{b}", "math"), ("x - y", "-y + x", "math"), ("2x", "x+x", "math"),
+    ("yes/no", "Yes/no", "text"), ("well-known", "Well-known", "text"), ("x", "$x$", "text"), ("N/A", "N/A.", "text")])
+def test_a_formula_of_letters_alone_is_compared_as_maths(prepare, own, gold, other, kind):
+    question = own("What is it?", gold)
+    assert question["answer_type"] == kind
+    assert prepare.grade(f"\\boxed{{{other}}}", question).correct
+
+
 def test_what_the_kit_wrote_it_reads(prepare, stage, tmp_path):
     """Splits stay apart, and nothing changes on the second way through."""
     _, first, _ = stage("one", benchmarks=["shapes"])
