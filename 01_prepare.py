@@ -752,7 +752,7 @@ def tokenize_prompt(problem: str, image_tokens: Sequence[int], tokenizer) -> lis
     for instance, stays text and cannot become a special token. Raises ValueError where tags and
     pictures do not match.
     """
-    before, after = render([{"type": "text", "text": "\ue000"}], tokenizer).split("\ue000")
+    before, after = render(tokenizer).split("\ue000")
     first, *texts = f"{problem.strip()}\n{INSTRUCTION}".split("<image>")
     parts = [before, first]
     for text, tokens in zip(texts, image_tokens, strict=True):
@@ -764,16 +764,16 @@ def tokenize_prompt(problem: str, image_tokens: Sequence[int], tokenizer) -> lis
     return ids
 
 
-def render(content, tokenizer):
-    """A user's message in the chat template, up to where the assistant's answer begins."""
-    return tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False,
-                                         add_generation_prompt=True)
+def render(tokenizer):
+    """The chat template up to where the answer begins, with \\ue000 in the question's place."""
+    message = {"role": "user", "content": [{"type": "text", "text": "\ue000"}]}
+    return tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
 
 
 @lru_cache(8)
 def opens_think(tokenizer) -> bool:
     """Whether the template ends a prompt in <think>, so that responses begin in the reasoning."""
-    return render([{"type": "text", "text": "?"}], tokenizer).rstrip().endswith("<think>")
+    return render(tokenizer).rstrip().endswith("<think>")
 
 
 def load_processors(model: str, max_pixels: int):
@@ -2408,11 +2408,10 @@ def load_model_parts(model, max_pixels):
     if kind not in FAMILIES:
         raise UserError(f"{model} is a {kind} model: this kit trains {', '.join(FAMILIES)}")
     try:
-        prompt = render([{"type": "image"}, {"type": "text", "text": "?"}], tokenizer)
-        whole = tokenizer.decode(tokenize_prompt("<image>?", [1], tokenizer))
+        prompt = tokenizer.decode(tokenize_prompt("<image>", [1], tokenizer))
     except Exception:  # no template, or a broken one
-        prompt = whole = ""
-    if PICTURE + "?" not in prompt or f"{PICTURE}?\n{INSTRUCTION}" not in whole:
+        prompt = ""
+    if PICTURE not in prompt or INSTRUCTION not in prompt:
         raise UserError(f"{model} has no chat template for pictures or no whole tokenizer: copy "
                         "chat_template.jinja, tokenizer.json and tokenizer_config.json of the "
                         "published model there")
