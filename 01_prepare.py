@@ -37,12 +37,12 @@ import sys
 import threading
 import unicodedata
 import warnings
-from argparse import SUPPRESS, RawDescriptionHelpFormatter
+from argparse import RawDescriptionHelpFormatter
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import lru_cache
@@ -55,7 +55,8 @@ from types import SimpleNamespace
 
 # Before torch and numpy load. Threads that wait by spinning make a shared core 100 times slower.
 os.environ.setdefault("GOMP_SPINCOUNT", "2500")
-if platform.machine() in ("x86_64", "AMD64"):
+X86 = platform.machine() in ("x86_64", "AMD64")
+if X86:
     # One instruction set and one order of sums, so that every x86-64 machine gets the same numbers.
     # What a card computes is none of their business.
     os.environ.update({
@@ -68,6 +69,7 @@ if platform.machine() in ("x86_64", "AMD64"):
 import datasets
 import huggingface_hub
 import numpy as np
+import pandas as pd
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -104,8 +106,10 @@ PRESETS = {
 
 
 def option(default, help: str):
-    """A config field with its reason or unit, which `--help` shows."""
-    if isinstance(default, (list, dict)):
+    """A config field with its reason or unit, which `--help` shows, as its default where it has one."""
+    if default not in (None, []):
+        help += " (default: %(default)s)"
+    if isinstance(default, list):
         return field(default_factory=default.copy, metadata={"help": help})
     return field(default=default, metadata={"help": help})
 
@@ -172,13 +176,11 @@ def main(config: Config) -> dict:
         if model == "embedded":
             model = embedded_model(data, config.seed, config.max_pixels)
         processors = load_model_parts(model, config.max_pixels)
-        plan = {
-            "preset": config.preset, "model": config.model, "seed": config.seed,
-            "max_pixels": config.max_pixels, "max_prompt_tokens": config.max_prompt_tokens,
-            "limit": config.limit,
+        settings = ("preset", "model", "seed", "max_pixels", "max_prompt_tokens", "limit")
+        plan = {name: getattr(config, name) for name in settings} | {
             "sources": {"train": config.train, "benchmarks": list(dict.fromkeys(config.benchmarks))},
             "versions": versions(), "code": sha256(Path(__file__)), "inputs": inputs,
-            "model_files": hash_model(data, config.model)}
+            "model_files": hash_model(data, model)}
         if (data / "study.json").exists():
             study = load_study(data)
             if is_current(data, study, plan):
@@ -199,66 +201,61 @@ def check_config(config: Config) -> dict[str, Path]:
         if getattr(config, name) in (None, []):
             setattr(config, name, value)
     check_least(config, 1, "limit", "max_pixels", "max_prompt_tokens")
-    names, local = [config.train, *config.benchmarks], {}
+    local = {}
     for item in config.local:
         name, _, path = item.partition("=")
         if not SOURCE_NAME.fullmatch(name) or name == "shapes" or not path:
             raise UserError(f"--local {item} is not NAME=PATH with a name of letters, digits, _ . "
                             "and -, other than shapes")
-        if name not in names:
+        if name not in (config.train, *config.benchmarks):
             raise UserError(f"--local {name} is neither --train nor among --benchmarks: name it "
                             "there too")
         local[name] = Path(path)
-    for name in names:
+    asked = [(name, "test") for name in config.benchmarks]
+    for name, split in [(config.train, "train"), *asked]:
         if name not in ("shapes", *SOURCES, *local):
             raise UserError(f"source {name} is unknown: choose from shapes, {', '.join(SOURCES)}, "
                             f"or give your own with --local {name}=PATH")
-    if SOURCES.get(config.train, OWN).train is None:
-        raise UserError(f"--train {config.train} is a benchmark: trained on, its scores say "
-                        "nothing, so choose another source")
-    for name in config.benchmarks:
-        if SOURCES.get(name, OWN).test is None:
-            raise UserError(f"--benchmarks {name} has no test split: it is for --train")
+        if getattr(SOURCES.get(name, OWN), split) is None:  # a benchmark, trained on, says nothing
+            raise UserError(f"source {name} has no {split} split: benchmarks are for --benchmarks "
+                            "alone, training sets for --train")
     return local
 
 
 def is_current(data, study, plan):
     """Whether a study was made by this plan, and its artifacts are there as they were made."""
-    for name, digest in study["artifacts"].items():
-        if not (data / name).exists() or sha256(data / name) != digest:
-            return False
-    return plan.items() <= study.items()
+    there = {name: sha256(data / name) for name in study["artifacts"] if (data / name).exists()}
+    return plan.items() <= study.items() and there == study["artifacts"]
 
 
 def prepare_sources(config: Config, plan, local, processors):
     """Write the questions of all sources; returns study.json."""
-    data, rejected = Path(config.data), []
-    study = plan | {"questions": {}, "golds_as_text": {}, "artifacts": {}}
-    names, asked = plan["sources"]["benchmarks"], {}
+    data, asked, rejected = Path(config.data), {}, []
+    study = plan | {"questions": {}, "golds_as_text": {}}
     # last the training set: its leaks are looked for in the benchmarks
-    names = [name for name in names if name != config.train] + [config.train]
+    names = [name for name in plan["sources"]["benchmarks"] if name != config.train]
+    names.append(config.train)
     try:
         for name in names:
-            study["questions"][name], study["golds_as_text"][name] = prepare_source(
-                name, config, local.get(name), processors, asked, rejected)
+            prepare_source(name, config, local.get(name), processors, study, asked, rejected)
     finally:  # also where a source has no question left: here it says why
         write_jsonl(data / REJECTED, rejected)
     print(f"{data / REJECTED}: {len(rejected)} rows that can't be used, and why")
-    for artifact in [*(input_path(name, "clean") for name in names), REJECTED]:
-        study["artifacts"][artifact] = sha256(data / artifact)
-    return study
+    artifacts = [*(input_path(name, "clean") for name in names), REJECTED]
+    return study | {"artifacts": {name: sha256(data / name) for name in artifacts}}
 
 
-def prepare_source(name, config: Config, path, processors, asked, rejected):
+def prepare_source(name, config: Config, path, processors, study, asked, rejected):
     """Write data/questions/SOURCE.parquet, test questions first.
 
-    `asked` and `rejected` grow: what benchmarks ask (`check_new`), and the rows that are not taken.
-    Returns two counts, each by split: all questions, and those whose gold should be maths but is
-    compared as text.
+    `study` gets two counts, each by split: all questions, and those whose gold should be maths but
+    is compared as text. `asked` and `rejected` grow: what benchmarks ask (`check_new`), and the
+    rows that are not taken.
     """
     wanted = {"test": config.benchmarks, "train": [config.train]}
     counts = {split: 0 for split, names in wanted.items() if name in names}
     as_text, seen = dict(counts), {}
+    study["questions"][name], study["golds_as_text"][name] = counts, as_text
     folder = path.parent if path and path.is_file() else path
 
     def questions():
@@ -280,7 +277,6 @@ def prepare_source(name, config: Config, path, processors, asked, rejected):
     told = ", ".join(f"{n} {split} questions" for split, n in counts.items())
     print(f"{file}: {told} (golds compared as text: {sum(as_text.values())}), "
           f"rejected: {reasons(name, rejected) or 'none'}")
-    return counts, as_text
 
 
 @contextmanager
@@ -311,12 +307,12 @@ def chosen(name, split, path, config: Config, rejected) -> Iterator[tuple[dict, 
             unique = f"{own}-{repeats[own] + 1}"
         groups[unique] = question.get("group")
     ids = list(groups)
-    take = set(stratified(ids, groups.values(), config.limit))
-    with tqdm(desc=f"{name} {split}", total=len(take), leave=False, disable=None) as bar:
-        for i, (place, question) in enumerate(converted(name, split, path, config, [])):
-            if i in take:
-                yield place, question | {"id": ids[i]}
-                bar.update()
+    take = {ids[i] for i in stratified(ids, list(groups.values()), config.limit)}
+    rows = tqdm(converted(name, split, path, config, []), f"{name} {split}", len(ids), leave=False,
+                disable=None)
+    for unique, (place, question) in zip(ids, rows):
+        if unique in take:
+            yield place, question | {"id": unique}
 
 
 def converted(name, split, path, config: Config, rejected) -> Iterator[tuple[dict, Question]]:
@@ -377,8 +373,6 @@ def check_question(question):
 
 def finish(question, folder, tokenizer, image_processor, most_tokens):
     """Decode and scale the pictures, count tokens; a prompt that is too long is rejected."""
-    if len(question["problem"]) > 100 * most_tokens:
-        raise Rejected(f"too long: {len(question['problem'])} characters")
     pictures, image_tokens = [], []
     for picture in question["images"]:
         if not isinstance(picture, Image.Image):
@@ -398,22 +392,21 @@ def check_new(question, seen, asked):
     """Reject a training question that is there already, or that a benchmark asks too: the same
     text and like pictures. A benchmark is scored over all it has.
 
-    `seen`: (split, problem, pictures) -> id. `asked`: bare text -> [(hashes of pictures, id)] of
-    test questions. Both grow.
+    `seen`: (problem, pictures) -> id. `asked`: bare text -> [(hashes of pictures, id)] of test
+    questions. Both grow.
     """
-    training = question["split"] == "train"
-    pixels = b"".join(picture.tobytes() for picture in question["images"])
-    key = training, question["problem"], hashlib.sha256(pixels).digest()
-    first = seen.setdefault(key, question["id"])
-    if training and first != question["id"]:
-        raise Rejected(f"duplicate: of {first}")
-    if question["source"] == "shapes":  # its splits share no question by construction
+    if question["source"] == "shapes":  # no question comes twice there, by construction
         return
     others = asked.setdefault(plain(question["text"]), [])
     hashes = [difference_hash(picture) for picture in question["images"]]
-    if not training:
+    if question["split"] == "test":
         others.append((hashes, question["id"]))
         return
+    pixels = b"".join(picture.tobytes() for picture in question["images"])
+    key = question["problem"], hashlib.sha256(pixels).digest()
+    first = seen.setdefault(key, question["id"])
+    if first != question["id"]:
+        raise Rejected(f"duplicate: of {first}")
     for other_hashes, other in others:
         if alike(hashes, other_hashes):
             raise Rejected(f"leak: also {other}")
@@ -433,15 +426,16 @@ def from_easyr1(problem, images, answer, id=None, category=None):
 
 def from_mmk12(id, question, image, answer, subject):
     """Test questions list their choices in the text."""
-    choices, answer = listed_gold(question, answer)
-    return record(question, [image], answer, choices, shown=question, id=id, group=subject)
+    return from_easyr1(question, [image], answer, id, subject)
 
 
 def from_mathvista(pid, question, decoded_image, choices, unit, precision, answer, answer_type,
                    metadata, query):
     """`query` is its own prompt: hint, question, unit, choices. A gold choice is given by text."""
-    if answer_type == "text" and answer in some(choices):
-        answer = LETTERS[choices.index(answer)]  # of equal ones the first: any is right
+    if answer_type == "text":
+        answer_type = "choice"
+        if choices and answer in choices:
+            answer = LETTERS[choices.index(answer)]  # of equal ones the first: any is right
     return record(question, [decoded_image], answer, choices, answer_type, query, id=pid, unit=unit,
                   precision=None if precision is None else int(precision), group=metadata["task"])
 
@@ -449,17 +443,19 @@ def from_mathvista(pid, question, decoded_image, choices, unit, precision, answe
 def from_mmmu(id, question, options, answer, question_type,
               image_1, image_2, image_3, image_4, image_5, image_6, image_7):
     """Pictures are named in question and choices. An open gold may be a list of alternatives."""
-    choices = some(literal_list(options)) if question_type == "multiple-choice" else []
+    choices, kind = [], "open"
+    if question_type == "multiple-choice":
+        choices, kind = literal_list(options), "choice"
     pictures = [image_1, image_2, image_3, image_4, image_5, image_6, image_7]
     subject = re.sub(r"^(dev|validation|test)_|_\d+$", "", id)
-    return record(question, pictures, answer, choices, "open", id=id, group=subject)
+    return record(question, pictures, answer, choices, kind, id=id, group=subject)
 
 
 def from_scienceqa(image, question, choices, answer, hint, subject):
     """Its lecture and solution tell the answer: they are not read."""
     context = f"Context: {hint}\n" if hint else ""
-    shown = with_choices(context + question, some(choices))
-    return record(question, [image], LETTERS[answer], choices, shown=shown, group=subject)
+    shown = with_choices(context + question, choices)
+    return record(question, [image], LETTERS[answer], choices, "choice", shown, group=subject)
 
 
 def from_mathvision(id, question, options, decoded_image, answer, subject):
@@ -479,8 +475,8 @@ def from_mathverse(sample_index, problem_version, question, image, answer, quest
 
 def from_wemath(ID, question, option, answer, image_path, key):
     """Choices are one text: "A. 3;B. 4;C. No correct answer"."""
-    choices = some(listed_choices(re.sub(r"; *(?=[A-J]\.)", "\n", option), CHOICE_MARKS[:1]))
-    return record(question, [image_path], answer, choices, id=f"{ID}-{key}", group=key)
+    choices = listed_choices(re.sub(r"; *(?=[A-J]\.)", "\n", option), CHOICE_MARKS[:1])
+    return record(question, [image_path], answer, choices, "choice", id=f"{ID}-{key}", group=key)
 
 
 def from_own(problem, images, answer, answer_type=None, choices=None, id=None, group=None,
@@ -503,8 +499,6 @@ def from_own(problem, images, answer, answer_type=None, choices=None, id=None, g
         (answer,) = as_texts([answer], "gold: the answer")
         if answer_type in (None, "choice"):
             choices, answer = listed_gold(problem, answer)
-    if answer_type == "choice":
-        some(choices)
     return record(problem, images, answer, choices, answer_type or kind_of(answer), shown,
                   id=id, group=None if group is None else str(group), unit=unit,
                   precision=precision, split=split, needs_image=needs_image)
@@ -562,13 +556,17 @@ def record(text, pictures, answer, choices=None, kind="math", shown=None, merged
     answer = unboxed("" if answer is None else str(answer)).strip()
     if choices:
         kind = "choice"
-    elif kind == "math" and re.fullmatch(r"[A-Za-z][A-Za-z' -]+", plain(answer)):
-        kind = "text"  # Yes, or a name
+    elif kind == "choice":
+        raise Rejected("choices: none could be read")
+    elif kind == "math" and NAMES.fullmatch(plain(answer)) and not FORMULA.search(plain(answer)):
+        kind = "text"
     return {"text": IMAGE_TAG.sub("", text), "problem": problem, "images": images,
             "answer": answer, "answer_type": kind, "choices": choices, **more}
 
 
 IMAGE_TAG = re.compile(r"<image ?(\d{0,2})>")  # <image>, <image1>, <image 1>
+NAMES = re.compile("[A-Za-z][A-Za-z' -]+")  # Yes, or of a person
+FORMULA = re.compile(r"[\d\\^=+*]|\b[a-z]\s*[-/]\s*[a-z]\b")  # 2x, x - y; not yes/no or well-known
 
 
 def place_pictures(text, pictures, merged):
@@ -580,22 +578,22 @@ def place_pictures(text, pictures, merged):
     """
     missing = (None, {"bytes": None, "path": None})  # null, and as some write it
     given = {number: picture for number, picture in enumerate(pictures, 1) if picture not in missing}
-    numbers, named, placed = [], set(), {}
-    unnamed = (number for number in count(1) if number not in named)
+    numbers, placed = [], []
+    unnamed = (number for number in count(1) if number not in numbers)
 
     def tag(match):
         number = int(match[1] or next(unnamed))
+        again = number in numbers
         numbers.append(number)
-        named.add(number)
-        if number in placed or (merged and number not in given):
+        if again or (merged and number not in given):
             return f"image {number}"
         if number not in given:
             raise Rejected(f"picture missing: {match[0]}")
-        placed[number] = given.pop(number)
+        placed.append(given.pop(number))
         return "<image>"
 
     text = IMAGE_TAG.sub(tag, text)
-    return "<image>" * len(given) + text, [*given.values(), *placed.values()], numbers
+    return "<image>" * len(given) + text, [*given.values(), *placed], numbers
 
 
 # Choices: where they stand in the text, and which of them a gold names
@@ -614,12 +612,6 @@ def as_texts(values, what):
             raise Rejected(f"{what} is no text or finite number")
     return [str(value) for value in values]
 
-
-def some(choices):
-    """The choices of a question that must have some."""
-    if not choices:
-        raise Rejected("choices: none could be read")
-    return choices
 
 
 def listed_choices(text, forms=CHOICE_MARKS):
@@ -711,13 +703,14 @@ def kind_of(answer):
         return "integer"
     if re.fullmatch(r"[+-]?\d{1,15}\.\d{1,15}", answer):
         return "float"
-    return "math" if re.search(r"[\d\\^=]", answer) else "text"
+    return "math" if FORMULA.search(answer) else "text"
 
 
 # The prompt: a question in the chat template of the model's family, and one line that asks for the
 # form of the answer
 
 INSTRUCTION = "Think inside <think> </think>, then answer in \\boxed{}."
+PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"  # as the templates of all FAMILIES write one
 
 
 def with_choices(text, choices) -> str:
@@ -755,41 +748,32 @@ def encode(question: Question, tokenizer, image_processor) -> Prompt:
 def tokenize_prompt(problem: str, image_tokens: Sequence[int], tokenizer) -> list[int]:
     """Token ids of a question; picture i takes `image_tokens[i]` tokens.
 
-    The template sees placeholders, never the question: what a question's text says, `<|im_end|>`
+    The template sees a placeholder, never the question: what a question's text says, `<|im_end|>`
     for instance, stays text and cannot become a special token. Raises ValueError where tags and
     pictures do not match.
     """
-    texts = problem.strip().split("<image>")
-    if len(texts) - 1 != len(image_tokens):
-        raise ValueError(f"{len(texts) - 1} <image> tags for {len(image_tokens)} pictures")
-    texts[-1] += "\n" + INSTRUCTION
-    content = []
-    for number, text in enumerate(texts):  # text, picture, text, ...: the tags say where
-        if number > 0:
-            content.append({"type": "image"})
-        if text:
-            content.append({"type": "text", "text": f"\ue000{number}\ue000"})
-    counts, ids = iter(image_tokens), []
-    for number, part in enumerate(render(content, tokenizer).split("\ue000")):
-        is_text = number % 2 == 1  # odd parts are the numbers of texts
-        if is_text:
-            part = texts[int(part)]
-        else:
-            part = re.sub(r"<\|image_pad\|>", lambda match: match[0] * next(counts), part)
+    before, after = render(tokenizer).split("\ue000")
+    first, *texts = f"{problem.strip()}\n{INSTRUCTION}".split("<image>")
+    parts = [before, first]
+    for text, tokens in zip(texts, image_tokens, strict=True):
+        parts += [PICTURE.replace("<|image_pad|>", tokens * "<|image_pad|>"), text]
+    ids = []
+    for number, part in enumerate([*parts, after]):
+        is_text = number % 2 == 1  # else of the template, or a picture
         ids += tokenizer(part, add_special_tokens=False, split_special_tokens=is_text)["input_ids"]
     return ids
 
 
-def render(content, tokenizer):
-    """A user's message in the chat template, up to where the assistant's answer begins."""
-    return tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False,
-                                         add_generation_prompt=True)
+def render(tokenizer):
+    """The chat template up to where the answer begins, with \\ue000 in the question's place."""
+    message = {"role": "user", "content": [{"type": "text", "text": "\ue000"}]}
+    return tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
 
 
 @lru_cache(8)
 def opens_think(tokenizer) -> bool:
     """Whether the template ends a prompt in <think>, so that responses begin in the reasoning."""
-    return render([{"type": "text", "text": "?"}], tokenizer).rstrip().endswith("<think>")
+    return render(tokenizer).rstrip().endswith("<think>")
 
 
 def load_processors(model: str, max_pixels: int):
@@ -1747,13 +1731,13 @@ def paint(cells, look):
     picture = Image.new("RGB", (PICTURE_SIDE, PICTURE_SIDE), ground)
     draw = ImageDraw.Draw(picture)
     for (kind, colour), (x, y, r) in zip(cells, places):
-        left, top, right, bottom = x - r, y - r, x + r, y + r
+        box = x - r, y - r, x + r, y + r
         if kind == "circle":
-            draw.ellipse((left, top, right, bottom), COLOURS[colour])
+            draw.ellipse(box, COLOURS[colour])
         elif kind == "square":
-            draw.rectangle((left, top, right, bottom), COLOURS[colour])
+            draw.rectangle(box, COLOURS[colour])
         elif kind == "triangle":
-            draw.polygon([(x, top), (right, bottom), (left, bottom)], COLOURS[colour])
+            draw.polygon([(x, y - r), (x + r, y + r), (x - r, y + r)], COLOURS[colour])
     return picture
 
 
@@ -1875,10 +1859,11 @@ def ask(family, cells, rng):
     return question, answers, words
 
 
-def asked_scenes(seed, limit):
-    """(question, words, cells, look): families in turn; train and test share no question.
+def shapes_world(seed: int, limit: int | None) -> Iterator[Question]:
+    """Questions of the families in turn, each with its `scene`: words, cells and look.
 
-    Two questions are the same if text and picture are, and where the text suffices, if the text is.
+    Train and test share none. Two are the same if text and picture are, and where the text
+    suffices, if the text is.
     """
     rng, seen = random.Random(f"shapes|{seed}"), set()
     for split, size in WORLD_SIZE.items():
@@ -1894,25 +1879,21 @@ def asked_scenes(seed, limit):
             if key in seen:
                 continue
             seen.add(key)
-            question |= {"id": f"shapes/{split}-{made:04d}", "split": split, "images": [picture]}
-            yield question, words, cells, look
+            yield question | {"id": f"shapes/{split}-{made:04d}", "split": split,
+                              "images": [picture], "scene": (words, cells, look)}
             made += 1
-
-
-def shapes_world(seed: int, limit: int | None) -> Iterator[Question]:
-    for question, *_ in asked_scenes(seed, limit):
-        yield question
 
 
 def counterfactuals(seed: int, limit: int | None, changes: bool) -> dict[str, Question]:
     """id -> the question of `shapes_world` about its own picture after one edit, which changes the
     answer or does not, with the answer that is right then; where there is such an edit."""
     found = {}
-    for question, words, cells, look in asked_scenes(seed, limit):
+    for question in shapes_world(seed, limit):
+        family, (words, cells, look) = question["group"], question["scene"]
         rng = random.Random(f"{seed}|{question['id']}|{changes}")
-        edited = edit_scene(question["group"], words, cells, rng, changes)
+        edited = edit_scene(family, words, cells, rng, changes)
         if edited:
-            answer = str(truth(question["group"], words, edited))
+            answer = str(truth(family, words, edited))
             found[question["id"]] = question | {"images": [paint(edited, look)], "answer": answer}
     return found
 
@@ -1960,8 +1941,7 @@ def make_embedded_model(folder: Path, seed: int, max_pixels: int):
     image_processor = Qwen2VLImageProcessorPil(
         size={"shortest_edge": 56 * 56, "longest_edge": max_pixels})
     loss = warm_start(model, tokenizer, image_processor, seed)
-    print(f"embedded model: {model.num_parameters() / 1e6:.2f} M parameters, last loss {loss:.3f} "
-          "nats per token")
+    print(f"embedded model: last loss {loss:.3f} nats per token")
     for part in (model, tokenizer, image_processor):
         part.save_pretrained(folder)
 
@@ -2012,9 +1992,7 @@ def warm_start(model, tokenizer, image_processor, seed):
     features = teach_tower(model, torch.cat(patches), grid, cells, rng)
 
     def loss(step):
-        rows = warm_rows(cells, step, rng)
-        some = features[[picture for picture, _, _ in rows]]
-        return response_loss(model, tokenizer, some, grid, rows)
+        return response_loss(model, tokenizer, features, grid, warm_rows(cells, step, rng))
 
     steps = [WARM_START[f"{phase}_steps"] for phase in ("first", "reasoned", "styled")]
     language = list(model.model.language_model.parameters())
@@ -2048,9 +2026,8 @@ def teach_tower(model, patches, grid, cells, rng):
     reader = torch.nn.Linear(model.config.text_config.hidden_size, len(CONTENTS))
 
     def features(some):
-        seen = model.model.get_image_features(
-            patches[some].flatten(0, 1).float(), grid.expand(len(some), -1), return_dict=True)
-        return torch.stack(list(seen.pooler_output))
+        seen = model.model.visual(patches[some].flatten(0, 1).float(), grid.expand(len(some), -1))
+        return seen.pooler_output.unflatten(0, (-1, 9))
 
     def loss(step):
         some = rng.choices(range(len(cells)), k=2 * WARM_START["batch"])
@@ -2089,12 +2066,13 @@ def warm_rows(cells, step, rng):
 def response_loss(model, tokenizer, features, grid, rows):
     """Cross-entropy over the tokens of the responses; rows as `warm_rows` makes them.
 
-    features: (B, 9, hidden) of the rows' pictures. grid: (1, 3), the same for all of them.
+    features: (pictures, 9, hidden). grid: (1, 3), the same for all pictures.
     """
-    ids, targets = [], []
-    for _, question, response in rows:
+    shown, ids, targets = [], [], []
+    for picture, question, response in rows:
         prompt = tokenize_prompt(question["problem"], [9], tokenizer)
         answer = tokenizer(response)["input_ids"] + [tokenizer.eos_token_id]
+        shown.append(features[picture])
         ids.append(torch.tensor(prompt + answer))
         targets.append(torch.tensor([-100] * len(prompt) + answer))
     ids = pad_sequence(ids, batch_first=True, padding_value=tokenizer.pad_token_id)  # (B, L)
@@ -2102,9 +2080,9 @@ def response_loss(model, tokenizer, features, grid, rows):
     is_image = ids == model.config.image_token_id
     positions, _ = model.model.get_rope_index(
         ids, mm_token_type_ids=is_image.int(), image_grid_thw=grid.expand(len(rows), -1))
-    shown = SimpleNamespace(pooler_output=list(features), deepstack_features=[])
+    seen = SimpleNamespace(pooler_output=shown, deepstack_features=[])
     hidden = model.model(input_ids=ids, position_ids=positions, use_cache=False,
-                         mm_encoder_outputs={"image": shown}).last_hidden_state
+                         mm_encoder_outputs={"image": seen}).last_hidden_state
     keep = targets != -100  # logits only where a target is
     return torch.nn.functional.cross_entropy(model.lm_head(hidden[:, :-1][keep]), targets[keep])
 
@@ -2155,7 +2133,7 @@ def read_rows(name, path, split) -> Iterator[tuple[dict, Mapping | str]]:
     with the converter's columns, or a line of JSON. One is in memory at a time."""
     source = SOURCES.get(name, OWN)
     split = getattr(source, split)
-    tables = local_files(name, source, split, path) if path else hub_tables(name, source, split)
+    tables = local_files(name, split, path) if path else hub_tables(name, source, split)
     for file, table in tables.items():
         with reading(file, "get it again"):
             if isinstance(table, Dataset):
@@ -2181,9 +2159,8 @@ def hub_tables(name, source, split):
     """Name -> table, for each configuration of a hub dataset that is wanted."""
     reach_hub()
     try:
-        configs = [source.config]
-        if source.config == "*":
-            configs = get_dataset_config_names(source.hub)
+        every = source.config == "*"
+        configs = get_dataset_config_names(source.hub) if every else [source.config]
         return {f"{source.hub}/{config or 'default'}": load_dataset(source.hub, config, split=split)
                 for config in configs}
     except Exception as error:  # no network, a changed layout: the hub's errors share no class
@@ -2192,21 +2169,21 @@ def hub_tables(name, source, split):
                         ) from error
 
 
-def local_files(name, source, split, path):
+SPLIT_NAME = re.compile("(testmini_text_only|testmini|test|train|validation|val|dev)[-_.]")
+
+
+def local_files(name, split, path):
     """Name -> file: `path` itself, its questions.jsonl, or its parquets but for those that are
     named after another split."""
-    files, ends = [path], "[-.]"  # MathVerse has a testmini_text_only
-    if source is OWN:
-        files, ends = [path, path / "questions.jsonl"], "[-_.]"
-    files = [file for file in files if file.is_file()][:1]
+    files = [file for file in (path, path / "questions.jsonl") if file.is_file()][:1]
     if not files:
-        other = re.compile(rf"(?!{split}{ends})(train|validation|val|dev|test|testmini)[-_.]")
-        files = [file for file in sorted(path.rglob("*.parquet"))
-                 if file.is_file() and not other.match(file.name)]
+        for file in sorted(path.rglob("*.parquet")):
+            named = SPLIT_NAME.match(file.name)
+            if file.is_file() and (named is None or named[1] == split):
+                files.append(file)
     if not files:
-        or_lines = " and no questions.jsonl" if source is OWN else ""
-        raise UserError(f"--local {name}={path}: that folder has no parquet of split "
-                        f"{split}{or_lines}")
+        raise UserError(f"--local {name}={path}: that folder has no parquet of split {split} and "
+                        "no questions.jsonl")
     return {str(file): file for file in files}
 
 
@@ -2216,8 +2193,7 @@ def wanted_columns(file, columns, source):
     missing = [name for name, argument in arguments.items()
                if argument.default is Parameter.empty and name not in columns]
     if missing:
-        raise UserError(f"{file} lacks the columns {', '.join(missing)}: it is no copy of "
-                        f"{source.hub or 'what the kit reads'}")
+        raise UserError(f"{file} lacks the columns {', '.join(missing)}: give a file that has them")
     return [name for name in arguments if name in columns]
 
 
@@ -2227,15 +2203,12 @@ def read_lines(file):
     Else it is of another encoding, in which a line may look like UTF-8 by chance, as a lone \\u56fe
     in GBK does: then ASCII, and a byte that is none stays marked, for `parse_line` to reject.
     """
-    raw = file.read_bytes()
-    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        text = raw.decode("utf-16")
-    else:
-        raw = raw.removeprefix(codecs.BOM_UTF8)
-        try:
-            text = raw.decode()
-        except UnicodeDecodeError:
-            text = raw.decode("ascii", "surrogateescape")
+    raw = file.read_bytes().removeprefix(codecs.BOM_UTF8)
+    utf16 = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        text = raw.decode("utf-16" if utf16 else "utf-8")
+    except UnicodeDecodeError:
+        text = raw.decode("ascii", "surrogateescape")
     del raw  # a file may be as large as the memory for it
     for line in re.split("\r\n|\r|\n", text):
         yield line.strip()
@@ -2309,10 +2282,7 @@ def picture_file(raw, folder):
 def eight_bits(picture):
     """Grey of more than 8 bits, or in floats, as bright as its own scale says: Pillow would clip."""
     values = np.asarray(picture, np.float32)
-    highest = values.max()
-    if not math.isfinite(highest):
-        raise Rejected("picture unreadable: its brightness is no number")
-    white = next(scale for scale in (1, 255, 65535, highest) if scale >= highest)
+    white = next(scale for scale in (1, 255, 65535, 2**31) if scale >= values.max())
     return Image.fromarray((values.clip(0) * (255 / white)).astype(np.uint8))
 
 
@@ -2320,30 +2290,24 @@ def fit(picture: Image.Image, image_processor) -> Image.Image:
     """Scale a picture above the pixel budget to the size that the image processor chooses, its
     filter included.
 
-    Then the processor finds nothing left to resize, and no picture is resampled twice. Smaller
-    pictures stay.
+    Then the processor finds nothing left to resize. Smaller pictures stay.
     """
     side = image_processor.patch_size * image_processor.merge_size
-    smallest = image_processor.size["shortest_edge"]
-    budget = image_processor.size["longest_edge"]
+    smallest, budget = image_processor.size["shortest_edge"], image_processor.size["longest_edge"]
     width, height = picture.size
-    for _ in range(99):  # twice only for strips, left above the budget: no side is below a patch
-        down, across = smart_resize(height, width, side, smallest, budget)
-        if max(width * height, across * down) <= budget:
-            break
-        width, height = across, down
-    if (width, height) == picture.size:
+    down, across = smart_resize(height, width, side, smallest, budget)
+    if max(width * height, across * down) <= budget:
         return picture
-    return picture.resize((width, height), Image.Resampling.BICUBIC)
+    # once; again only for strips, left above the budget as no side goes below a patch
+    return fit(picture.resize((across, down), Image.Resampling.BICUBIC), image_processor)
 
 
-def difference_hash(picture) -> int:
-    """256 bits: whether brightness falls, by more than noise, from each cell of a 17 x 16 grid to
-    the next one in its row."""
+def difference_hash(picture) -> np.ndarray:
+    """256 bits, (16, 16): whether brightness falls, by more than noise, from each cell of a 17 x 16
+    grid to the next one in its row."""
     cells = picture.convert("L").resize((17, 16), Image.Resampling.BOX)
     cells = np.asarray(cells).astype(int)  # (16, 17)
-    falls = cells[:, :-1] > cells[:, 1:] + 2
-    return int.from_bytes(np.packbits(falls).tobytes())
+    return cells[:, :-1] > cells[:, 1:] + 2
 
 
 def alike(hashes, others) -> bool:
@@ -2355,22 +2319,18 @@ def alike(hashes, others) -> bool:
     """
     if len(hashes) != len(others):
         return False
-    return all(4 * (one ^ two).bit_count() <= min(one.bit_count(), two.bit_count())
+    return all(4 * (one != two).sum() <= min(one.sum(), two.sum())
                for one, two in zip(hashes, others))
 
 
-def stratified(ids: Sequence[str], groups: Iterable[str | None], limit: int | None) -> list[int]:
+def stratified(ids: Sequence[str], groups: Sequence[str | None], limit: int | None) -> list[int]:
     """Numbers of `limit` questions in which each group has its share; in a group the hashes of ids
     decide, on every machine alike."""
     hashes = [hashlib.sha256(name.encode()).hexdigest() for name in ids]
-    members = {}
-    for number, group in enumerate(groups):
-        members.setdefault(group, []).append(number)
-    ranks = {}
-    for numbers in members.values():
-        for rank, number in enumerate(sorted(numbers, key=hashes.__getitem__)):
-            ranks[number] = (rank + 0.5) / len(numbers), hashes[number]
-    return sorted(sorted(ranks, key=ranks.get)[:limit])
+    table = pd.DataFrame({"group": groups, "hash": hashes}).sort_values("hash")
+    members = table.groupby("group", dropna=False)["hash"]
+    table["share"] = (members.cumcount() + 0.5) / members.transform("size")
+    return sorted(table.sort_values(["share", "hash"]).index[:limit])
 
 
 # The model's files: which they are, that they are whole, and that nobody changed them
@@ -2389,7 +2349,7 @@ def load_model_parts(model, max_pixels):
         prompt = tokenizer.decode(tokenize_prompt("<image>", [1], tokenizer))
     except Exception:  # no template, or a broken one
         prompt = ""
-    if prompt.count("<|image_pad|>") != 1 or INSTRUCTION not in prompt:
+    if PICTURE not in prompt or INSTRUCTION not in prompt:
         raise UserError(f"{model} has no chat template for pictures or no whole tokenizer: copy "
                         "chat_template.jinja, tokenizer.json and tokenizer_config.json of the "
                         "published model there")
@@ -2414,15 +2374,14 @@ def loading(model):
 def hash_model(data, model):
     """What identifies a model and its processors: file, relative to `data` where it lies there, ->
     sha256; of a hub model, name -> commit."""
-    embedded = model == "embedded"
-    folder = data / "model" if embedded else Path(model).resolve()
+    folder = Path(model).resolve()
     if not folder.is_dir():
         with loading(model):
             config = AutoConfig.from_pretrained(model, trust_remote_code=False)
         return {f"hub:{model}": config._commit_hash or "unknown"}
     kinds = (".safetensors", ".json", ".jinja", ".txt")
     files = [file for file in sorted(folder.iterdir())
-             if file.suffix in kinds and file.name != RECIPE and file.is_file()]
+             if file.suffix in kinds and file.name != RECIPE]
     weights = [file for file in files if file.suffix == ".safetensors"]
     if not weights:
         raise UserError(f"{folder} has no weights as .safetensors, and others can hold code: save "
@@ -2430,7 +2389,8 @@ def hash_model(data, model):
     for file in weights:
         with loading(str(folder)), safe_open(file, "np"):
             pass  # its header fits its length
-    return {f"model/{file.name}" if embedded else str(file): sha256(file) for file in files}
+    within = data.resolve().as_posix() + "/"
+    return {file.as_posix().removeprefix(within): sha256(file) for file in files}
 
 
 def model_path(data: Path, study: Mapping) -> str:
@@ -2495,8 +2455,8 @@ def input_path(source: str, name: str) -> str:
 def load_study(data: Path) -> dict:
     """study.json, the record of stage 1."""
     path = data / "study.json"
-    remedy = f"run 01_prepare.py --data {data}"
-    return read_json(path, STUDY, f"delete it and {remedy}" if path.exists() else remedy)
+    remedy = "delete it and run" if path.exists() else "run"
+    return read_json(path, STUDY, f"{remedy} 01_prepare.py")
 
 
 def check_input(data: Path, study: Mapping, source: str, name: str) -> dict[str, str]:
@@ -2505,23 +2465,21 @@ def check_input(data: Path, study: Mapping, source: str, name: str) -> dict[str,
     Returns artifact -> sha256.
     """
     clean, path = input_path(source, "clean"), data / input_path(source, name)
-    for package, was in study["versions"].items():
-        now = versions().get(package)
+    for package, now in versions().items():
+        was = study["versions"].get(package)
         if was != now:
             raise UserError(f"{data / 'study.json'} was made with {package} {was}, not {now}: "
                             "install that, or run 01_prepare.py again")
-    digests = {clean: study["artifacts"].get(clean)}
-    check_fresh(data, data / "study.json", digests, "run 01_prepare.py again")
+    digest = study["artifacts"].get(clean)
+    check_fresh(data, data / "study.json", {clean: digest}, "run 01_prepare.py again")
     if name != "clean":
         if not path.exists():
             there = ", ".join(sorted(file.stem for file in path.parent.glob("*.parquet")))
             raise UserError(f"{path} is missing: choose from {there or 'none yet'}, or run "
                             f"02_corrupt.py --corruptions {name}")
-        origin = made_from(path)
-        if origin.get("seed") != study["seed"]:
-            raise UserError(f"{path} was damaged by seed {origin.get('seed')}, the study's is "
-                            f"{study['seed']}: run 02_corrupt.py again")
-        check_fresh(data, path, {clean: origin.get(clean)}, "run 02_corrupt.py again")
+        if not {clean: digest, "seed": study["seed"]}.items() <= made_from(path).items():
+            raise UserError(f"{path} was made from another {data / clean} than the one there now, "
+                            "or by another seed: run 02_corrupt.py again")
     return {input_path(source, name): sha256(path)}
 
 
@@ -2545,7 +2503,7 @@ def write_questions(path: Path, questions: Iterable[Question], made_from: Mappin
     metadata, where the function of that name finds it.
     """
     schema = FEATURES.arrow_schema
-    origin = json.dumps(dict(made_from), sort_keys=True).encode()
+    origin = json.dumps(made_from, sort_keys=True).encode()
     schema = schema.with_metadata({**schema.metadata, b"made_from": origin})
     written, questions = 0, iter(questions)
     with replacing(path) as part, pq.ParquetWriter(part, schema, write_page_checksum=True) as file:
@@ -2577,10 +2535,6 @@ def read_questions(path: Path, remedy: str) -> Dataset:
             raise ValueError("its columns are not those of a question")
     return table
 
-
-def undecoded(table: Dataset) -> Dataset:
-    """The same rows with pictures as bytes: for what needs no pixel."""
-    return table.cast_column("images", List(ImageFeature(decode=False)))
 
 
 def made_from(path: Path) -> dict[str, str | int]:
@@ -2630,7 +2584,7 @@ def write_jsonl(path: Path, rows: Iterable[Mapping]):
 
 
 def append_jsonl(path: Path, rows: Iterable[Mapping]):
-    with writing(path), open(path, "a", encoding="utf-8", newline="\n") as file:
+    with open(path, "a", encoding="utf-8", newline="\n") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
         file.flush()
         os.fsync(file)
@@ -2663,17 +2617,16 @@ def replacing(path: Path) -> Iterator[Path]:
     """A temporary name beside `path`, moved into place at the end: the artifact exists whole or not
     at all."""
     part = path.with_name(f".{path.name}.part")
-    with writing(path):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            remove(part)  # of a process that was killed
-            yield part
-            if part.is_file():
-                with open(part, "rb+") as file:  # Windows syncs only what may be written
-                    os.fsync(file)  # what the name promises survives a power cut
-            os.replace(part, path)
-        finally:
-            remove(part)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove(part)  # of a process that was killed
+        yield part
+        if part.is_file():
+            with open(part, "rb+") as file:  # Windows syncs only what may be written
+                os.fsync(file)  # what the name promises survives a power cut
+        os.replace(part, path)
+    finally:
+        remove(part)
 
 
 @contextmanager
@@ -2695,9 +2648,8 @@ def writing(path: Path):
     except UserError:
         raise
     except Exception as error:
-        number = getattr(error, "errno", None)
-        if told := re.search(r"os error (\d+)", str(error)):
-            number = int(told[1])
+        told = re.search(r"os error (\d+)", str(error))
+        number = int(told[1]) if told else getattr(error, "errno", None)
         if number is None:
             raise
         raise UserError(f"{getattr(error, 'filename', None) or path} cannot be written or read "
@@ -2728,10 +2680,10 @@ def locked(path: Path):
 def count_workers(asked: int | None, tasks: int, worker_bytes: float) -> int:
     """How many processes share that many tasks: one a card, or without cards one a core, as memory
     allows."""
+    tasks = max(tasks, 1)
     if asked is not None:
-        if asked > max(tasks, 1):
-            raise UserError(f"--workers {asked} is more than there is to do: choose at most "
-                            f"{max(tasks, 1)}")
+        if asked > tasks:
+            raise UserError(f"--workers {asked} is more than there is to do: choose at most {tasks}")
         return asked
     cores = os.cpu_count()
     if hasattr(os, "sched_getaffinity"):
@@ -2763,29 +2715,27 @@ def deal_out(work: Callable, tasks: Mapping[str, tuple], workers: int,
             receive(name, work(*task))
             watch()
         return
-    pools = [start_worker(number) for number in range(workers)]
-    idle, waiting, busy = list(pools), list(tasks.items()), {}
-    try:
-        while waiting or busy:
-            while waiting and idle:
-                pool, (name, task) = idle.pop(), waiting.pop(0)
-                with outliving(name):
-                    busy[pool.submit(work, *task)] = name, pool
-            done, _ = wait(busy, timeout=0.2, return_when=FIRST_COMPLETED)
+    waiting, busy = list(tasks.items()), {}
+    with ExitStack() as pools:
+        idle = [pools.enter_context(start_worker(number)) for number in range(workers)]
+        try:
+            while waiting or busy:
+                while waiting and idle:
+                    pool, (name, task) = idle.pop(), waiting.pop(0)
+                    with outliving(name):
+                        busy[pool.submit(work, *task)] = name, pool
+                done, _ = wait(busy, timeout=0.2, return_when=FIRST_COMPLETED)
+                watch()
+                for future in done:
+                    name, pool = busy.pop(future)
+                    with outliving(name):
+                        result = future.result()
+                    receive(name, result)
+                    idle.append(pool)
+        except BaseException:
+            stop_workers(busy)
             watch()
-            for future in done:
-                name, pool = busy.pop(future)
-                with outliving(name):
-                    result = future.result()
-                receive(name, result)
-                idle.append(pool)
-    except BaseException:
-        stop_workers(busy)
-        watch()
-        raise
-    finally:
-        for pool in pools:
-            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def start_worker(number: int) -> ProcessPoolExecutor:
@@ -2813,7 +2763,7 @@ def begin_worker(number):
 def fix_arithmetic(threads):
     """The same sums on every machine: they depend on the number of threads, and on who adds."""
     torch.set_num_threads(threads)
-    if platform.machine() in ("x86_64", "AMD64"):
+    if X86:
         multiply_by_onednn()
 
 
@@ -2835,9 +2785,9 @@ def multiply_by_onednn():
             return plain["mm"].call_boxed(keys, a, b)
         return oneDNN(a, b.t(), None, "none", [], "")
 
-    def addmm(keys, bias, a, b, *, beta=1, alpha=1):
-        if stays(a, b) or bias.dim() != 1 or beta != 1 or alpha != 1:
-            return plain["addmm"].call_boxed(keys, bias, a, b, beta=beta, alpha=alpha)
+    def addmm(keys, bias, a, b, **scales):
+        if stays(a, b) or bias.dim() != 1 or scales:
+            return plain["addmm"].call_boxed(keys, bias, a, b, **scales)
         return oneDNN(a, b.t(), bias.contiguous(), "none", [], "")
 
     plain = {name: torch.library.get_kernel(f"aten::{name}", "CPU") for name in ("mm", "addmm")}
@@ -2860,16 +2810,9 @@ def outliving(name):
     try:
         yield
     except BrokenProcessPool:
-        fault = "was killed, by a person or for lack of memory"
-    except (MemoryError, RuntimeError) as error:
-        short = isinstance(error, MemoryError | torch.OutOfMemoryError)
-        if not short and "can't allocate memory" not in str(error):
-            raise
-        fault = "ran out of memory"
-    else:
-        return
-    raise UserError(f"the worker process of {name} {fault}: the same command continues; if memory "
-                    "is short, with fewer --workers")
+        raise UserError(f"the worker process of {name} was killed, by a person or for lack of "
+                        "memory: the same command continues; if memory is short, with fewer "
+                        "--workers") from None
 
 
 def stop_workers(busy):
@@ -2893,7 +2836,7 @@ def run(main: Callable, config_class: type, description: str):
     Bad input ends with one sentence and exit code 2, Ctrl-C and SIGTERM with 130.
     """
     parser = HfArgumentParser(config_class, description=description, allow_abbrev=False,
-                              formatter_class=Help)
+                              formatter_class=RawDescriptionHelpFormatter)
     config, unknown = parser.parse_args_into_dataclasses(
         return_remaining_strings=True, look_for_args_file=False)
     keep_quiet()
@@ -2914,14 +2857,6 @@ def run(main: Callable, config_class: type, description: str):
     print(told, file=sys.stderr)
     sys.exit(code)
 
-
-class Help(RawDescriptionHelpFormatter):
-    """Docstrings as they are written, and defaults where there are any."""
-
-    def _get_help_string(self, action):
-        if action.default in (None, [], SUPPRESS):
-            return action.help
-        return f"{action.help} (default: %(default)s)"
 
 
 def keep_quiet():

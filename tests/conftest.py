@@ -13,6 +13,7 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on a network
 importlib.import_module("01_prepare").fix_arithmetic(1)  # before torch is loaded; as in a worker process
 
+import datasets
 import torch
 import transformers as hf
 
@@ -116,6 +117,11 @@ def study(tmp_path_factory, prepare, corrupt, train, evaluate, report):
         answers, results = run_stages(data, prepare, corrupt, train, evaluate, report)
     prepare.WARM_START.update(recipe)
     return data, answers, results
+
+
+def undecoded(table):
+    """The same rows with pictures as bytes."""
+    return table.cast_column("images", datasets.List(datasets.Image(decode=False)))
 
 
 def pytest_addoption(parser):

@@ -291,6 +291,15 @@ def test_own_questions(stage, tmp_path):
     assert mine[4]["problem"] == "First <image>, then <image>?" and same_picture(mine[4]["images"][1], drawing(2))
 
 
+@pytest.mark.parametrize("gold, other, kind", [
+    ("x + y", "y+x", "math"), ("a/b", r"\frac{a}{b}", "math"), ("x - y", "-y + x", "math"), ("2x", "x+x", "math"),
+    ("yes/no", "Yes/no", "text"), ("well-known", "Well-known", "text"), ("x", "$x$", "text"), ("N/A", "N/A.", "text")])
+def test_a_formula_of_letters_alone_is_compared_as_maths(prepare, own, gold, other, kind):
+    question = own("What is it?", gold)
+    assert question["answer_type"] == kind
+    assert prepare.grade(f"\\boxed{{{other}}}", question).correct
+
+
 def test_what_the_kit_wrote_it_reads(prepare, stage, tmp_path):
     """Splits stay apart, and nothing changes on the second way through."""
     _, first, _ = stage("one", benchmarks=["shapes"])
@@ -725,9 +734,9 @@ def test_a_kill_leaves_no_half_model(prepare, tmp_path, monkeypatch):
 @pytest.mark.parametrize("options, said", [
     ({"preset": "13b"}, "--preset 13b is unknown"), ({"train": "nope"}, "source nope is unknown"),
     ({"benchmarks": ["nope"]}, "source nope is unknown"),
-    ({"train": "mathvista"}, "--train mathvista is a benchmark"), ({"train": "mmmu"}, "is a benchmark"),
-    ({"train": "scienceqa"}, "is a benchmark"),
-    ({"benchmarks": ["virl39k"]}, "has no test split"), ({"local": ["mine"]}, "is not NAME=PATH"),
+    ({"train": "mathvista"}, "mathvista has no train split: benchmarks are for --benchmarks"), ({"train": "mmmu"}, "has no train split"),
+    ({"train": "scienceqa"}, "has no train split"),
+    ({"benchmarks": ["virl39k"]}, "virl39k has no test split"), ({"local": ["mine"]}, "is not NAME=PATH"),
     ({"local": ["../x=y"]}, "is not NAME=PATH"),
     ({"local": ["shapes=y"]}, "is not NAME=PATH"), ({"local": ["mine=y"]}, "neither --train nor among --benchmarks"),
     ({"limit": 0}, "--limit 0"),

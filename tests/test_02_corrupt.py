@@ -16,7 +16,7 @@ from datasets import load_dataset
 from hypothesis import given, settings, strategies as st
 from PIL import Image, ImageDraw
 
-from conftest import ROOT
+from conftest import ROOT, undecoded
 
 NAMES = "blank noise blur occlude irrelevant removed told misleading unsaid textless mismatch blur-0.05 occlude-0.25".split()
 PICTURELESS = ("removed", "told")
@@ -598,7 +598,7 @@ def test_easyr1_reads_the_same_files(prepare, corrupt, data, name, tmp_path):
         file = data / prepare.input_path(source, name)
         table = load_dataset("parquet", data_files=str(file), split="train", cache_dir=str(tmp_path / "cache"))
         assert len(table) == len(read(prepare, file)) > 0
-        for row, raw in zip(table, prepare.undecoded(table)):
+        for row, raw in zip(table, undecoded(table)):
             assert isinstance(row["problem"], str) and isinstance(row["answer"], str) and row["answer"]
             assert len(row["problem"].split("<image>")) - 1 == len(row["images"])
             for picture, stored in zip(row["images"], raw["images"], strict=True):

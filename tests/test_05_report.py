@@ -74,7 +74,7 @@ def make_study(data, prepare, corrupt, policies=POLICIES, names=("blank", "remov
             rng, path = random.Random(f"{policy}|{name}|{folder}"), data / "answers" / policy / "shapes" / folder / f"{name}.jsonl"
             donors = {}
             if name in ("mismatch", "edited"):
-                table = prepare.undecoded(prepare.read_questions(data / prepare.input_path("shapes", name), ""))
+                table = prepare.read_questions(data / prepare.input_path("shapes", name), "")
                 donors = dict(zip(table["id"], table["shown_answer"]))
             inputs = [prepare.input_path("shapes", name)] + [f"policies/{policy}/adapter_model.safetensors"] * (policy != "base")
             made_from = {key: prepare.sha256(data / key) for key in inputs}

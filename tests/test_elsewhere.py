@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, Qwen2_5_VLProcessor
 
-from conftest import ROOT, VISION, tiny_model
+from conftest import ROOT, VISION, tiny_model, undecoded
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 ELSEWHERE = README.partition("## Outgrowing the kit\n")[2].partition("\n## ")[0]
@@ -187,14 +187,14 @@ def test_the_instruction_is_that_of_the_kit(prepare, mapped):
 @pytest.mark.parametrize("name", ["blank", "misleading", "removed"])
 def test_the_mapped_questions_are_the_training_questions(prepare, study_folder, mapped, name):
     """All of the train split in order, pictures byte for byte, and the gold where each trainer looks for it."""
-    table = prepare.undecoded(prepare.read_questions(study_folder / "corrupted" / "shapes" / f"{name}.parquet", ""))
+    table = undecoded(prepare.read_questions(study_folder / "corrupted" / "shapes" / f"{name}.parquet", ""))
     truth = [row for row in table if row["split"] == "train"]
     assert 0 < len(truth) < len(table)
     made = mapped(name)
     for rows in (made.verl_rows, made.trl_rows):
         assert rows["id"][:] == [row["id"] for row in truth]
         assert rows["answer"][:] == [row["answer"] for row in truth]
-        assert prepare.undecoded(rows)["images"][:] == [row["images"] for row in truth]
+        assert undecoded(rows)["images"][:] == [row["images"] for row in truth]
     for row in made.verl_rows:
         assert row["reward_model"] == {"style": "rule", "ground_truth": row["answer"]}
         assert row["data_source"] == "hiyouga/geometry3k"  # for which verl's rule reads maths in the box
