@@ -307,7 +307,7 @@ def chosen(name, split, path, config: Config, rejected) -> Iterator[tuple[dict, 
             unique = f"{own}-{repeats[own] + 1}"
         groups[unique] = question.get("group")
     ids = list(groups)
-    take = {ids[i] for i in stratified(ids, list(groups.values()), config.limit)}
+    take = {ids[i] for i in stratified(ids, groups.values(), config.limit)}
     rows = tqdm(converted(name, split, path, config, []), f"{name} {split}", len(ids), leave=False,
                 disable=None)
     for unique, (place, question) in zip(ids, rows):
@@ -2323,11 +2323,11 @@ def alike(hashes, others) -> bool:
                for one, two in zip(hashes, others))
 
 
-def stratified(ids: Sequence[str], groups: Sequence[str | None], limit: int | None) -> list[int]:
+def stratified(ids: Sequence[str], groups: Iterable[str | None], limit: int | None) -> list[int]:
     """Numbers of `limit` questions in which each group has its share; in a group the hashes of ids
     decide, on every machine alike."""
     hashes = [hashlib.sha256(name.encode()).hexdigest() for name in ids]
-    table = pd.DataFrame({"group": groups, "hash": hashes}).sort_values("hash")
+    table = pd.DataFrame({"group": list(groups), "hash": hashes}).sort_values("hash")
     members = table.groupby("group", dropna=False)["hash"]
     table["share"] = (members.cumcount() + 0.5) / members.transform("size")
     return sorted(table.sort_values(["share", "hash"]).index[:limit])
@@ -2680,16 +2680,18 @@ def locked(path: Path):
 def count_workers(asked: int | None, tasks: int, worker_bytes: float) -> int:
     """How many processes share that many tasks: one a card, or without cards one a core, as memory
     allows."""
-    tasks = max(tasks, 1)
+    tasks, cards = max(tasks, 1), torch.cuda.device_count()
     if asked is not None:
-        if asked > tasks:
-            raise UserError(f"--workers {asked} is more than there is to do: choose at most {tasks}")
+        most = min(tasks, cards or tasks)
+        if asked > most:
+            raise UserError(f"--workers {asked} is more than there is to do, or more than there are "
+                            f"cards: choose at most {most}")
         return asked
     cores = os.cpu_count()
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))  # those that this process may use
     fitting = int(psutil.virtual_memory().available // worker_bytes)
-    most = torch.cuda.device_count() or min(cores, fitting)
+    most = cards or min(cores, fitting)
     return max(1, min(most, tasks))
 
 
@@ -2810,9 +2812,16 @@ def outliving(name):
     try:
         yield
     except BrokenProcessPool:
-        raise UserError(f"the worker process of {name} was killed, by a person or for lack of "
-                        "memory: the same command continues; if memory is short, with fewer "
-                        "--workers") from None
+        fault = "was killed, by a person or for lack of memory"
+    except (MemoryError, RuntimeError) as error:
+        short = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if not short and "can't allocate memory" not in str(error):
+            raise
+        fault = "ran out of memory"
+    else:
+        return
+    raise UserError(f"the worker process of {name} {fault}: the same command continues; if memory "
+                    "is short, with fewer --workers")
 
 
 def stop_workers(busy):

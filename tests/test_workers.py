@@ -12,6 +12,7 @@ import time
 
 import psutil
 import pytest
+import torch
 
 from conftest import ROOT
 
@@ -163,8 +164,26 @@ def test_two_commands_share_a_folder_but_never_a_run(undisturbed, data):
 
 @pytest.mark.parametrize("command, workers, says", [
     (TRAIN, 0, "--workers 0 is too small: choose at least 1"),
-    (TRAIN, 5, "--workers 5 is more than there is to do: choose at most 4"),
-    (EVALUATE, 100, "--workers 100 is more than there is to do: choose at most")])
+    (TRAIN, 5, "--workers 5 is more than there is to do, or more than there are cards: choose at most 4"),
+    (EVALUATE, 100, "--workers 100 is more than there is to do, or more than there are cards: choose at most")])
 def test_a_number_of_workers_that_cannot_be_is_one_sentence(data, command, workers, says):
     code, out = end(start(data, command, workers))
-    assert code == 2 and out.splitlines()[-1].startswith(f"error: {says}")
+    assert code == 2 and out.splitlines()[-1].startswith(f"error: {says}"), out
+
+
+def test_each_worker_has_a_card_of_its_own(prepare, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert prepare.count_workers(None, 15, 1e9) == prepare.count_workers(2, 15, 1e9) == 2
+    with pytest.raises(prepare.UserError, match="choose at most 2$"):
+        prepare.count_workers(3, 15, 1e9)
+
+
+@pytest.mark.parametrize("error", [
+    MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")])
+def test_a_worker_out_of_memory_is_one_sentence(prepare, error):
+    with pytest.raises(prepare.UserError, match="^the worker process of mixed-blank-s1 ran out of memory: the same command continues"):
+        with prepare.outliving("mixed-blank-s1"):
+            raise error
+    with pytest.raises(RuntimeError, match="^another"), prepare.outliving("mixed-blank-s1"):
+        raise RuntimeError("another")
