@@ -829,7 +829,8 @@ def grade(
     reasoning.
     """
     response = f"<think>{response}" if think_opened else str(response)
-    response = re.sub(r"<(/?) ?think ?>", r"<\1think>", response)
+    for spaced in ("< think", "< /", "</ think", "think >"):
+        response = response.replace(spaced, spaced.replace(" ", ""))
     final = response.rpartition("</think>")[2]
     # reasoning that never ends answers nothing
     final = final.partition("<think>")[0][-FINAL_CHARACTERS:]
@@ -842,7 +843,7 @@ def is_well_formed(response: str, final: str) -> bool:
     """White space, <think>, reasoning, </think>, text with one box that is not empty, closing
     punctuation."""
     parts = BOX.split(final)
-    if re.findall("</?think>", response) != ["<think>", "</think>"] or len(parts) != 3:
+    if not response.count("<think>") == response.count("</think>") == 1 or len(parts) != 3:
         return False
     _, box, after = parts
     closed = after.strip(" \n\t\r$.)]\\*") == ""
@@ -2465,8 +2466,8 @@ def check_input(data: Path, study: Mapping, source: str, name: str) -> dict[str,
     Returns artifact -> sha256.
     """
     clean, path = input_path(source, "clean"), data / input_path(source, name)
-    for package, now in versions().items():
-        was = study["versions"].get(package)
+    for package, was in study["versions"].items():
+        now = versions().get(package)
         if was != now:
             raise UserError(f"{data / 'study.json'} was made with {package} {was}, not {now}: "
                             "install that, or run 01_prepare.py again")
