@@ -373,6 +373,8 @@ def check_question(question):
 
 def finish(question, folder, tokenizer, image_processor, most_tokens):
     """Decode and scale the pictures, count tokens; a prompt that is too long is rejected."""
+    if len(question["problem"]) > 100 * most_tokens:
+        raise Rejected(f"too long: {len(question['problem'])} characters")
     pictures, image_tokens = [], []
     for picture in question["images"]:
         if not isinstance(picture, Image.Image):
@@ -611,7 +613,6 @@ def as_texts(values, what):
         if not number and not isinstance(value, str):
             raise Rejected(f"{what} is no text or finite number")
     return [str(value) for value in values]
-
 
 
 def listed_choices(text, forms=CHOICE_MARKS):
@@ -863,9 +864,10 @@ def read_answer(final: str, question: Mapping, reward: bool) -> str | None:
     if boxes and kind == "choice":
         answer = read_choice(answer, choices)
     # Several boxes that name no one choice are working. A box that never closes holds nothing.
-    if answer is None and len(boxes) != 1 and kind in rules and (boxes or "\\boxed" not in final):
-        return rules[kind](final, choices)
-    return answer
+    unclosed = not boxes and "\\boxed" in final
+    if answer is not None or len(boxes) == 1 or unclosed or kind not in rules:
+        return answer
+    return rules[kind](final, choices)
 
 
 # free text: where a benchmark looks for an answer that stands in no box. BENCHMARKS, below, is the
@@ -941,8 +943,10 @@ def search_choice(text: str, choices: Choices) -> str | None:
     Benchmarks take the last of several; here two that are claimed, or joined by "or", are none.
     """
     lone, refused = lone_letter(choices), REFUSAL.search(last_sentence(text))
-    # can't tell whether it's B, it is not (B)
-    denied = rf"\bwhether\b[^.!?\n]*.?$|(?i:\bnot|n['’]t|\bnever) (?:be )?(?i:option |choice )?[({{*]{{0,3}}{lone}"
+    if refused:  # can't tell whether it's B
+        text = re.sub(r"\bwhether\b[^.!?\n]*.?$", "", text)
+    # it is not (B)
+    denied = rf"(?i:\bnot|n['’]t|\bnever) (?:be )?(?i:option |choice )?[({{*]{{0,3}}{lone}"
     text = re.sub(denied, "", text).strip()
     first, _, more = text.partition("\n")
     known = bare_choice(first[:ANSWER_CHARACTERS], choices)
@@ -980,7 +984,8 @@ def search_nearest(text: str, choices: Choices) -> str | None:
     if known or not last or refused or re.search(lone_letter(choices), text):
         return known
     if NEGATION.search(last):  # it is not the largest
-        return choice_letters(choices).get("no")
+        letters = choice_letters(choices)
+        return letters["no"] if letters.keys() <= {"yes", "no", "Yes", "No"} else None
     stated = (last.partition(" is ")[2] or last)[:200]
     nearest = min(choices, key=lambda choice: edit_distance(stated, choice[:200]))
     return LETTERS[choices.index(nearest)]
@@ -996,7 +1001,7 @@ def edit_distance(text: str, choice: str) -> int:
     return row[-1]
 
 
-# How each benchmark reads free text: a function for each of its answer types. Where nothing is
+# How each benchmark reads free text: a function (text, choices) for each of its answer types. Where nothing is
 # found, MMMU and ScienceQA officially toss a coin. Here nothing is answered.
 BENCHMARKS = {
     # evaluation/extract_answer.py and calculate_score.py: an LLM extracts, then the choice at the
@@ -1044,7 +1049,8 @@ def is_right(answer: str, question: Mapping) -> bool:
     if kind == "list" and "[" not in answer:
         answer = f"[{answer}]"
     precision = question.get("precision")
-    if kind == "float" and precision in range(16) and same_number(answer, gold, int(precision)):
+    known = isinstance(precision, int | float) and precision in range(16)
+    if kind == "float" and known and same_number(answer, gold, int(precision)):
         return True
     return same_maths(answer, gold)
 
@@ -1235,7 +1241,9 @@ def read_choice(text: str, choices: Choices) -> str | None:
     rest = words.sub(" ", said)
     if NEGATION.search(rest) or len(named) != 1:  # isn't stable, A is wrong
         return None
-    return None if not lettered and CHANGES.search(rest) else named.pop()
+    if not lettered and CHANGES.search(rest):  # more than a dozen
+        return None
+    return named.pop()
 
 
 # maths: small, bounded arithmetic instead of a computer algebra system
@@ -1341,8 +1349,8 @@ class Claim:
     A value is a tuple of numbers, one at each of the PLACES, or a Group.
     """
     values: list            # of 1/3 ≈ 0.33 both; none of x^2 = 4
-    sign: str = ""          # of a relation: =, ≠, < or ≤
-    difference: tuple = ()  # of its sides
+    sign: str = ""          # =, ≠, < or ≤, also where values follow from what was compared
+    difference: tuple = ()  # of the first two sides
     name: tuple = ()        # a Letter
 
 
@@ -1366,11 +1374,18 @@ def same_maths(answer: str, gold: str) -> bool:
 def read_measure(text: str, units: re.Pattern) -> tuple[list[Claim], str]:
     """What a text claims without the units of its values, and the first of these, as a symbol."""
     value = rewrite(text)
-    found, marks = units.search(value), "".join(sorted({*UNIT_MARK.findall(text)}))
-    unit = re.sub(r"\\text|[{}\s.]", "", found[0] if found else marks)
+    found = units.search(value)
+    marks = sorted({unit_symbol(mark) for mark in UNIT_MARK.findall(text)})
+    unit = unit_symbol(found[0]) if found else "".join(marks)
+    return parse(units.sub("", value)), unit
+
+
+def unit_symbol(unit: str) -> str:
+    """degrees is °, and metres is m."""
+    unit = re.sub(r"\\text|[{}\s.]", "", unit)
     for name, symbol in UNIT_NAMES:
         unit = re.sub(name, symbol, unit)
-    return parse(units.sub("", value)), unit
+    return unit
 
 
 UNIT_MARK = re.compile(r"°|\\circ|degrees?\b|%|\bpercent\b|\\\$|\bdollars?\b")  # rewrite() drops them
@@ -1438,7 +1453,7 @@ def same_relation(relation, gold) -> bool:
     """Relations hold in the same places where their differences are a constant factor apart, in an
     inequality a positive one."""
     factors = each(truediv, relation.difference, gold.difference)
-    if relation.sign != gold.sign or not factors:
+    if relation.sign != gold.sign or not factors or factors[0] == 0:  # 1 = 1 holds everywhere
         return False
     if gold.sign in "<≤" and not factors[0].real > 0:
         return False
@@ -1545,10 +1560,16 @@ def read_claim(tokens) -> Claim:
 
 def interval(sides, signs, at) -> Group:
     """What a letter, one of the sides, lies between: of x < 2, (-infty, 2)."""
-    low, _, high = [everywhere(-math.inf), *sides, everywhere(math.inf)][at:at + 3]
+    if at > 1 or len(sides) - at > 2:
+        raise ValueError("a relation of numbers, as in x < 2 < 1")
+    low, high, opening, closing = everywhere(-math.inf), everywhere(math.inf), "<", "<"
+    if at == 1:
+        low, opening = sides[0], signs[0]
+    if at < len(sides) - 1:
+        high, closing = sides[at + 1], signs[at]
     if low[0].real > high[0].real:
         raise ValueError("nothing is between")
-    return Group(INTERVALS[f"<{signs}<"[at:at + 2]], [low, high])
+    return Group(INTERVALS[opening + closing], [low, high])
 
 
 def rounds_to(value, rounded) -> bool:
@@ -2283,7 +2304,10 @@ def picture_file(raw, folder):
 def eight_bits(picture):
     """Grey of more than 8 bits, or in floats, as bright as its own scale says: Pillow would clip."""
     values = np.asarray(picture, np.float32)
-    white = next(scale for scale in (1, 255, 65535, 2**31) if scale >= values.max())
+    highest = values.max()
+    if not math.isfinite(highest):
+        raise Rejected("picture unreadable: its brightness is no number")
+    white = next(scale for scale in (1, 255, 65535, highest) if scale >= highest)
     return Image.fromarray((values.clip(0) * (255 / white)).astype(np.uint8))
 
 
@@ -2537,7 +2561,6 @@ def read_questions(path: Path, remedy: str) -> Dataset:
     return table
 
 
-
 def made_from(path: Path) -> dict[str, str | int]:
     """What a parquet of `write_questions` was made from."""
     with reading(path, "delete it and run 02_corrupt.py again"):
@@ -2678,10 +2701,11 @@ def locked(path: Path):
 # cores.
 
 
-def count_workers(asked: int | None, tasks: int, worker_bytes: float) -> int:
+def count_workers(asked: int | None, tasks: int, worker_bytes: float, cards: int | None = None) -> int:
     """How many processes share that many tasks: one a card, or without cards one a core, as memory
-    allows."""
-    tasks, cards = max(tasks, 1), torch.cuda.device_count()
+    allows. 0 cards: of work that needs none."""
+    tasks = max(tasks, 1)
+    cards = torch.cuda.device_count() if cards is None else cards
     if asked is not None:
         most = min(tasks, cards or tasks)
         if asked > most:
@@ -2754,7 +2778,7 @@ def start_worker(number: int) -> ProcessPoolExecutor:
 
 def begin_worker(number):
     """Once in each process that works: its card or its thread, what it prints, and its end."""
-    if torch.cuda.is_available():
+    if number < torch.cuda.device_count():
         torch.cuda.set_device(number)
     else:
         fix_arithmetic(1)
@@ -2866,7 +2890,6 @@ def run(main: Callable, config_class: type, description: str):
         signal.signal(number, signal.SIG_IGN)
     print(told, file=sys.stderr)
     sys.exit(code)
-
 
 
 def keep_quiet():

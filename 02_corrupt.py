@@ -45,7 +45,7 @@ prepare = importlib.import_module("01_prepare")
 
 TAG = "<image>"
 EDITS = ("edited", "kept")  # of the scene behind the picture
-CORE = ("blank", "mismatch", *EDITS)  # what the report's sentences need
+CORE = ("blank", "mismatch", *EDITS)  # what the report's sentences need; kept is their control
 STRESS = ("noise", "blur", "occlude", "irrelevant", "removed", "told", "misleading", "unsaid", "textless")
 GUESS = "There is no picture with this question. Give your best guess."
 
@@ -81,7 +81,7 @@ def main(config):
             written[path], line = result
             tqdm.write(line)
             bar.update()
-        workers = prepare.count_workers(config.workers, len(tasks), WORKER_BYTES)
+        workers = prepare.count_workers(config.workers, len(tasks), WORKER_BYTES, cards=0)
         prepare.deal_out(write_damaged, tasks, workers, receive)
     if config.preview_rows:
         draw_preview(data, sources, names, config.preview_rows)

@@ -145,8 +145,11 @@ def find_inputs(config, study, policies):
         there = (data / prepare.input_path(source, name)).exists()
         if there and name in (config.corruptions or [name]) and not config.only:
             chosen.append((source, name, "train", TRAIN_LIMIT))
-    return [make_input(config, study, policies, source, name, split, config.limit or limit)
-            for source, name, split, limit in chosen if split in config.splits]
+    inputs = [make_input(config, study, policies, source, name, split, config.limit or limit)
+              for source, name, split, limit in chosen if split in config.splits]
+    if not inputs:
+        raise UserError("nothing is asked: choose other --splits or --corruptions, or no --only")
+    return inputs
 
 
 def make_input(config, study, policies, source, name, split, limit):
@@ -419,9 +422,9 @@ def previous_answers(asked):
 
 
 def read_answers(path):
-    """Id -> row of a file, if it is there."""
+    """Id -> row of a file, if it is there; a row may be of another study, or no answer at all."""
     rows = prepare.read_jsonl(path) if path.exists() else []
-    return {row.get("id"): row for row in rows}
+    return {row["id"]: row for row in rows if prepare.has_shape(row, {"id": str, "response": str})}
 
 
 def partial_path(path):

@@ -138,7 +138,7 @@ def measure_all(panels: list, trained: "Panel | None") -> dict:
             put(out, found, "differences", one, two, source)
             for name, test in found.items():
                 tests[name].append(test)
-        put(out, eight_settings(panel, trained), "s1_to_s8", source)
+        put(out, eight_settings(panel, trained, differences), "s1_to_s8", source)
         ids = strict_subset(panel)
         kept = share([question["id"] in ids for question in panel.questions])
         put(out, kept | {"ids": ids}, "strict_subset", source)
@@ -274,7 +274,8 @@ def say_settings(found) -> str:
     clauses = []
     for name, (shown, not_shown) in SAID_OF_SETTINGS.items():
         if name in found:
-            said = shown if found[name]["ci95"][0] > 0 else not_shown
+            sure = found[name]["ci95"][0] > 0 and found[name].get("p_holm", 0) < 0.05
+            said = shown if sure else not_shown
             clauses.append(said.format(points=f"{100 * found[name]['value']:.0f} points"))
     return f"Together: {'; '.join(clauses)}."
 
@@ -499,7 +500,7 @@ class Observed:
         return over_questions(self.x) if self.n is None else over_resamples(self.x, self.n)
 
     def __sub__(self, other: "Observed") -> "Observed":
-        kind = "difference" if self.kind == "accuracy" else "difference of such"
+        kind = "difference" if self.kind == "accuracy" else "other difference"
         return Observed(kind, self.x - other.x, self.n)
 
 
@@ -616,15 +617,17 @@ def measure(runs: list) -> dict:
 def summarise(runs: list) -> dict:
     """One measure of a run, or of a condition's seeds: value, n, 95% interval; of a difference p.
 
-    By formula where one run has one, else by `over_runs`.
+    Of one run by formula, or by percentiles of the bootstrap; of several by `over_runs`.
     """
-    kind = runs[0].kind
+    kind, x, n = runs[0].kind, runs[0].x, runs[0].n
     by_formula = {"accuracy": accuracy, "share": share, "difference": paired}
     if len(runs) == 1 and kind in by_formula:
-        return by_formula[kind](runs[0].x)
+        return by_formula[kind](x)
+    if len(runs) == 1 and kind in ("part", "ratio"):
+        return estimate(x, n)
     measured = [run.measured for run in runs]
     found = over_runs(measured, BOUNDS.get(kind, (-1.0, 1.0)))
-    if kind.startswith("difference") and found["value"] is not None:
+    if kind in ("difference", "other difference") and found["value"] is not None:
         found["p"] = p_over_runs(measured)
     return found
 
@@ -670,7 +673,7 @@ SETTINGS = {
 }
 
 
-def eight_settings(panel: "Panel", trained: "Panel | None") -> dict:
+def eight_settings(panel: "Panel", trained: "Panel | None", differences: dict) -> dict:
     """S1 to S8 of the paper, for each damage that was trained on: setting -> accuracy.
 
     `panel` holds the answers to test questions, `trained` those to questions of the training set,
@@ -699,8 +702,7 @@ def eight_settings(panel: "Panel", trained: "Panel | None") -> dict:
                 found["base"][setting] = accuracy_of(where, "base", name)
         if found["S1"] and found["base"]["S1"]:
             found["memorised"] = over_runs([apart(trained.gain(run), panel.gain(run)) for run in standard])
-        found["carried"] = over_runs(
-            [over_questions(panel.gain(run)) for run in panel.conditions[condition].values()])
+        found["carried"] = differences[condition, "base"]["clean"]
         if found["S4"]:
             worth = [panel.right(run, "clean") - panel.right(run, asked) for run in standard]
             found["picture"] = over_runs([over_questions(x) for x in worth])
@@ -817,6 +819,14 @@ def resample(n: int, resamples: int, *seed) -> np.ndarray:
     rng = np.random.default_rng(list(json.dumps(seed).encode()))
     drawn = rng.multinomial(n, np.full(n, 1 / n), resamples)
     return np.vstack([np.ones((1, n)), drawn]) / n
+
+
+def estimate(replicates, n: int) -> dict:
+    """Value and 95% percentile interval of a statistic from its replicates (1 + resamples,)."""
+    if not np.isfinite(replicates[0]):
+        return {"value": None, "ci95": None, "n": n}
+    ends = np.nanpercentile(replicates[1:], [2.5, 97.5]).tolist()
+    return {"value": float(replicates[0]), "ci95": ends, "n": n}
 
 
 # Several seeds. An interval then covers two things: the choice of questions, which all runs share,
@@ -1136,7 +1146,7 @@ class Seen:
 
     def __init__(self):
         self.notes, self.checked, self.lines = [], set(), []
-        self.models = {}  # policy -> the artifacts that its answers come from, the same in all files
+        self.models = {}  # policy -> artifacts and packages of its answers, the same in all files
 
 
 def read_benchmarks(data, study, resamples, seen: Seen) -> list:
@@ -1270,9 +1280,12 @@ def what_is_wrong(path, rows, questions) -> str | None:
     form = ROW | {"made_from": {questions: str}}
     for i, row in enumerate(rows, 1):
         shapes = form | TOKENS if "token_nats" in row else form
-        for key in shapes:
-            if not prepare.has_shape(row, {key: shapes[key]}):
-                return f"row {i} has no proper {key}"
+        wrong = [key for key in shapes if not prepare.has_shape(row, {key: shapes[key]})]
+        if wrong:
+            return f"row {i} has no proper {wrong[0]}"
+        compared = [*row["made_from"].values(), row.get("made_with", "")]
+        if not prepare.has_shape(compared, [str]):
+            return f"row {i} has no proper made_from or made_with"
     if len({row["id"] for row in rows}) < len(rows):
         return "answers a question twice"
     return None
@@ -1287,7 +1300,7 @@ def who_is_wrong(policy, origin: set, packages: set, seen: Seen) -> str | None:
     who = ", ".join(sorted(adapters)) or "base"
     if who != policy:
         return f"is by {who}, not by {policy}"
-    if seen.models.setdefault(policy, (model, packages)) != (model, packages):
+    if len(packages) > 1 or seen.models.setdefault(policy, (model, packages)) != (model, packages):
         return f"is by another {policy} than its answers elsewhere"
     return None
 
@@ -1543,7 +1556,7 @@ def tokens_of(row):
 
 
 EXPLAINED = (  # functions whose docstrings the page shows
-    sentences, wilson, paired, mcnemar, holm, over_runs, p_over_runs, split_gain, form_part,
+    sentences, wilson, paired, mcnemar, holm, estimate, over_runs, p_over_runs, split_gain, form_part,
     compare, observe, causal_effect, eight_settings, strict_subset,
     judge, check_measures, check_shapes, fingerprint)
 

@@ -156,6 +156,11 @@ def test_the_plan_says_what_is_done_and_does_nothing(evaluate, data, capsys, mon
     assert "minutes" not in capsys.readouterr().out  # nothing is left to do
 
 
+def test_nothing_to_ask_is_one_sentence(evaluate, prepare, data):
+    with pytest.raises(prepare.UserError, match="^nothing is asked: "):
+        evaluate.main(config(evaluate, data, splits=["train"], corruptions=["noise"]))
+
+
 def test_limit_takes_the_same_share_of_every_group(evaluate, data):
     rows = evaluate.main(config(evaluate, data, limit=10))["base", "shapes", "clean"]
     groups = [row["group"] for row in rows]

@@ -805,7 +805,10 @@ def test_stale_answers_stop_the_report(report, prepare, copy, path):
 @pytest.mark.parametrize("change", [
     lambda rows: [{**row, "correct": "yes"} for row in rows], lambda rows: [{**row, "made_from": {}} for row in rows],
     lambda rows: [{k: v for k, v in row.items() if k != "gold"} for row in rows], lambda rows: [*rows, rows[0]], lambda rows: [],
-    lambda rows: [*rows, ["no row"]]])
+    lambda rows: [*rows, ["no row"]],
+    lambda rows: [{**row, "made_from": row["made_from"] | {"model/a": ["y"]}} for row in rows],
+    lambda rows: [{**row, "made_with": ["t"]} for row in rows],
+    lambda rows: [{**rows[0], "made_with": "torch 1"}, *rows[1:]]])
 def test_malformed_answers_stop_the_report(report, prepare, copy, change):
     path = rewrite(copy, "base", "blank", change)
     with pytest.raises(prepare.UserError, match=re.escape(str(path))):

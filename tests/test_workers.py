@@ -176,6 +176,7 @@ def test_each_worker_has_a_card_of_its_own(prepare, monkeypatch):
     assert prepare.count_workers(None, 15, 1e9) == prepare.count_workers(2, 15, 1e9) == 2
     with pytest.raises(prepare.UserError, match="choose at most 2$"):
         prepare.count_workers(3, 15, 1e9)
+    assert prepare.count_workers(3, 15, 1e9, cards=0) == 3  # of files to damage
 
 
 @pytest.mark.parametrize("error", [
