@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""Stages as their command lines run them, but with a short warm start, and the hash of a response is
+"""Stages as their command lines run them, but with a short warm start (WARM_START changes it), and the hash of a response is
 its verdict: a model of a few steps never answers right.
 
     python tests/stage_by_hash.py 03_train_grpo --data DIR ... [AND 04_evaluate --data DIR ...]
 """
 import importlib
+import json
+import os
 import sys
 
 from conftest import hashed_grade
@@ -12,7 +14,7 @@ from stage import WARM_START
 
 prepare = importlib.import_module("01_prepare")
 prepare.grade = hashed_grade  # in the worker processes too: they import this file
-prepare.WARM_START.update(WARM_START)
+prepare.WARM_START.update(json.loads(os.environ.get("WARM_START", "null")) or WARM_START)
 
 if __name__ == "__main__":
     arguments = sys.argv[1:]
