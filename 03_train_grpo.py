@@ -2,7 +2,7 @@
 """Stage 3: GRPO by hand on a 4-bit model with a LoRA adapter.
 
 Group Relative Policy Optimization (arXiv 2402.03300) asks a question, samples G completions, and
-pays each for being better than its group. Conditions differ in the pictures alone: `standard`
+pays each for being better than its group. Conditions differ in what is damaged alone: `standard`
 trains on clean questions, `hallucination` on damaged ones only, `mixed` on both; `grounded` is
 `standard` with a bonus for using the picture (`grounding_bonus`). Questions, their order, the
 random numbers and every other setting are the same.
@@ -23,9 +23,10 @@ One training step, each line a function below, as they call each other:
 
 Where this departs from textbook GRPO, and why:
 - In each pass a prompt is encoded once, not G times: completions depend on it only through its
-  keys, values and last hidden state. So these become leaves, collect the gradients of all
-  completions, and carry them through the prompt in one last backward pass. By the chain rule this
-  is the exact gradient, at a fraction of the time and memory (`shared_prompts`).
+  keys, values and last hidden state. So these become leaves (tensors cut off from
+  the graph), collect the gradients of all completions, and carry them through the prompt in one
+  last backward pass. By the chain rule this is the exact gradient, at a fraction of the time and
+  memory (`shared_prompts`).
 - Randomness is a function: token t of completion i of question q at step s comes from a number
   seeded by (seed, s, q, i), whatever ran before. Nothing is distributed inside a run: runs
   (conditions x seeds) are dealt out to worker processes. So on a processor a resumed run continues
@@ -139,7 +140,7 @@ class Config:
     data: str = option("data", "the study's folder")
     # what is compared
     conditions: list[str] = option(
-        list(CONDITIONS)[:3], "which of: standard hallucination mixed grounded")
+        ["standard", "hallucination", "mixed"], f"which of: {' '.join(CONDITIONS)}")
     corruption: list[str] = option(
         [], "what damages a question; of several, one is drawn each time it is asked "
         "[blank; for grounded mismatch]")
@@ -164,7 +165,7 @@ class Config:
         None, "AdamW, constant, no weight decay (EasyR1: 0.01) [preset]")
     lora_rank: int = option(None, "of the adapter; its alpha is twice that [preset]")
     # the loss
-    loss: str = option("dapo", "dapo, grpo or dr_grpo: how tokens are weighed")
+    loss: str = option("dapo", f"how tokens are weighed: {', '.join(LOSSES)}")
     clip_low: float = option(0.2, "the ratio is clipped below 1 - this")
     clip_high: float = option(0.28, "and above 1 + this (arXiv 2503.14476; EasyR1: 0.3)")
     kl: float = option(0.0, "weight of the k3 estimate of KL(policy || base) (EasyR1: 0.01)")
@@ -390,7 +391,7 @@ def grade_completions(policy, questions, completions, box_only=True):
 
 
 def reward(grade, text):
-    """What a completion earns, 0 to 1, by its grade and its text: a term of your own goes here."""
+    """What a completion earns by its grade and its text, 0 to 1: a term of your own goes here."""
     return 0.9 * grade.correct + 0.1 * grade.well_formed
 
 
@@ -415,8 +416,8 @@ def token_weights(lengths, loss, max_new_tokens):
     """Weight of each token of each completion in the step's loss: (R,) lengths -> (R,) weights.
 
     Known before the first micro-batch, over all completions of the step, so that how the step is
-    cut changes nothing. Completions of groups without an advantage count too, so a step of many such
-    groups is a smaller one; DAPO samples others in their place, which is left out here.
+    cut changes nothing. Completions of groups without an advantage count too, so in a step of many such
+    groups the others weigh less; DAPO samples others in their place, which is left out here.
     dapo: every token counts alike, 1 / tokens of the step (arXiv 2503.14476, eq. 12)
     grpo: every completion counts alike, 1 / (R * its length) (arXiv 2402.03300, eq. 3)
     dr_grpo: every token alike, 1 / (R * max_new_tokens), whatever the lengths (arXiv 2503.20783)

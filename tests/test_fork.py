@@ -208,6 +208,7 @@ def test_a_loss(changed, train, prepare):
 def test_a_condition(changed, prepare, data):
     """A run of its own name, a quarter of whose questions are blank, and the others as they were."""
     train = changed("a condition")
+    assert train.Config().conditions == ["standard", "hallucination", "mixed"]
     config = train.Config(data=str(data), conditions=["quarter"], group_size=2)
     train.check_config(config)
     assert train.run_name("quarter", 1, config) == "quarter-blank-s1"
