@@ -199,6 +199,7 @@ def evaluate(model, inputs, workers):
         else:
             finish_input(asked, found)
     total = sum(count_answers(*task) for _, *task in tasks.values())
+    tasks = typical_first(tasks)
 
     with tqdm(total=total, desc="answers", disable=None) as bar:
         def receive(name, result):
@@ -352,11 +353,30 @@ def count_answers(asked, rows, policies):
 
 
 def measure(model, inputs, workers):
-    """Time and memory of the whole stage, from its first batch, whose answers are thrown away."""
+    """Time and memory of the whole stage, from one batch, whose answers are thrown away."""
     prepare.begin_worker(0)
-    task = inputs[0], inputs[0].batches()[0], inputs[0].files
+    tasks = {}
+    for asked in inputs:
+        for rows in asked.batches():
+            tasks[len(tasks)] = model, asked, rows, asked.files
+    _, *task = next(iter(typical_first(tasks).values()))
     total = sum(count_answers(asked, asked.ids, asked.files) for asked in inputs)
     return forecast(task, answer_batch(model, *task), total, workers)
+
+
+def typical_first(tasks):
+    """The tasks, but first a batch that says how long all take: of middling prompts, neither drawn
+    from nor asked blank too where there is such an input."""
+    def extras(name):
+        _, asked, *_ = tasks[name]
+        return len(asked.paths) + asked.samples
+
+    if not tasks:
+        return {}
+    _, plain, *_ = tasks[min(tasks, key=extras)]
+    batches = [name for name, (_, asked, *_) in tasks.items() if asked is plain]
+    first = batches[len(batches) // 2]
+    return {first: tasks[first]} | tasks
 
 
 def forecast(task, result, answers, workers):
