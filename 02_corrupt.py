@@ -530,7 +530,7 @@ def draw_cell(pictures, text):
 def caption(clean, question):
     """The question, or what was changed."""
     if question is clean:
-        return f"{clean['id']}\nanswer: {clean['answer']}\n{clean['problem']}"
+        return f"{clean['id']}\nanswer: {clean['answer']}\n{clean['problem'].replace(TAG, '')}"
     if question["donor"]:
         return f"picture of {question['donor']}"
     if question["shown_answer"]:
