@@ -11,7 +11,7 @@ learnt to answer some of them.
 reads   datasets of the hub, or local copies of them, or your own folder (--local)
 writes  data/study.json, data/questions/SOURCE.parquet, data/questions/rejected.jsonl,
         data/model/ (preset tiny)
-run     python 01_prepare.py                                    # 3 minutes on 2 CPU cores
+run     python 01_prepare.py                                    # 3 to 5 minutes on 2 CPU cores
         python 01_prepare.py --preset 3b --limit 500            # from the hub
         python 01_prepare.py --preset 3b --benchmarks mathvision --local mathvision=test.parquet
         python 01_prepare.py --train mine --local mine=FOLDER   # FOLDER/questions.jsonl
