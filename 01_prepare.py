@@ -422,7 +422,7 @@ def check_new(question, seen, asked):
 
 def from_easyr1(problem, images, answer, id=None, category=None):
     """Choices that stand in the text, if any; geometry3k's are not shown: its task is free-form."""
-    choices, answer = listed_gold(problem, str(answer))
+    choices, answer = listed_gold(problem, gold_text(answer))
     return record(problem, images, answer, choices, shown=problem, id=id, group=category)
 
 
@@ -494,11 +494,15 @@ def from_own(problem, images, answer, answer_type=None, choices=None, id=None, g
         raise Rejected("not UTF-8: a letter was lost when the text was saved")
     shown = problem
     if choices:
-        choices, answer, shown = own_choices(problem, choices, str(answer).strip())
+        choices, answer, shown = own_choices(problem, choices, gold_text(answer).strip())
     elif isinstance(answer, list):
+        if answer_type not in (None, "list", "open"):
+            raise Rejected("gold: several answers are for type open, a list for type list")
         answer = as_texts(answer, "gold: one of the answers")
+        if answer_type == "list":
+            answer = f"[{', '.join(answer)}]"
     else:
-        (answer,) = as_texts([answer], "gold: the answer")
+        answer = gold_text(answer)
         if answer_type in (None, "choice"):
             choices, answer = listed_gold(problem, answer)
     return record(problem, images, answer, choices, answer_type or kind_of(answer), shown,
@@ -549,6 +553,8 @@ def record(text, pictures, answer, choices=None, kind="math", shown=None, merged
     # Choices follow the text, so the last tags are theirs. Each becomes the number of its picture:
     # as bare tags all choices would be the same text, and every letter would be right.
     in_choices = len(IMAGE_TAG.findall("\n".join(choices)))
+    if "<image>" in "\n".join(choices) and len(numbers) < len(images):
+        raise Rejected("picture: one has no tag, and those of the choices no number")
     own_numbers = iter(numbers[len(numbers) - in_choices:])
     choices = [IMAGE_TAG.sub(lambda _: f"image {next(own_numbers)}", choice) for choice in choices]
     if len({" ".join(choice.split()) for choice in choices}) == 1:
@@ -615,6 +621,11 @@ def as_texts(values, what):
     return [str(value) for value in values]
 
 
+def gold_text(answer):
+    (text,) = as_texts([answer], "gold: the answer")
+    return text
+
+
 def listed_choices(text, forms=CHOICE_MARKS):
     """The choices that a question's text lists, or none: a line each, or on one line.
 
@@ -657,9 +668,9 @@ def gold_letter(gold, choices):
         return gold
     if gold in choices:
         return LETTERS[choices.index(gold)]
-    texts = [plain(choice) for choice in choices]
-    if texts.count(plain(gold)) == 1:
-        return LETTERS[texts.index(plain(gold))]
+    named = bare_choice(gold, tuple(choices))
+    if named:
+        return named
     marked = re.fullmatch(r"\(?([A-Za-z])[).:]{0,2}", plain(gold))
     return marked[1].upper() if marked else gold
 
@@ -671,12 +682,14 @@ def own_choices(problem, given, gold):
     two lists of letters: which one an answer means, nobody could say.
     """
     choices = [choice.strip() for choice in as_texts(given, "choices: one")]
-    if "" in choices:
+    if not all(map(plain, choices)):
         raise Rejected("choices: one is empty")
     gold = gold_letter(gold, choices)
     unmarked = listed_choices("\n".join(choices), CHOICE_MARKS[:1])
     if len(unmarked) == len(choices):  # "A. red", "B. blue"
         choices = unmarked
+    elif all(map(CHOICE_MARKS[0].match, choices)):
+        raise Rejected("choices: their letters are not A, B, C, ...")
     listed = listed_choices(problem)
     if [choice.upper() for choice in choices] == list(LETTERS[:len(listed)]):
         choices = listed  # the texts of these letters
@@ -686,7 +699,10 @@ def own_choices(problem, given, gold):
     as_written = comparable(with_choices("", choices))  # by this kit
     if told == wanted or comparable(problem).endswith(as_written):
         return choices, gold, problem
-    if listed_choices(problem, CHOICE_MARKS[:1]) or set(told) & set(wanted):
+    texts = "|".join(map(re.escape, wanted))
+    named = re.findall(rf"(?<!\w)([A-Ja-j])\W{{1,5}}({texts})(?!\w)", comparable(problem))
+    other = any(wanted[LETTERS.index(letter.upper())] != text for letter, text in named)
+    if listed_choices(problem, CHOICE_MARKS[:1]) or set(told) & set(wanted) or other:
         raise Rejected("choices: the text lists others, or in another order: give them once")
     return choices, gold, None
 
@@ -881,32 +897,38 @@ CLAIM = (
 # no answers: (1, 2), f(0), 2/3, the bound of "more than 5", the 2 of "one of 2"
 NOT_ALONE = (
     r"\\sqrt\s?(?:\{[^{}]{0,60}\}|\d)|√\s?\d+|\\frac\s?\{[^{}]{0,60}\}\s?\{[^{}]{0,60}\}"
-    r"|(?<![\d.,])[\d.,]{1,30}\s?(?:\\?pi\b|π|!|\^|(?:st|nd|rd|th)\b|(?:thousand|million|billion|trillion|dozen)\b|or (?:more|less|fewer)\b)"
-    r"|(?<![\d.,])\d{1,30}\s?(?:[-–~]|to)\s?\d{1,30}(?![\d.])|(?i:\b(?:not|n't|never|minus|negative|over|under|up to|figure|fig\.|type))\s[\d.,]+"
+    r"|(?<![\d.,])[\d.,]{1,30}\s?(?:\\?pi\b|π|!|\^\s?[-\d.,]*|(?:st|nd|rd|th)\b|-(?:half|halves|quarters?|[a-z]+(?:th|rd)s?)\b|(?:hundred|thousand|million|billion|trillion|dozen)\b|or (?:more|less|fewer)\b)"
+    r"|(?<![\d.,])\d{1,30}\s?(?:[-–~]|to)\s?\d{1,30}(?![\d.])|(?i:\b(?:not|n't|never|minus|negative|over|under|up to|figure|fig\.|type|step|page|chapter|depends on|twice|half of|log|ln|sin|cos|tan))\s[\d.,]+"
+    r"|\b(?:twen|thir|for|fif|six|seven|eigh|nine)ty[\s-]\d+|[<>≤≥≠]\s?[\d.,]+|(?<![\d.,])[\d.,]{1,30}(?:√|[a-zA-Z]\b(?<![mgshLVWANJ°])|\+)"
     r"|[\[(][^\[\]()]{0,60},[^\[\]()]{0,60}[\])]|\b[a-zA-Z]\([^()]{0,30}\)|(?<!\d)\d{1,30}(?:\s?[/:]\s?\d{1,30})+"
-    r"|(?<= than )[-\d.,]+|(?<= least )[-\d.,]+|(?<= most )[-\d.,]+|(?<= of )[-\d.,]+")
+    r"|(?<= than )[-\d.,]+|(?<= least )[-\d.,]+|(?<= most )[-\d.,]+|(?<= of )(?<!total of )[-\d.,]+")
 STATES = r"\bis\b|=|:"
 REFUSAL = re.compile(
     r"(?i)\bcan(?:no|')?t\b|\b(?:unable|impossible|insufficient|unknown|unclear|undetermined|inconclusive|unsure|uncertain|sorry|apologi[sz]e|as an ai|please provide)\b"
-    r"|\bnot (?:possible|enough|provided?|given|available|listed|clear|able|specif|sufficient|sure|certain|visible)|\bmore (?:information|context|details)"
-    r"|n[o']t (?:have|provide|see|know|tell|process|enough|determine|contain|match|give|specify|include|show|visible)|\b(?:hard|difficult) to (?:tell|say|see)"
-    r"|\bno (?:information|image|answer|option|picture|way|one|idea|clue|extracted)|\bwithout (?:any|more|further|the|this|additional|knowing|seeing)\b"
-    r"|无法|不能")
+    r"|\bnot (?:possible|load|determinable|enough|provided?|given|available|listed|clear|able|specif|sufficient|sure|certain|visible)|\bmore (?:information|context|details)"
+    r"|n[o']t (?:possible|load|have|provide|see|know|tell|process|enough|determine|contain|match|give|specify|include|show|visible)|\b(?:hard|difficult) to (?:tell|say|see)|\b(?:unanswerable|undeterminable|indeterminate|ambiguous|refuse)\b|\b(?:image|picture|figure|information|data) (?:is|are|was) (?:missing|lacking|blank)\b|\black(?:s|ing)? (?:the|necessary|enough|sufficient)\b|\bit depends\b|\bN/A\b"
+    r"|\bno (?:information|image|answer|option|picture|figure|data|way|one|idea|clue|extracted)|\bany (?:one )?of (?:them|these|the (?:options|choices|above))\b|\bfailed to load|\b(?:upload|share|send) (?:the|an?|your) (?:image|picture|figure)|\bwithout (?:any|more|further|the|this|additional|knowing|seeing)\b"
+    r"|无法|不能|没有|看不|不知道|不足")
 NEGATION = re.compile(
-    r"(?i)\b(?:not|no|never|neither|nor|none|cannot|except|without|unlike|instead|rather|wrong|incorrect|false|untrue|unlikely|impossible|hardly|barely|apart from|opposite|neq?|neg|lnot|overline|\w+n['’]t)\b|[≠¬]|不|非"
-    r"|\b(?:other than|(?:any|every|no)thing but|all but)\b|\b(?:exclud|eliminat|rul(?:e|es|ed|ing) out|reject)")
+    r"(?i)\b(?:not|no|never|neither|nor|none|cannot|except|without|unlike|instead|rather|wrong|incorrect|false|untrue|unlikely|least likely|impossible|hardly|barely|apart from|far from|different from|opposite|doubt|avoid|mistak(?:en?|es?)|invalid|inaccurate|fails?|neq?|neg|lnot|overline|\w+n['’]t)\b|[≠¬✗]|不|非|错|排除|除了"
+    r"|\b(?:other than|(?:any|every|no)(?:thing|one)? but|all but|is out)\b|\b(?:exclud|eliminat|rul(?:e|es|ed|ing) out|reject)")
+
+
+# before what it denies
+DENIAL = (r"(?=[NBERIUWnberiuw])(?i:(?:\bnot|n['’]t|\bnever|\bneither|\bnor|\bbut|\bexcept|\brul(?:e|ed|ing) out|\bexclud(?:e|ed|ing)|\beliminat(?:e|ed|ing)"
+          r"|\binstead of|\bunlike|\bwithout))")
 
 
 def last_sentence(text: str) -> str:
     return re.split(r"(?<=[.!?])\s|\n", text.strip())[-1]
 
 
-def search_text(text: str, choices: Choices = ()) -> str:
+def search_text(text: str, choices: Choices = ()) -> str | None:
     """MMMU's rule for open questions, the last line alone: what follows its last "answer", "is",
     "so", "=" ..."""
     last = text.strip().rpartition("\n")[2]
     cues = r"(?i)\b(?:could be|so|is|are|thus|therefore|final|answer|result)\b|=|:"
-    return re.split(cues, last)[-1].strip(" .*")
+    return None if REFUSAL.search(last) else re.split(cues, last)[-1].strip(" .*")
 
 
 def search_number(text: str, choices: Choices = ()) -> str | None:
@@ -915,9 +937,9 @@ def search_number(text: str, choices: Choices = ()) -> str | None:
     either = re.search(r"\d\s+(?:or|and)\s+[-\d.,]+\W*$", text[-40:])  # 5 or 7
     if either or REFUSAL.search(last_sentence(text)):
         return None
-    text = re.sub(NOT_ALONE, " ", text)
-    words = re.findall(rf"\b(?:{'|'.join(NUMBERS[2:])})\b", text.lower())
-    found = NUMBER.findall(text) or [str(NUMBERS.index(word)) for word in words]
+    words = rf"(?i)\b(?:{'|'.join(NUMBERS[2:])})\b"  # not the one of "this one"
+    text = re.sub(words, lambda word: str(NUMBERS.index(word[0].lower())), text)
+    found = NUMBER.findall(re.sub(NOT_ALONE, " ", text))
     return found[-1] if found else None
 
 
@@ -945,16 +967,16 @@ def search_choice(text: str, choices: Choices) -> str | None:
     lone, refused = lone_letter(choices), REFUSAL.search(last_sentence(text))
     if refused:  # can't tell whether it's B
         text = re.sub(r"\bwhether\b[^.!?\n]*.?$", "", text)
-    # it is not (B)
-    denied = rf"(?i:\bnot|n['’]t|\bnever) (?:be )?(?i:option |choice )?[({{*]{{0,3}}{lone}"
-    text = re.sub(denied, "", text).strip()
+    # it is not (B), B is wrong
+    text = re.sub(rf"{DENIAL} (?:be )?(?i:option |choice )?[({{*]{{0,3}}{lone}", "", text)
+    text = re.sub(rf"{lone}\W{{0,3}} (?:is|was)(?:n['’]t| not| wrong| incorrect| false)", "", text).strip()
     first, _, more = text.partition("\n")
     known = bare_choice(first[:ANSWER_CHARACTERS], choices)
     if known and not re.search(r"\([A-Z]\)", more):
         return known
-    claims = re.findall(CLAIM + lone, text)
+    claims = re.findall(CLAIM + lone, text) or re.findall(rf"(?<!, )(?<!and )(?<!or ){lone}\W{{0,3}} is (?:the )?(?:correct|right|best)\b", text)
     either = rf"{lone}\W{{0,4}}(?:or|and|,|&)\W{{0,4}}(?!\1){lone}"
-    if len({*claims}) > 1 or re.search(CLAIM + either, text) or re.search(rf"{either}\W*$", text[-40:]):
+    if len({*claims}) > 1 or re.search(CLAIM + either, text) or re.search(rf"{either}(?:\W*$| are\b)", text[-60:]):
         return None
     if claims or refused:
         return claims[-1] if claims else None
@@ -966,14 +988,18 @@ def search_choice(text: str, choices: Choices) -> str | None:
 
 
 def named_choices(text: str, choices: Choices) -> list[str]:
-    """The choices whose texts occur, in order; where one opens the text, that one."""
-    letters, words, said = choice_letters(choices), choice_words(choices), plain(text)
-    opening = words.match(said)  # "No, because ..."
-    return [letters[name] for name in ([opening[0]] if opening else words.findall(said))]
+    """The choices whose texts occur, in order, without those that are denied; where one opens the
+    text, that one; none where the text ends on several to choose from."""
+    letters, words = choice_letters(choices), choice_words(choices)
+    said = words.sub(lambda found: f"@{letters[found[0]]}", plain(text))
+    said = re.sub(rf"(?:{DENIAL}|\bthan|\bleast|\bmost) (?:the |an? )?@[A-Z]", " ", said)
+    if re.search(r"@[A-Z]\W{0,3}(?:\s(?:and|or|nor|to)|,)\s(?:the |an? )?@[A-Z]\W*$", said):
+        return []
+    return re.findall("^@([A-Z])", said) or re.findall("@([A-Z])", said)  # "No, because ..."
 
 
 # no statement about the answer, and what a blank picture brings
-BLANK = re.compile(r"(?i)\b(?:blank|empty|nothing|guess\w*)\b|\bplain \w+ (?:image|picture|square)")
+BLANK = re.compile(r"(?i)\b(?:blank|empty|nothing|guess\w*)\b|\bplain \w+ (?:image|picture|square)|\bcompletely (?:white|black)\b")
 
 
 def search_nearest(text: str, choices: Choices) -> str | None:
@@ -981,7 +1007,9 @@ def search_nearest(text: str, choices: Choices) -> str | None:
     counts where the last sentence makes a statement."""
     known, last = search_choice(text, choices), last_sentence(text)
     refused = REFUSAL.search(last) or BLANK.search(last)
-    if known or not last or refused or re.search(lone_letter(choices), text):
+    # what is named, and found to be no answer, is not the nearest either
+    named = re.search(f"{lone_letter(choices)}|{CLAIM}[A-Z]\\b", text) or choice_words(choices).search(plain(last))
+    if known or not last or refused or named:
         return known
     if NEGATION.search(last):  # it is not the largest
         letters = choice_letters(choices)
@@ -1046,7 +1074,7 @@ def is_right(answer: str, question: Mapping) -> bool:
     if kind in ("text", "open"):
         return any(same_text(answer, gold, phrase=kind == "open") for gold in golds)
     gold = unboxed(golds[0])
-    if kind == "list" and "[" not in answer:
+    if kind == "list" and "[" not in answer and not UNORDERED.search(answer):
         answer = f"[{answer}]"
     precision = question.get("precision")
     known = isinstance(precision, int | float) and precision in range(16)
@@ -1120,6 +1148,8 @@ def reads_as_maths(question: Mapping) -> bool:
 # text
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+NUMBERS = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
+           "fifteen sixteen seventeen eighteen").split()
 SUPERSCRIPT = re.compile("⁻?[⁰¹²³⁴-⁹]+")
 MARKS = str.maketrans({"′": "'", "’": "'", "‘": "'", "“": '"', "”": '"',
                        **dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff", "")})  # without a width
@@ -1129,7 +1159,7 @@ WRAPPING = re.compile(r"\\(?:text(?:bf|it|normal|rm)?|mathrm|mathbf|mbox)\s?\{|\
 FILLER = (r"(?:[^\w,;/|&+]|\b(?:an?|the|its?|is|are|was|this|that|they|one|answer|final|correct|called|of|in|to|by|be|would|must|type|colou?r)\b){0,99}")
 # words, but not mW, CO, pH; nor the Mg of 5 Mg, which is not mg
 WORD = re.compile(
-    r"(?<![^\W\d_])(?!(?:[A-Za-z]|(?!NO\b)[A-Z]{2}|[^\W\d_]*[a-z][A-Z][^\W\d_]*|(?<=\d)[^\W\d_]{2})(?![^\W\d_]))"
+    r"(?<![^\W\d_])(?![a-z]+\b)(?!(?:[^\W\d_]|(?!NO\b)[A-Z]{2}|[^\W\d_]{2}(?=\+)|[^\W\d_]*[a-z][A-Z][^\W\d_]*|(?<=\d)[^\W\d_]{2})(?![^\W\d_]))"
     r"[^\W\d_]+")
 
 
@@ -1155,7 +1185,7 @@ def plain(text: str) -> str:
     text = " ".join(unicodedata.normalize("NFKC", text).split()).strip(" ,;:?").rstrip(".,;:? ")
     text = re.sub("^'(.*)'$", r"\1", text)
     # 5 MW is 5MW, 3 : 1 is 3:1
-    text = re.sub(r"(?<=[^\W\d_]{2})!+$|(?<=\d) (?=[A-Za-z]{1,3}\b|:)|(?<=:) (?=\d)", "", text)
+    text = re.sub(r"(?<=[^\W\d_]{2})!+$|(?<=\d) (?=(?!(?:and|are|is|of|or|to)\b)[A-Za-z]{1,3}\b|:)|(?<=:) (?=\d)", "", text)
     return WORD.sub(lambda word: word[0].casefold(), text)
 
 
@@ -1166,12 +1196,13 @@ def same_text(answer: str, gold: str, phrase: bool) -> bool:
     Unlike MMMU's, the phrase may not list several things or deny one: naming everything is
     no answer.
     """
-    if re.search(r"\d", gold) and math.isfinite(one_number(read_maths(gold))):
+    number = re.search(r"\d", gold) and math.isfinite(one_number(read_maths(gold)))
+    if number or MARKUP.search(WRAPPED.sub(r"\1", gold)):
         return same_maths(answer, gold) or phrase and same_number(answer, gold, 2)
     answer, gold = plain(answer[:FINAL_CHARACTERS]), plain(gold)
     if answer == gold or not gold or not phrase:
         return answer == gold != ""
-    words = rf"(?<![\w.+^'-]){re.escape(gold)}(?![\w+^'-]|\.\d)"
+    words = rf"(?<![\w.+^'-]){re.escape(gold)}(?![\w+^'-]|\.\d)(?:(?<!\bno)|(?! \w))"
     return re.fullmatch(f"{FILLER}{words}{FILLER}", answer) is not None
 
 
@@ -1196,20 +1227,26 @@ def choice_words(choices: Choices) -> re.Pattern:
         rf"(?<![\w.+/^√-])(?<!\d[:,])(?:{words})(?![\w/^!%']|[.,:]\d|-\w)(?:(?<!\bno)|(?! \w))")
 
 
+# no unit (43°C), no name (∠A, point A)
+LETTER_BEGINS = (r"(?=[A-Z])(?<![A-Za-z0-9'/∠△⊙°])(?<![\d°]\s)(?<!ngle\s)(?<!ngle)(?<!oint\s)(?<!(?i:line|side)\s)(?<!vertex\s)")
+LETTER_ENDS = r"(?![A-Za-z0-9'’/_])(?!\s?=\s?\d|\s\d)"
+
+
 def lone_letter(choices: Choices) -> str:
-    """Pattern of a letter that stands alone: no article (A rhombus), unit (43°C) or name (∠A)."""
+    """Pattern of a choice's letter that stands alone and is no article (A rhombus)."""
     verbs = "is|was|and|or|because|since|as|but|for"
     return (
-        rf"(?<![A-Za-z0-9'/∠△⊙°])(?<![\d°]\s)([A-{LETTERS[len(choices) - 1]}])(?![A-Za-z0-9'’/])"
-        rf"(?:(?<!A)|(?!\s(?!(?:{verbs})\b)[a-z]))(?:(?<!I)|(?!\s[a-z]))")
+        rf"{LETTER_BEGINS}([A-{LETTERS[len(choices) - 1]}]){LETTER_ENDS}"
+        rf"(?:(?<!A)|(?! (?!(?i:{verbs})\b|[A-Z]\b)[A-Za-z0-9]))(?:(?<!I)|(?!\s[A-Za-z]))")
 
 
 def bare_choice(text: str, choices: Choices) -> str | None:
     """The choice that a text is, and nothing else: a letter, a choice's text, or both as in "C. A
     to B"."""
     texts, values = choice_letters(choices), dict(zip(LETTERS, choices))
-    letter = plain(text).strip("().: ").upper()
-    known = texts.get(text.strip()) or texts.get(plain(text))
+    said = plain(text)
+    letter = said.strip("().: ").upper()
+    known = texts.get(text.strip()) or texts.get(said)
     both = re.match(r"[\s(]{0,3}([A-Z])[).:=\s]{1,3}(?=\S)", text)
     if letter in values or known:
         return letter if letter in values else known
@@ -1221,7 +1258,8 @@ def bare_choice(text: str, choices: Choices) -> str | None:
 # beside a number it is another: more than 12, 12 thousand, minus 12
 CHANGES = re.compile(
     r"\b(?:than|least|most|over|under|above|below|up to|more|less|fewer|minus|plus|negative|times|twice|double|half|root|squared?|cubed?"
-    r"|hundreds?|thousands?|millions?|billions?|dozens?|between)\b|(?<![\w/])[<>](?![\w/])|[≤≥~+]")
+    r"|hundreds?|thousands?|millions?|billions?|dozens?|between|before|after|until|figure|page|step"
+    rf"|(?:third|quarter|fifth|sixth)s?|(?:twen|thir|for|fif|six|seven|eigh|nine)ty)\b|\d ?(?:to|through|until)\b|(?<![\w/])[<>](?![\w/])|[≤≥~+]")
 
 
 def read_choice(text: str, choices: Choices) -> str | None:
@@ -1243,6 +1281,9 @@ def read_choice(text: str, choices: Choices) -> str | None:
         return None
     if not lettered and CHANGES.search(rest):  # more than a dozen
         return None
+    # beside a letter, A is no article, and a letter of no choice (B or E) no word
+    if lettered and len({*re.findall(f"{LETTER_BEGINS}[A-HJ-Z]{LETTER_ENDS}", text)}) > 1:
+        return None
     return named.pop()
 
 
@@ -1259,22 +1300,25 @@ FUNCTIONS = {name: getattr(cmath, name) for name in "exp sin cos tan sinh cosh t
     "arcsin": cmath.asin, "arccos": cmath.acos, "arctan": cmath.atan}
 GREEK = ("alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho varsigma sigma tau "
          "upsilon phi chi psi omega").split()
-SYMBOLS = str.maketrans("×·⋅÷−–（），′’$~△", "***/--(),''   ") | str.maketrans({
-    "√": r"\sqrt ", "∞": r"\infty ", "∈": r"\in ", "∠": r"\angle "}
+SYMBOLS = str.maketrans("×·⋅∙÷⁄−–（），′’$€£~△", "****//--(),''     ") | str.maketrans({
+    "√": r"\sqrt ", "∅": r"\emptyset ", "⩽": "≤", "⩾": "≥", "∞": r"\infty ", "∈": r"\in ", "∠": r"\angle "}
     | {chr(0x3b1 + i): rf"\{name} " for i, name in enumerate(GREEK)})  # 0x3b1: α
 
 # A noun may stand behind a number, or before an equals sign, without changing the value.
-NO_NOUN = ("minimum|maximum|and|or|not|than|more|less|fewer|over|times|plus|minus|squared|cubed|half|dozens?|hundreds?|thousands?|millions?|billions?|"
+NO_NOUN = (f"{'|'.join(NUMBERS)}|(?:twen|thir|four|for|fif|six|seven|eigh|nine)ty|maybe|perhaps|possibly|probably|else|otherwise|versus|alternatively|nor|"
+           "pairs?|couples?|gross|scores?|doubled?|twice|thrice|tripled?|halved|tens|twelfths|fold|[a-z]+fold|kilo|mega|mod|modulo|into|point|dot|root|reciprocal|inverse|"
+           "factorials|cube|powers?|repeating|higher|greater|larger|smaller|lower|upper|additional|extra|upwards|onwards|beyond|limit|bound|increase|decrease|excluded|"
+           "excluding|rejected|except|without|but|other|invalid|fails|nope|wrongly|incorrectly|unlikely|improbable|cannot|if|minimum|maximum|and|or|not|than|more|less|fewer|over|times|plus|minus|squared|cubed|half|dozens?|hundreds?|thousands?|millions?|billions?|"
            "trillions?|lakhs?|crores?|quarters?|halves|thirds?|(?:four|fif|six|seven|eigh|nin|ten|hundred|thousand)ths?"
            r"|max|most|least|tops|above|below|under|negative|never|none|wrong|incorrect|false|untrue|impossible|[abcxyz]{3}|factorial|sqrt|exp|sin|cos|tan|sec|arc[a-z]+")
-NOUN = rf"(?!(?:{NO_NOUN})\b)(?=[A-Za-z]*[aeiou])[A-Za-z][a-z]{{2,}}\b"
+NOUN = rf"(?!(?i:{NO_NOUN})\b)(?=[A-Za-z]*[aeiou])[A-Za-z][a-z]{{2,}}\b"
 POWER = r"(?:\s?\^\s?\{?\s?-?[1-4]\s?\}?)?"
 SYMBOL_UNIT = (r"(?:[kMGcdmnµ]?(?:m|g|s|[lL]|W|V|A|J|N|F|C|K|T|Pa|Hz|eV|mol|bar|Ω)|lbs?|oz|ft|in|yd|mi|hrs?|h|min|sec|mph|kph|rad)"
                rf"(?![A-Za-z]){POWER}")
 ANY_UNIT = (rf"(?:(?:sq(?:uare)?\.?|cu(?:bic)?\.?)\s)?(?:{SYMBOL_UNIT}(?:\s?[/*]\s?{SYMBOL_UNIT}){{0,2}}|{NOUN}(?:\s{NOUN}){{0,3}})")
 # A gold's unit must be clear by itself, or marked as text: 2mg may be a product. In an answer 2 h
 # is two hours, 2h is not.
-CLEAR_UNIT = (rf"(?<=[\d.)}}\]\s])(?:(?:[cdkm]m|kg)(?![A-Za-z])|{NOUN}(?:\s{NOUN}){{0,3}}|°\s?[CF]\b|[^\W\da-zA-Z_]+|"
+CLEAR_UNIT = (rf"(?<=[\d.)}}\]\s])(?:(?:[cdkm]m|kg|m[lL]|[mk]ph|k?m/[sh]|[kM]Hz|[kM]W|kJ|kPa)(?![A-Za-z]){POWER}|{NOUN}(?:\s{NOUN}){{0,3}}|°\s?(?:[CF]\b|\\text\{{\s*[CF]\s*\}})|[^\W\da-zA-Z_]+|"
               rf"(?:\\text\{{\s*{ANY_UNIT}\s*\}}{POWER}\s?/?\s?){{1,2}})")
 UNIT_END = rf"{POWER}(?=[\s.]*(?:$|[,)\]∪]))"
 GOLD_UNIT = re.compile(CLEAR_UNIT + UNIT_END)
@@ -1283,14 +1327,14 @@ UNIT = re.compile(rf"(?:{CLEAR_UNIT}|(?<=[\d)}}]\s){ANY_UNIT}){UNIT_END}")
 # what is one name although it is no single letter: AB = 5, f(x) = 2x, (x, y) = (1, 2), e = 1/2
 NAME = r"(?:[A-Z]{2,6}|[A-Za-z]'*\(\w(?:,\s?\w)*\)|\(\s?[a-z](?:,\s?[a-z])+\s?\)|[ei])"
 REWRITES = [(re.compile(pattern), new) for pattern, new in (
-    (r"\\begin\{[pb]?matrix\}", "⟦["), (r"\\end\{[pb]?matrix\}", "]⟧"), (r"\\\\", "],["), ("&", ","),
+    (r"\\begin\{(?:[pb]?matrix|array\}\s?\{[clr| ]*)\}", "⟦["), (r"(?:\\\\\s*)?\\end\{(?:[pb]?matrix|array)\}", "]⟧"), (r"\\\\", "],["), ("&", ","),
     (r"\\!\s?|\\displaystyle|\\(?:left|right)(?![a-z])\.?|\\[bB]igg?[lr]?(?![a-z])|(?:\bm\s?)?\\(?:angle|triangle)(?![a-z])", ""),
     (r"\\(?:q?quad|[;: ()\[\]])|\\,(?!\d{3})", " "),
-    (r"\\(?:text(?:bf|it|normal|rm|sf)?|math(?:rm|bf|it)|mbox|operatorname\*?)\s?\{\s*([^{}]*?)\s*\}", r"\\text{\1}"),
+    (r"\\(?:text(?:bf|it|normal|rm|sf|tt)?|math(?:rm|bf|it|sf)|mbox|operatorname\*?|boldsymbol|emph|underline|fbox)\s?\{\s*([^{}]*?)\s*\}", r"\\text{\1}"),
     (r"\\text\{(and|or|pi|e|(?:arc)?(?:sin|cos|tan|cot)|ln|log|lg|exp)\}", r" \1 "),
-    (r"\\(?:overline|vec|hat|bar)\s?\{([A-Za-z]+)\}", r"\1"),
+    (r"\\(?:overline|hat|bar)\s?\{([A-Za-z]+)\}", r"\1"), (r"\\(?:overrightarrow|vec)\s?(?:\{([A-Za-z]+)\}|([A-Za-z])\b)", r"⟨\1\2⟩"),
     (r"\\pm(?![a-z])", "±"), (r"\\mp(?![a-z])", "∓"), (r"\*\*", "^"),
-    (r"\\[dtc]?(frac|binom)(?![a-z])", r"\\\1"), (r"\\(?:cdot|times|ast)(?![a-z])", "*"), (r"\\div(?![a-z])", "/"),
+    (r"\\(?:[dtcs]|nice)?(frac|binom)(?![a-z])", r"\\\1"), (r"\\(?:cdot|times|ast)(?![a-z])", "*"), (r"\\div(?![a-z])", "/"),
     (r"\\(?:approx|simeq|doteq|in)(?![a-z])|≈", "="), (r"(sin|cos|tan)\s?\^\s?\{?\s?-1\s?\}?", r"arc\1"),
     (r"(?:sec|csc|cot|sinh|cosh|tanh)\s?\^\s?\{?\s?-1\s?\}?", "inverse"),
     (r"\\?log\s?_\s?(?:\{([^{}]*)\}|(\w))", r"\\logarithm{\1\2}\\ln "), (r"\\sqrt\s?\[([^\[\]]*)\]", r"\\root{\1}"), (r"\\?sqrt(?![a-z])", r"\\root(2)"),
@@ -1301,16 +1345,18 @@ REWRITES = [(re.compile(pattern), new) for pattern, new in (
     # thousands: a comma between round or square brackets separates
     (r"(?<![\d.,])\d{1,3}(?:(?:,\d{3}){1,6}(?![\d,])(?![^()\[\]]*?(?:[)\]]|\\\}))|(?:(?:\{,\}|\\,|\s)\d{3}){1,6}(?!\d))",
      lambda found: re.sub(r"\D", "", found[0])),
-    (r"(?<!\d)\.(?=\d)", "0."), (r"_\s?\{(\w)\}", r"_\1"),
+    (r"(?<=\d)\{,\}(?=\d)", "."), (r"(?<!\d)\.(?=\d)", "0."), (r"_\s?\{(\w)\}", r"_\1"),
+    (r"(\d+\.)(\d*)\\overline\s?\{(\d+)\}",  # 0.1666...
+     lambda found: f"({found[1]}{found[2]}0+{found[3]}/{'9' * len(found[3])}{'0' * len(found[2])})"),
     (r"\\(frac|binom)\s?(\d)\s?(\d)", r"\\\1{\2}{\3}"), (r"!(?=\d)", "!*"),
     (r"(?<![\d.^])(\d+)\s?\\frac\s?\{\s?(\d+)\s?\}\s?\{\s?(\d+)\s?\}", r"(\1+\2/\3)"),  # mixed numbers
     (r"(?<![\d.^])(\d+)\s(\d+)\s?/\s?(\d+)(?!\d)", r"(\1+\2/\3)"),
     (r"\\[{}]|^\s*\{([^{}]*)\}\s*$", r" \1 "),  # a set is its members
     (r"([<>≤≥][^,]*\b)and(\b[^,]*[<>≤≥])", r"\1both\2"),  # an intersection, which is not read
     (r",?\s*\b(?:and|or)\b|;|∪|\\cup(?![a-z])", ","),
-    (r"(?i)^\s*(?:(?:about|approximately|around|roughly|exactly|(?:so|thus|therefore|hence),?|(?:the )?(?:final )?answer is|there (?:are|is)|it is)\s)+", ""),
-    (rf"(?:^|(?<=,))\s*(?:\\text\{{(?!\s*(?:not|never|no)\b)[^{{}}]*\}}|{NOUN}(?:\s[a-z]+){{0,3}})?\s*=", ""),  # Area = 12
-    (rf"(?:^|(?<=,))\s*({NAME})\s?(?=[=<>≤≥])", r"⟨\1⟩"))]
+    (r"(?i)^\s*(?:(?:about|approximately|around|roughly|exactly|(?:so|thus|therefore|hence),?|(?:the )?(?:final )?answer(?: is|:)|there (?:are|is)|it is)\s)+", ""),
+    (rf"(?:^|(?<=,))\s*(?:\\text\{{(?![^{{}}]*\b(?:no|{NO_NOUN})\b)[^{{}}]*\}}|{NOUN}(?:\s(?!(?:{NO_NOUN})\b)[a-z]+){{0,3}})?\s*=", ""),  # Area = 12
+    (rf"(?:^|(?<=,))\s*({NAME})\s?(?=[=<>≤≥])", lambda found: f"⟨{found[1].replace(' ', '')}⟩"))]
 BINARY = {  # of two arguments
     "frac": truediv, "binom": lambda n, k: factorial(n) / factorial(k) / factorial(n - k),
     "root": lambda degree, value: power(value, 1 / degree),
@@ -1318,7 +1364,7 @@ BINARY = {  # of two arguments
 KNOWN = "|".join(["pi", "infty", *sorted([*BINARY, *FUNCTIONS], key=len, reverse=True)])
 TOKEN = re.compile(
     rf"\\?((?:{KNOWN})(?![a-z])|\d{{1,60}}(?:\.(?:\d{{1,60}}|(?!\()))?(?:[eE][-+]?\d{{1,2}}(?![\d.]))?)"
-    r"|((?![abcxyz]{3}(?![A-Za-z]))(?=[A-Za-z]*[aeiou])[A-Za-z]{3,})"  # prose, no product of letters
+    r"|((?![abcxyz]{3}(?![A-Za-z]))(?=[A-Za-z]*[aeiou])[A-Za-z]{3,}|[A-Z]{3,})"  # prose or a name, no product
     rf"|\\?((?:(?<=\\)(?:var)?(?i:{'|'.join(GREEK)})(?![a-z])|[A-Za-z])(?:_(?:\{{\w{{1,9}}\}}|\w))?'*)|⟨([^⟩]*)⟩|(\S)")
 BRACKETS = {"(": ")]", "[": "])", "{": "}", "⟦": "⟧", "⌈": "⌉"}  # and what may close them; ⌈ and ⌉ are the bars of |x|
 BARS = re.compile(r"\|([^|]*[\w)\]}!°'⌉])\s?\|")
@@ -1330,8 +1376,13 @@ UPWARDS = str.maketrans(">≥", "<≤")
 INTERVALS = {"<<": "(,)", "<≤": "(,]", "≤<": "[,)", "≤≤": "[,]"}
 
 
+MARKUP = re.compile(r"[\\{}^_]")  # of maths, which is more than words
+UNORDERED = re.compile(r"\bor\b|;|∪|\\cup|\\\{")
+
+
 class Letter(tuple):
     """The value of a letter or another name, at each of the PLACES."""
+    name: str  # ⟨x⟩
 
 
 @dataclass
@@ -1355,29 +1406,38 @@ class Claim:
 
 
 def same_maths(answer: str, gold: str) -> bool:
-    """Whether two texts say the same; as text where the gold is no maths. A unit may be left out,
-    but not be another."""
-    if plain(answer[:FINAL_CHARACTERS]) == plain(gold) != "":
+    """Whether two texts say the same; as written, or in the same words, where the gold is no maths.
+    A unit may be left out, but not be another."""
+    claims, units = read_measure(answer, UNIT)
+    golds, gold_units = read_measure(gold, GOLD_UNIT)
+    words = not golds and not MARKUP.search(WRAPPED.sub(r"\1", gold))
+    if words and plain(answer[:FINAL_CHARACTERS]) == plain(gold) != "":
         return True
-    claims, unit = read_measure(answer, UNIT)
-    golds, gold_unit = read_measure(gold, GOLD_UNIT)
-    if unit and gold_unit and unit != gold_unit:  # mW is not MW, 30% is not 30°
+    if units and gold_units and units != gold_units:  # mW is not MW, 30% is not 30°
         return False
+    if as_written(answer) == as_written(gold) != "":
+        return True
     if not all(map(is_constant, golds)):  # a letter that is a factor is no unit: 2 is not 2mg
         claims = read_maths(answer)
-    if gold.startswith("(") and len(claims) > len(golds) == 1:  # 1, 2
-        claims = read_maths(f"({answer})")
+    if gold.startswith("(") and len(claims) > len(golds) == 1 and not UNORDERED.search(answer):
+        claims = read_maths(f"({answer})")  # 1, 2
     return same_claims(claims, golds)
 
 
+def as_written(text: str) -> str:
+    """In the one notation, without white space beside marks: what is no number or relation, or none
+    that can be worked out, is the same where it is written the same."""
+    text = re.sub(r"\\text\{([^{}]*)\}", r"\1", rewrite(text))
+    text = re.sub(r"\s?\{(\w)\}", r" \1", text)
+    return re.sub(r"\s*(\W)\s*", r"\1", text)
+
+
 @lru_cache(1024)
-def read_measure(text: str, units: re.Pattern) -> tuple[list[Claim], str]:
-    """What a text claims without the units of its values, and the first of these, as a symbol."""
+def read_measure(text: str, units: re.Pattern) -> tuple[list[Claim], set[str]]:
+    """What a text claims without the units of its values, and these, as symbols."""
     value = rewrite(text)
-    found = units.search(value)
-    marks = sorted({unit_symbol(mark) for mark in UNIT_MARK.findall(text)})
-    unit = unit_symbol(found[0]) if found else "".join(marks)
-    return parse(units.sub("", value)), unit
+    found = [unit[0] for unit in units.finditer(value)] or UNIT_MARK.findall(text)
+    return parse(units.sub("", value)), {unit_symbol(unit) for unit in found}
 
 
 def unit_symbol(unit: str) -> str:
@@ -1388,10 +1448,11 @@ def unit_symbol(unit: str) -> str:
     return unit
 
 
-UNIT_MARK = re.compile(r"°|\\circ|degrees?\b|%|\bpercent\b|\\\$|\bdollars?\b")  # rewrite() drops them
+UNIT_MARK = re.compile(r"°|\\circ|degrees?\b|%|\bpercent\b|\\\$|^\s*\$(?=[^$]*$)|\bdollars?\b|[€£]")  # rewrite() drops them
 UNIT_NAMES = (
     (r"\\circ|degrees?", "°"), ("percent", "%"), (r"\\\$|dollars?", "$"),
-    ("^(?:sq|square)(?!s)(.+)", r"\1^2"), ("^cubic(.+)", r"\1^3"), ("milli(?=[mgls])", "m"),
+    ("^(?:square(?!s)|sq(?!u))(.+)", r"\1^2"), ("^cubic(.+)", r"\1^3"), ("milli(?=[mgls])", "m"),
+    (r"per(?=second|s$|hour|h$|minute|day|week|month|year)", "/"), ("mph", "mi/h"), ("kph", "km/h"),
     ("centi(?=m)", "c"), ("kilo(?=[mgw])", "k"), ("met(?:er|re)s?", "m"), ("gram(?:me)?s?", "g"),
     ("lit(?:er|re)s?", "L"), ("seconds?|secs?", "s"), ("minutes?|mins?", "min"),
     ("hours?|hrs?", "h"), ("inch(?:es)?", "in"), ("f(?:ee|oo)t", "ft"), ("miles?", "mi"),
@@ -1400,9 +1461,11 @@ UNIT_NAMES = (
 
 def same_number(answer: str, gold: str, decimals: int) -> bool:
     """Equal when rounded to the gold's decimals, as MathVista has it."""
-    value = one_number(read_measure(answer, UNIT)[0])
-    number = one_number(read_measure(gold, GOLD_UNIT)[0])
-    return round(value, decimals) == round(number, decimals)
+    claims, units = read_measure(answer, UNIT)
+    golds, gold_units = read_measure(gold, GOLD_UNIT)
+    if units and gold_units and units != gold_units:
+        return False
+    return round(one_number(claims), decimals) == round(one_number(golds), decimals)
 
 
 def one_number(claims) -> float:
@@ -1441,10 +1504,11 @@ def same_claims(claims, golds) -> bool:
 
 
 def same_claim(claim, gold) -> bool:
-    """A name on the left of a plain value may be left out; another name is another claim."""
+    """A name on the left of a plain value may be left out, of an expression if it is no lone letter
+    (f(x) = 2x is 2x, the line y = 2x is not); another name is another claim."""
     if not claim.values or not gold.values or claim.name and gold.name and claim.name != gold.name:
         return same_relation(claim, gold)
-    if gold.name and not claim.name and not is_constant(gold):
+    if gold.name and not claim.name and not is_constant(gold) and len(gold.name.name) == 3:
         return False
     return any(same_value(*pair) for pair in product(claim.values, gold.values))
 
@@ -1496,11 +1560,14 @@ def read_maths(text: str) -> list[Claim]:
 
 def parse(text: str) -> list[Claim]:
     """The claims of a text in the one notation."""
-    text = re.sub(r"\\text\{([^{}]*)\}", r" \1 ", text)
+    text = re.sub(r"\\text\{([^{}A-Za-z]*[A-Za-z]?[^{}A-Za-z]*)\}", r" \1 ", text)  # no word
     while BARS.search(text):  # the inner ones first
         text = BARS.sub(r"⌈\1⌉", text)
-    if "±" in text:
-        text = f"{text.translate(PLUS)},{text.translate(MINUS)}"
+    items = [text] if "(" in text else text.split(",")
+    for place, item in enumerate(items):
+        if re.search("[±∓]", item):
+            items[place] = f"{item.translate(PLUS)},{item.translate(MINUS)}"
+    text = ",".join(items)
     try:
         tokens = [END, *reversed(tokenize(text))]
         claims = read_claims(tokens)
@@ -1576,7 +1643,8 @@ def rounds_to(value, rounded) -> bool:
     """Whether a value is another, or is that when rounded to its decimals."""
     short = real_number(rounded)
     decimals = len(str(short).partition(".")[2])
-    return same_value(value, rounded) or round(real_number(value), decimals) == short
+    whole = short.is_integer()
+    return same_value(value, rounded) or not whole and round(real_number(value), decimals) == short
 
 
 def read_terms(tokens, rank=1):
@@ -1663,7 +1731,9 @@ def variable(name: str) -> Letter:
     draw = random.Random(name)
     first, *others = [draw.uniform(-2.7, 2.7) for _ in range(PLACES - 1)]
     turned = complex(draw.uniform(0.8, 1.2), draw.uniform(0.01, 0.05))
-    return Letter([abs(first), *others, turned])
+    letter = Letter([abs(first), *others, turned])
+    letter.name = name
+    return letter
 
 
 def everywhere(number) -> tuple:
@@ -1695,7 +1765,7 @@ def power(base, exponent):
     odd_root = isinstance(exponent, Fraction) and exponent.denominator % 2 == 1
     if odd_root and not isinstance(base, complex) and base < 0:
         return (-1) ** exponent.numerator * power(-base, exponent)
-    if abs(exponent) > 64 or isinstance(base, Fraction) and base.denominator > 10 ** 9:
+    if abs(exponent) > 256 or isinstance(base, Fraction) and base.denominator > 10 ** 9:
         base = complex(base)
     return base ** exponent
 
@@ -1724,8 +1794,6 @@ EMPTY = ("", "")  # else a cell holds (kind, colour)
 CONTENTS = [EMPTY, *product(KINDS, COLOURS)]
 COUNTS = (0, 1, 2, 3, 4)  # of a kind; skewed, so that always saying 2 is right 4 times in 10
 COUNT_WEIGHTS = (0.1, 0.2, 0.4, 0.2, 0.1)
-NUMBERS = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
-           "fifteen sixteen seventeen eighteen").split()
 WORLD_SIZE = {"train": 960, "test": 320}
 
 
