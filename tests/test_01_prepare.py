@@ -350,6 +350,25 @@ def test_pictures_as_choices_keep_their_letters_apart(prepare, own):
         assert right == [question["answer"]]
 
 
+def test_pictures_of_choices_that_could_be_others_are_rejected(own):
+    """Of three pictures two have tags, all in the choices and without a number: which are meant?"""
+    for more in ({"choices": ["<image>", "<image>"]}, {"problem": "Which?\n(A) <image>\n(B) <image>"}):
+        assert own(**{"problem": "Which?", "answer": "B", "images": PICTURES} | more).startswith("picture: one has no tag")
+    assert own("Which?", "B", PICTURES, choices=["<image 2>", "<image 3>"])["choices"] == ["image 2", "image 3"]
+
+
+def test_a_list_is_a_gold_of_type_list(prepare, own):
+    question = own("Which?", [1, 2.5], answer_type="list")
+    assert question["answer"] == "[1, 2.5]"
+    assert [answer for answer in ("[1, 2.5]", "1, 2.5", "[2.5, 1]") if prepare.grade(f"\\boxed{{{answer}}}", question).correct] == ["[1, 2.5]", "1, 2.5"]
+
+
+def test_a_training_set_without_an_answer_is_rejected(prepare):
+    for gold in (None, float("nan")):
+        with pytest.raises(prepare.Rejected, match="gold: the answer is no text"):
+            prepare.SOURCES["geometry3k"].convert("Find x.", [{"bytes": b"", "path": None}], gold)
+
+
 def test_one_file_with_all_pictures_keeps_choices_apart(prepare):
     question = prepare.SOURCES["mathvision"].convert(
         "1", "Which?", ["<image>"] * 4, {"bytes": b"", "path": None}, "C", "logic")
@@ -370,6 +389,8 @@ def test_choices_that_are_none_are_rejected(own, choices, reason):
 
 @pytest.mark.parametrize("row, reason", [
     ({"answer": [None]}, "gold: one of the answers is no text"), ({"answer": ["yes", ["no"]]}, "gold: one of the answers is no text"),
+    ({"answer": None, "choices": ["None", "x"]}, "gold: the answer is no text"), ({"answer": None}, "gold: the answer is no text"),
+    ({"answer": ["a"], "answer_type": "text"}, "gold: several answers"), ({"answer": [1, 2], "answer_type": "integer"}, "gold: several answers"),
     ({"answer": "\u200b"}, "gold: the answer is empty"), ({"problem": " "}, "not a question: it has no text"),
     ({"problem": "<image>\u200b"}, "not a question: it has no text"), ({"precision": 2.5}, "not a question: precision"),
     ({"precision": -1}, "not a question: precision"), ({"precision": "two"}, "not a question: precision")])
@@ -413,7 +434,7 @@ LISTS = ["Which?\nA. red\nB. blue", "Which?\n(A) red\n(B) blue", "Which?\n(a) re
 
 
 @pytest.mark.parametrize("text", LISTS)
-@pytest.mark.parametrize("gold", ["B", "b", "(B)", "blue", r"\boxed{B}"])
+@pytest.mark.parametrize("gold", ["B", "b", "(B)", "blue", "B. blue", r"\boxed{B}"])
 def test_choices_that_the_text_lists(own, text, gold):
     """With `choices` or without, they are shown once, and the gold is a letter."""
     for more in ({}, {"choices": ["red", "blue"]}, {"choices": ["A", "B"]}, {"choices": ["A. red", "B. blue"]},
@@ -458,6 +479,11 @@ def test_more_choices_than_a_list_is_read_for(own):
     ("Which? (A) red (B) blue", {"choices": ["red", "blue", "green"]}, "choices: the text lists others"),
     ("Which?\n(A) red\n(B) blue\n(C) green", {"choices": ["red", "blue"]}, "choices: the text lists others"),
     ("Which?\n(A) red\n(B) blue", {"choices": ["red", "blu"]}, "choices: the text lists others"),
+    *[(text, {"choices": ["blue", "red"]}, "choices: the text lists others") for text in (
+        "Which? A. red B. blue", "Which? A. red, B. blue", "Which? A: red; B: blue", "Which? [A] red [B] blue", "Which?\n**A.** red\n**B.** blue",
+        "Which?\n- A. red\n- B. blue", "Which?\nA - red\nB - blue", "Which? A．red B．blue")],
+    ("Which?", {"choices": ["B. blue", "A. red"]}, "choices: their letters are not A, B"),
+    ("Which?", {"choices": ["A. red", "C. blue"]}, "choices: their letters are not A, B"),
     ("Which?", {"answer_type": "choice"}, "choices: none could be read"), ("Which?", {"choices": []}, None)])
 def test_lists_that_contradict(own, text, more, reason):
     """Two lists of letters, or none: which choice an answer means, nobody could say."""
