@@ -1305,12 +1305,12 @@ SYMBOLS = str.maketrans("×·⋅∙÷⁄−–（），′’$€£~△", "****/
     | {chr(0x3b1 + i): rf"\{name} " for i, name in enumerate(GREEK)})  # 0x3b1: α
 
 # A noun may stand behind a number, or before an equals sign, without changing the value.
-NO_NOUN = (f"{'|'.join(NUMBERS)}|(?:twen|thir|four|for|fif|six|seven|eigh|nine)ty|maybe|perhaps|possibly|probably|else|otherwise|versus|alternatively|nor|"
-           "pairs?|couples?|gross|scores?|doubled?|twice|thrice|tripled?|halved|tens|twelfths|fold|[a-z]+fold|kilo|mega|mod|modulo|into|point|dot|root|reciprocal|inverse|"
-           "factorials|cube|powers?|repeating|higher|greater|larger|smaller|lower|upper|additional|extra|upwards|onwards|beyond|limit|bound|increase|decrease|excluded|"
-           "excluding|rejected|except|without|but|other|invalid|fails|nope|wrongly|incorrectly|unlikely|improbable|cannot|if|minimum|maximum|and|or|not|than|more|less|fewer|over|times|plus|minus|squared|cubed|half|dozens?|hundreds?|thousands?|millions?|billions?|"
-           "trillions?|lakhs?|crores?|quarters?|halves|thirds?|(?:four|fif|six|seven|eigh|nin|ten|hundred|thousand)ths?"
-           r"|max|most|least|tops|above|below|under|negative|never|none|wrong|incorrect|false|untrue|impossible|[abcxyz]{3}|factorial|sqrt|exp|sin|cos|tan|sec|arc[a-z]+")
+DENIED = ("no|not|than|more|less|fewer|half|most|least|above|below|under|over|negative|minus|never|none|wrong|incorrect|false|untrue|impossible|cannot|but|except|"
+          "without|other|twice|thrice|doubled?|tripled?|if|maybe|perhaps|possibly|probably")
+NO_NOUN = (f"{DENIED}|{'|'.join(NUMBERS)}|(?:twen|thir|four|for|fif|six|seven|eigh|nine)ty|else|otherwise|versus|alternatively|nor|and|or|times|plus|squared|cubed|"
+           "halved|tens|dozens?|hundreds?|thousands?|millions?|billions?|trillions?|lakhs?|crores?|kilo|mega|gross|[a-z]+fold|quarters?|halves|thirds?|twelfths|"
+           "(?:four|fif|six|seven|eigh|nin|ten|hundred|thousand)ths?|repeating|higher|greater|larger|smaller|additional|extra|upwards|onwards|beyond|minimum|maximum|"
+           "max|tops|excluded|excluding|rejected|invalid|fails|nope|wrongly|incorrectly|unlikely|improbable|[abcxyz]{3}|factorial|sqrt|exp|sin|cos|tan|sec|arc[a-z]+")
 NOUN = rf"(?!(?i:{NO_NOUN})\b)(?=[A-Za-z]*[aeiou])[A-Za-z][a-z]{{2,}}\b"
 POWER = r"(?:\s?\^\s?\{?\s?-?[1-4]\s?\}?)?"
 SYMBOL_UNIT = (r"(?:[kMGcdmnµ]?(?:m|g|s|[lL]|W|V|A|J|N|F|C|K|T|Pa|Hz|eV|mol|bar|Ω)|lbs?|oz|ft|in|yd|mi|hrs?|h|min|sec|mph|kph|rad)"
@@ -1355,7 +1355,7 @@ REWRITES = [(re.compile(pattern), new) for pattern, new in (
     (r"([<>≤≥][^,]*\b)and(\b[^,]*[<>≤≥])", r"\1both\2"),  # an intersection, which is not read
     (r",?\s*\b(?:and|or)\b|;|∪|\\cup(?![a-z])", ","),
     (r"(?i)^\s*(?:(?:about|approximately|around|roughly|exactly|(?:so|thus|therefore|hence),?|(?:the )?(?:final )?answer(?: is|:)|there (?:are|is)|it is)\s)+", ""),
-    (rf"(?:^|(?<=,))\s*(?:\\text\{{(?![^{{}}]*\b(?:no|{NO_NOUN})\b)[^{{}}]*\}}|{NOUN}(?:\s(?!(?:{NO_NOUN})\b)[a-z]+){{0,3}})?\s*=", ""),  # Area = 12
+    (rf"(?:^|(?<=,))\s*(?:\\text\{{(?![^{{}}]*\b(?:{DENIED})\b)[^{{}}]*\}}|(?:{NOUN}|(?i:max|min)imum)(?:\s(?!(?:{DENIED})\b)[a-z]+){{0,3}})?\s*=", ""),  # Area = 12
     (rf"(?:^|(?<=,))\s*({NAME})\s?(?=[=<>≤≥])", lambda found: f"⟨{found[1].replace(' ', '')}⟩"))]
 BINARY = {  # of two arguments
     "frac": truediv, "binom": lambda n, k: factorial(n) / factorial(k) / factorial(n - k),

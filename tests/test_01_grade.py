@@ -905,10 +905,10 @@ KINDS = [
      ["1 or 2", r"\{1,2\}", "2, 1"]),
     # what follows a number is its unit only if it leaves it as it is
     ("math", "4",
-     ["4 apples", "4 meters", "4 red balls"],
-     ["4 maybe three", "4 five", "4 pairs", "4 twice", "4 tens", "4 modulo three", "4 or higher", "4 excluded", "4 except five", "4 tenfold", "4 Doubled"]),
+     ["4 apples", "4 meters", "4 red balls", "4 pairs", "4 points", "4 roots"],
+     ["4 maybe three", "4 five", "4 point five", "4 twice", "4 tens", "4 modulo three", "4 or higher", "4 excluded", "4 except five", "4 tenfold", "4 Doubled"]),
     ("math", "12",
-     ["Area = 12", "The total area = 12", "Answer: 12", "x = 12"],
+     ["Area = 12", "The total area = 12", "Maximum area = 12", "number of pairs = 12", "Answer: 12", "x = 12"],
      ["Area is not = 12", "answer cannot be = 12", r"\text{less than}=12", r"\text{twice the answer}=12", "area is at least = 12", "everything except = 12"]),
     ("math", r"12\text{ cm}, 5\text{ cm}",
      ["12 cm, 5 cm", "5 cm, 12 cm", "12, 5"],
