@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: MIT
 """The stages as fixtures: a file name that begins with a digit can only be imported by import_module."""
 import importlib
+import math
 import os
 import pathlib
 import re
 import sys
+import time
 
 import pytest
 
@@ -119,6 +121,21 @@ def study(tmp_path_factory, prepare, corrupt, train, evaluate, report):
     return data, answers, results
 
 
+@pytest.fixture(scope="session")
+def home(tmp_path_factory):
+    """Where the processes stand and what they take for home: what they leave there is found."""
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="session")
+def server(home):
+    os.makedirs(home / "tmp")
+    environment = os.environ | {"HOME": str(home), "TMPDIR": str(home / "tmp")}
+    server = stage.Server(cwd=home, env=environment)
+    yield server
+    server.close()
+
+
 def undecoded(table):
     """The same rows with pictures as bytes."""
     return table.cast_column("images", datasets.List(datasets.Image(decode=False)))
@@ -127,9 +144,11 @@ def undecoded(table):
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="what takes minutes: simulated studies, an emulated processor")
     parser.addoption("--card", action="store_true", help="what needs a CUDA card, which is hidden from all other tests")
+    parser.addoption("--within", type=float, default=math.inf, help="seconds after which no further test begins: it is skipped")
 
 
 def pytest_configure(config):
+    config.ends = time.monotonic() + config.getoption("--within")
     config.addinivalue_line("markers", "slow: runs with --slow alone")
     config.addinivalue_line("markers", "card: runs with --card alone")
     if not config.getoption("--card"):  # before anything asks for a card, and for processes that tests start
@@ -144,3 +163,8 @@ def pytest_collection_modifyitems(config, items):
     wanted = [item for item in items if asked(item)]
     config.hook.pytest_deselected(items=[item for item in items if item not in wanted])
     items[:] = wanted
+
+
+def pytest_runtest_setup(item):
+    if time.monotonic() > item.config.ends:
+        pytest.skip("no time is left (--within)")

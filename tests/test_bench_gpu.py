@@ -95,7 +95,8 @@ def test_the_plan_is_what_one_computes_by_hand(train, prepare, on_meta, model, c
     assert (planned.cache_gb, planned.micro_batch_tokens, planned.memory_gb) == (2.0, 8192, None)
 
 
-@pytest.mark.parametrize("model, budget", [("2b", 8), ("2b", 16), ("3b", 8), ("3b", 24), ("7b", 12), ("7b", 24)])
+@pytest.mark.parametrize("model, budget", [
+    ("2b", 8), ("3b", 8), ("7b", 12), *[pytest.param(*more, marks=pytest.mark.slow) for more in (("2b", 16), ("3b", 24), ("7b", 24))]])
 def test_a_step_holds_no_more_than_its_budget_and_uses_most_of_it(model, budget):
     """A rollout batch and an update of the planned sizes at the real shapes: packed weights, dequantized ones, gradients and Adam included."""
     (line,) = bench.main(["--stages", "planned", "--models", model, "--budgets", str(budget)])

@@ -24,25 +24,10 @@ from PIL import Image
 
 import kills
 from conftest import ROOT, artifacts
-from stage import SMALLEST, Server
+from stage import SMALLEST
 
 MB_BESIDE_IMPORTS = 1000
 RED = (200, 30, 30)
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    """Where the processes stand and what they take for home: what they leave there is found."""
-    return tmp_path_factory.mktemp("home")
-
-
-@pytest.fixture(scope="module")
-def server(home):
-    os.makedirs(home / "tmp")
-    environment = os.environ | {"HOME": str(home), "TMPDIR": str(home / "tmp")}
-    server = Server(cwd=home, env=environment)
-    yield server
-    server.close()
 
 
 def listing(*folders, without=()):

@@ -88,12 +88,11 @@ def test_plain_peft_gives_the_recorded_answers(study, prepare, run):
     ("03_train_grpo", "--loss ppo", "error: --loss ppo is unknown: choose from dapo grpo dr_grpo"),
     ("04_evaluate", "--policies nope", "error: {data}/policies/nope holds no finished policy: choose from base, {runs}, run 03_train_grpo.py, or give the folder of an adapter (with --data {data})"),
     ("05_report", "--resamples -5", "error: --resamples -5 is too small: choose at least 40")])
-def test_a_mistake_on_the_command_line_is_one_sentence(study, stage, options, says):
+def test_a_mistake_on_the_command_line_is_one_sentence(study, server, stage, options, says):
     """As a user meets it: nothing else on stderr, no traceback, exit code 2."""
     data, *_ = study
-    command = [sys.executable, str(ROOT / f"{stage}.py"), "--data", str(data), *options.split()]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert (done.returncode, done.stderr.strip()) == (2, says.format(data=data, runs=", ".join(RUNS)))
+    done = server(stage, "--data", data, *options.split())
+    assert (done.code, done.stderr.strip()) == (2, says.format(data=data, runs=", ".join(RUNS)))
 
 
 WITHOUT_UNIX = """

@@ -166,9 +166,9 @@ def test_two_commands_share_a_folder_but_never_a_run(undisturbed, data):
     (TRAIN, 0, "--workers 0 is too small: choose at least 1"),
     (TRAIN, 5, "--workers 5 is more than there is to do, or more than there are cards: choose at most 4"),
     (EVALUATE, 100, "--workers 100 is more than there is to do, or more than there are cards: choose at most")])
-def test_a_number_of_workers_that_cannot_be_is_one_sentence(data, command, workers, says):
-    code, out = end(start(data, command, workers))
-    assert code == 2 and out.splitlines()[-1].startswith(f"error: {says}"), out
+def test_a_number_of_workers_that_cannot_be_is_one_sentence(data, server, command, workers, says):
+    done = server(command[0], "--data", data, *command[1:], "--workers", workers)
+    assert done.code == 2 and done.stderr.startswith(f"error: {says}"), done.stderr
 
 
 def test_each_worker_has_a_card_of_its_own(prepare, monkeypatch):
