@@ -1234,10 +1234,13 @@ LETTER_ENDS = r"(?![A-Za-z0-9'’/_])(?!\s?=\s?\d|\s\d)"
 
 def lone_letter(choices: Choices) -> str:
     """Pattern of a choice's letter that stands alone and is no article (A rhombus)."""
-    verbs = "is|was|and|or|because|since|as|but|for"
+    verbs = "is|was|and|or|to|through|vs|versus|then|until|because|since|as|but|for"
     return (
         rf"{LETTER_BEGINS}([A-{LETTERS[len(choices) - 1]}]){LETTER_ENDS}"
         rf"(?:(?<!A)|(?! (?!(?i:{verbs})\b|[A-Z]\b)[A-Za-z0-9]))(?:(?<!I)|(?!\s[A-Za-z]))")
+
+
+LETTER_FIRST = r"(?:\\\w{4,6}\{|[\s(*]){0,4}(?i:option |choice )?[(*]{0,2}([A-Z])[).:=,}*\s]{1,5}(?:- )?(?=\S)"  # B. or \textbf{(B)}
 
 
 def bare_choice(text: str, choices: Choices) -> str | None:
@@ -1247,11 +1250,13 @@ def bare_choice(text: str, choices: Choices) -> str | None:
     said = plain(text)
     letter = said.strip("().: ").upper()
     known = texts.get(text.strip()) or texts.get(said)
-    both = re.match(r"[\s(]{0,3}([A-Z])[).:=\s]{1,3}(?=\S)", text)
+    both = re.match(LETTER_FIRST, text)
     if letter in values or known:
         return letter if letter in values else known
-    if both and both[1] in values and same_maths(text[both.end():], values[both[1]]):
-        return both[1]
+    if both and both[1] in values:
+        rest = text[both.end():]
+        if any(same_maths(shown, values[both[1]]) for shown in (rest, rest.removesuffix("}"))):
+            return both[1]
     return None
 
 
@@ -1281,10 +1286,11 @@ def read_choice(text: str, choices: Choices) -> str | None:
         return None
     if not lettered and CHANGES.search(rest):  # more than a dozen
         return None
-    # beside a letter, A is no article, and a letter of no choice (B or E) no word
-    if lettered and len({*re.findall(f"{LETTER_BEGINS}[A-HJ-Z]{LETTER_ENDS}", text)}) > 1:
-        return None
-    return named.pop()
+    letter = named.pop()
+    beside = text.replace(choices[LETTERS.index(letter)], "")
+    if lettered and len({letter, *re.findall(f"{LETTER_BEGINS}[B-HJ-Z]{LETTER_ENDS}", beside)}) > 1:
+        return None  # B or E, which is no choice
+    return letter
 
 
 # maths: small, bounded arithmetic instead of a computer algebra system

@@ -25,7 +25,6 @@ import platform
 import re
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -64,7 +63,7 @@ CLUSTERED = ("mathverse", "wemath")  # benchmarks that ask several questions abo
 # What is done, in the order in which it is done
 
 
-def main(config: Config) -> dict:
+def main(config):
     """Read the answers, measure, say what follows, draw; returns what results.json holds."""
     prepare.check_least(config, 40, "resamples")  # fewer do not tell how far a measure moves
     prepare.check_least(config, 0, "gallery")
@@ -98,14 +97,14 @@ def main(config: Config) -> dict:
     return results
 
 
-def runs_of(data: Path) -> dict:
+def runs_of(data):
     """Config of each run of stage 3; the base and other people's adapters have none here."""
     remedy = "delete it and run 03_train_grpo.py again"
     return {path.parent.name: prepare.read_json(path, {}, remedy)
             for path in sorted(data.glob("policies/*/config.json"))}
 
 
-def write(folder: Path, page: str, results: dict):
+def write(folder, page, results):
     """The page, all numbers, tables to paste, and for each source its strict subset."""
     files = {"index.html": page, "tables.md": tables_to_paste(results),
              "results.json": json.dumps(results, indent=1)}
@@ -118,7 +117,7 @@ def write(folder: Path, page: str, results: dict):
                 part.write_text(text, encoding="utf-8")
 
 
-def measure_all(panels: list, trained: "Panel | None") -> dict:
+def measure_all(panels, trained):
     """All numbers: measure -> policy -> source, `pooled` over seeds, `differences` of conditions."""
     out = {"gains": {}, "pooled": {}, "differences": {}}
     tests = defaultdict(list)  # what is shown together, and so corrected for its number
@@ -149,7 +148,7 @@ def measure_all(panels: list, trained: "Panel | None") -> dict:
     return out
 
 
-def put(place: dict, value, *path: str):
+def put(place, value, *path):
     """Set place[a][b][...] = value."""
     *folders, name = path
     for folder in folders:
@@ -160,7 +159,7 @@ def put(place: dict, value, *path: str):
 # What the page says first: three sentences, each of which follows from a test
 
 
-def say_all(r, panels: list, runs: Iterable):
+def say_all(r, panels, runs):
     """In words, by source: `dependence` of each policy, three `sentences`, and what S1 to S8 say."""
     for panel in panels:
         about = {name: r["pooled"][name][panel.source] for name in panel.conditions}
@@ -173,7 +172,7 @@ def say_all(r, panels: list, runs: Iterable):
             found["sentence"] = say_settings(found)
 
 
-def sentences(r, panel: "Panel", about: dict, trained: list) -> list:
+def sentences(r, panel, about, trained):
     """The three sentences on one source: `text` in plain words, `numbers` behind it.
 
     A gain or loss is stated where its p, corrected by Holm, is below 0.05, a part of a gain or an
@@ -190,7 +189,7 @@ def sentences(r, panel: "Panel", about: dict, trained: list) -> list:
             say_following(about, both, panel.source)]
 
 
-def say_gains(panel: "Panel", tests: dict) -> dict:
+def say_gains(panel, tests):
     """What training gained; where both are shown to, the share that came without pictures."""
     clauses = []
     for name, test in tests.items():
@@ -209,7 +208,7 @@ def say_gains(panel: "Panel", tests: dict) -> dict:
     return {"text": text, "numbers": numbers}
 
 
-def say_parts(condition: str, test: dict, gain: dict) -> dict:
+def say_parts(condition, test, gain):
     """What a gain is made of, if it is shown to be one."""
     training, numbers, clauses = f"training {on_what(condition)}", {"total": test}, []
     for part, what in {"visual": "need the picture", "format": "are the asked-for form alone",
@@ -229,7 +228,7 @@ def say_parts(condition: str, test: dict, gain: dict) -> dict:
     return {"text": text, "numbers": behind(numbers, points)}
 
 
-def say_following(about, conditions: list, source: str) -> dict:
+def say_following(about, conditions, source):
     """Whether answers go with the picture: by an edit's causal effect, else by taking it away."""
     if "causal_effect" not in about["base"]:
         return depends(conditions[-1], about[conditions[-1]], source)
@@ -243,7 +242,7 @@ def say_following(about, conditions: list, source: str) -> dict:
                     + "; ".join(clauses) + ".", "numbers": behind(effects)}
 
 
-def depends(name: str, about: dict, source: str) -> dict:
+def depends(name, about, source):
     """Whether a policy answers worse without the picture, as each test without it says."""
     worths = about.get("picture_worth", {})
     # which way each test points: 0 where it shows nothing
@@ -256,7 +255,7 @@ def depends(name: str, about: dict, source: str) -> dict:
     return {"text": f"{name} {claim} on {source}.", "numbers": behind(numbers)}
 
 
-def share_of_gain(panel: "Panel", blind: str, seeing: str) -> dict | None:
+def share_of_gain(panel, blind, seeing):
     """Gain of `blind` over gain of `seeing` on clean input: a ratio of means over common seeds."""
     gains = [(panel.gain(one), panel.gain(two)) for one, two in panel.by_seed(blind, seeing).values()]
     whole = sum(two.mean() for _, two in gains)
@@ -269,7 +268,7 @@ def share_of_gain(panel: "Panel", blind: str, seeing: str) -> dict | None:
     return found | {"value": ratio, "ci95": [ratio + end for end in found["ci95"]]}
 
 
-def say_settings(found) -> str:
+def say_settings(found):
     """What S1 to S8 say together: what was memorised, what carries over, what needs the picture."""
     clauses = []
     for name, (shown, not_shown) in SAID_OF_SETTINGS.items():
@@ -295,7 +294,7 @@ FRACTIONS = {"none": 0, "a tenth": 1 / 10, "a quarter": 1 / 4, "a third": 1 / 3,
              "nine tenths": 9 / 10, "all": 1, "more than all": 1.2}
 
 
-def in_words(ratio: dict) -> str:
+def in_words(ratio):
     """A share as a fraction; as a range where its interval is wider than a quarter."""
     def nearest(x):
         return min(FRACTIONS, key=lambda name: abs(FRACTIONS[name] - x))
@@ -307,7 +306,7 @@ def in_words(ratio: dict) -> str:
     return f"about {nearest(ratio['value'])}"
 
 
-def on_what(condition: str) -> str:
+def on_what(condition):
     """What a condition was trained on, in words."""
     kind, _, damage = condition.partition("-")
     pictures = {"blank": "blank pictures", "mismatch": "other questions\u2019 pictures"}
@@ -317,7 +316,7 @@ def on_what(condition: str) -> str:
             "grounded": "on the real pictures with a bonus for looking"}.get(kind, f"as {kind}")
 
 
-def behind(found, form=None) -> str:
+def behind(found, form=None):
     """The numbers behind a sentence: what, value, interval, p, n and seeds."""
     text = "; ".join(f"{name} {' '.join(cell(x, form or percent))}, {counted(x)}"
                      for name, x in found.items())
@@ -346,7 +345,7 @@ class Claim:
     sometimes: bool = False  # then one benchmark without it contradicts nothing
 
 
-def gain_of(kind: str, over: str = "base") -> tuple[Term, ...]:
+def gain_of(kind, over="base"):
     return (1.0, kind, "clean"), (-1.0, over, "clean")
 
 
@@ -386,7 +385,7 @@ PUBLISHED = [  # preset, benchmark, n, base, and as in TRAINED
     ("7b", "wemath", 1740, 63.68, 68.39, 66.84, 68.33)]
 
 
-def published() -> Iterable[Claim]:
+def published():
     """Gains as published, give or take two standard errors, as if accuracies were independent."""
     for preset, benchmark, n, base, *accuracies in PUBLISHED:
         for kind, value in zip(TRAINED, accuracies):
@@ -405,7 +404,7 @@ PROTOCOL = (
     "under provenance, greedy answers, this kit's grader.")
 
 
-def ledger(panels: list, study: dict) -> list:
+def ledger(panels, study):
     """Every claim on every benchmark that it speaks of; else that it could not be judged."""
     out = []
     for claim in CLAIMS:
@@ -420,7 +419,7 @@ def ledger(panels: list, study: dict) -> list:
     return out
 
 
-def test_of(claim: Claim) -> str:
+def test_of(claim):
     """The test of a claim in words."""
     sums = [" ".join(f"{factor:+g} {kind} ({asked})" for factor, kind, asked in terms)
             for terms in (claim.of, *claim.also)]
@@ -430,7 +429,7 @@ def test_of(claim: Claim) -> str:
     return f"accuracies, by question and by seed: 95% interval of {test}"
 
 
-def judge(claim: Claim, panel: "Panel") -> list:
+def judge(claim, panel):
     """The verdict on one benchmark, for each damage trained on and each input that is spoken of."""
     if claim.benchmark not in (None, panel.source):
         return []
@@ -448,13 +447,13 @@ def judge(claim: Claim, panel: "Panel") -> list:
     return out
 
 
-def takes_away(condition: str) -> bool:
+def takes_away(condition):
     """Whether nothing of the questions' pictures was left in training."""
     kind, _, damage = condition.partition("-")
     return kind == "hallucination" and set(damage.split("+")) <= TAKEN_AWAY
 
 
-def sum_of_terms(terms: tuple, panel: "Panel", damage: str | None, asked: str) -> dict | None:
+def sum_of_terms(terms, panel, damage, asked):
     """The sum of accuracies, over seeds; nothing where a condition or a common seed lacks."""
     names = [damage if kind == "hallucination" else kind for _, kind, _ in terms]
     sums = []
@@ -464,7 +463,7 @@ def sum_of_terms(terms: tuple, panel: "Panel", damage: str | None, asked: str) -
     return over_runs(sums) if sums else None
 
 
-def verdict_on(claim: Claim, found: dict, also: list) -> str:
+def verdict_on(claim, found, also):
     """reproduced, contradicted or undecided, as `test_of` says."""
     low, high = found["ci95"]
     if claim.high < math.inf:
@@ -496,15 +495,15 @@ class Observed:
     n: int | None = None
 
     @property
-    def measured(self) -> "Measured":
+    def measured(self):
         return over_questions(self.x) if self.n is None else over_resamples(self.x, self.n)
 
-    def __sub__(self, other: "Observed") -> "Observed":
+    def __sub__(self, other):
         kind = "difference" if self.kind == "accuracy" else "other difference"
         return Observed(kind, self.x - other.x, self.n)
 
 
-def observe(panel: "Panel", policy: str) -> dict:
+def observe(panel, policy):
     """All that one policy did on one source; a key is the path under which results.json says it.
 
     Worth of the picture: accuracy with it less accuracy without it, on the same questions. Mirage
@@ -537,7 +536,7 @@ def observe(panel: "Panel", policy: str) -> dict:
     return found
 
 
-def causal_effect(clean, edited, gold, fits) -> np.ndarray:
+def causal_effect(clean, edited, gold, fits):
     """What one edit of the picture does to the answer, per question; averaged, its causal effect.
 
         1/2 (1[edited = fits] - 1[clean = fits]) + 1/2 (1[clean = gold] - 1[edited = gold])
@@ -552,7 +551,7 @@ def causal_effect(clean, edited, gold, fits) -> np.ndarray:
     return (towards + away) / 2
 
 
-def split_gain(weights, strata, base: dict, run: dict, without: str | None) -> dict:
+def split_gain(weights, strata, base, run, without):
     """A policy's gain over the base in accuracy, and what it is made of.
 
         total       accuracy(policy) - accuracy(base) on clean input
@@ -578,7 +577,7 @@ def split_gain(weights, strata, base: dict, run: dict, without: str | None) -> d
     return found
 
 
-def form_part(weights, strata, correct, formed, formed_policy) -> np.ndarray:
+def form_part(weights, strata, correct, formed, formed_policy):
     """What the base would gain if its answers were as well formed as the policy's: replicates (R,).
 
         sum over strata s of
@@ -605,7 +604,7 @@ def form_part(weights, strata, correct, formed, formed_policy) -> np.ndarray:
     return ((weights * (formed_policy - formed)) @ strata * worth).sum(1)
 
 
-def measure(runs: list) -> dict:
+def measure(runs):
     """What came of each measure, of a run or of the seeds of a condition, nested by path."""
     out = {}
     for path in runs[0]:
@@ -614,7 +613,7 @@ def measure(runs: list) -> dict:
     return out
 
 
-def summarise(runs: list) -> dict:
+def summarise(runs):
     """One measure of a run, or of a condition's seeds: value, n, 95% interval; of a difference p.
 
     Of one run by formula, or by percentiles of the bootstrap; of several by `over_runs`.
@@ -632,7 +631,7 @@ def summarise(runs: list) -> dict:
     return found
 
 
-def compare(panel: "Panel", runs: dict) -> dict:
+def compare(panel, runs):
     """Conditions against the base and each other: measure -> difference. `runs`: as observed.
 
     Two runs of one seed share questions, their order and all draws, so conditions are compared
@@ -673,7 +672,7 @@ SETTINGS = {
 }
 
 
-def eight_settings(panel: "Panel", trained: "Panel | None", differences: dict) -> dict:
+def eight_settings(panel, trained, differences):
     """S1 to S8 of the paper, for each damage that was trained on: setting -> accuracy.
 
     `panel` holds the answers to test questions, `trained` those to questions of the training set,
@@ -709,7 +708,7 @@ def eight_settings(panel: "Panel", trained: "Panel | None", differences: dict) -
     return out
 
 
-def accuracy_of(panel: "Panel | None", condition: str, name: str) -> dict | None:
+def accuracy_of(panel, condition, name):
     """Accuracy of a condition on an input, over its seeds; nothing where one was not asked."""
     runs = panel.conditions.get(condition, {}).values() if panel else ()
     if not runs or any(name not in panel.answers[run] for run in runs):
@@ -717,7 +716,7 @@ def accuracy_of(panel: "Panel | None", condition: str, name: str) -> dict | None
     return summarise([Observed("accuracy", panel.right(run, name)) for run in runs])
 
 
-def strict_subset(panel: "Panel") -> list:
+def strict_subset(panel):
     """Ids of the questions that nobody, the base included, answers without the picture, above chance.
 
     Under each input without a picture a policy answers once greedily and `samples` times at
@@ -751,7 +750,7 @@ def strict_subset(panel: "Panel") -> list:
 Z = 1.959963984540054  # of a normal distribution, 95% lie within so many standard deviations
 
 
-def wilson(hits: int, n: int) -> list[float]:
+def wilson(hits, n):
     """95% interval of a share p = hits / n (Wilson, JASA 1927).
 
         (p + z^2/2n +- z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n)
@@ -763,28 +762,28 @@ def wilson(hits: int, n: int) -> list[float]:
     return [max(0.0, (centre - half) / whole), min(1.0, (centre + half) / whole)]
 
 
-def share(hits, names: tuple = ("count", "share")) -> dict:
+def share(hits, names=("count", "share")):
     n, k = len(hits), int(sum(hits))
     return {"n": n, names[0]: k, names[1]: k / n, "ci95": wilson(k, n)}
 
 
-def accuracy(right) -> dict:
+def accuracy(right):
     return share(right, ("correct", "accuracy"))
 
 
-def mcnemar(only_one: int, only_two: int) -> float:
+def mcnemar(only_one, only_two):
     """Exact two-sided p of McNemar's test: do questions that only one got right fall evenly?"""
     return min(1.0, 2 * tail(max(only_one, only_two), only_one + only_two, 0.5))
 
 
 @lru_cache(maxsize=None)
-def tail(k: int, n: int, p: float) -> float:
+def tail(k, n, p):
     """Of a binomial distribution: the probability of k or more of n."""
     p = mpmath.mpf(p)  # whose powers do not vanish, however large n is
     return float(sum(math.comb(n, i) * p**i * (1 - p) ** (n - i) for i in range(k, n + 1)))
 
 
-def paired(difference) -> dict:
+def paired(difference):
     """Difference of two shares of the same questions: value, 95% interval, exact p.
 
     `difference` (n,) is 1 where only the first is right, -1 where only the second is, else 0. With
@@ -803,7 +802,7 @@ def paired(difference) -> dict:
             "p": mcnemar(only_one, only_two), "only_one": only_one, "only_two": only_two}
 
 
-def holm(tests: list):
+def holm(tests):
     """Give each test its `p_holm`: its p corrected for their number, as Holm (1979) does.
 
     The i-th smallest of m times m - i + 1, never falling, at most 1.
@@ -814,14 +813,14 @@ def holm(tests: list):
         test["p_holm"] = min(1.0, so_far)
 
 
-def resample(n: int, resamples: int, *seed) -> np.ndarray:
+def resample(n, resamples, *seed):
     """Bootstrap weights (1 + resamples, n); each row adds up to 1. Row 0 is the sample itself."""
     rng = np.random.default_rng(list(json.dumps(seed).encode()))
     drawn = rng.multinomial(n, np.full(n, 1 / n), resamples)
     return np.vstack([np.ones((1, n)), drawn]) / n
 
 
-def estimate(replicates, n: int) -> dict:
+def estimate(replicates, n):
     """Value and 95% percentile interval of a statistic from its replicates (1 + resamples,)."""
     if not np.isfinite(replicates[0]):
         return {"value": None, "ci95": None, "n": n}
@@ -845,32 +844,32 @@ class Measured:
     n: int  # questions
 
 
-def over_questions(x) -> Measured:
+def over_questions(x):
     """Of a mean over questions, x (n,)."""
     n = len(x)
     mean = float(np.mean(x))
     return Measured(mean, (x - mean) / math.sqrt(n * max(1, n - 1)), n)
 
 
-def over_resamples(replicates, n: int) -> Measured:
+def over_resamples(replicates, n):
     """Of a statistic that is no mean, from its bootstrap replicates (1 + resamples,)."""
     # a resample without any well-formed answer has no form part: it moves nothing
     drawn = np.where(np.isfinite(replicates), replicates, replicates[0])[1:]
     return Measured(float(replicates[0]), (drawn - drawn.mean()) / math.sqrt(len(drawn)), n)
 
 
-def apart(one, two) -> Measured:
+def apart(one, two):
     """Difference of two means over different questions: what the choice of either does adds up."""
     one, two = over_questions(one), over_questions(two)
     return Measured(one.value - two.value, np.concatenate([one.moves, two.moves]), min(one.n, two.n))
 
 
-def student(t: float, df: int) -> float:
+def student(t, df):
     """Two-sided p of Student's t with df degrees of freedom."""
     return float(mpmath.betainc(df / 2, 0.5, 0, df / (df + t * t), regularized=True))
 
 
-def largest(holds, low: float, high: float) -> float:
+def largest(holds, low, high):
     """The largest x between two ends for which `holds`, by bisection; above it nothing does."""
     for _ in range(60):
         middle = (low + high) / 2
@@ -882,12 +881,12 @@ def largest(holds, low: float, high: float) -> float:
 
 
 @lru_cache
-def student_95(df: int) -> float:
+def student_95(df):
     """The t of which `student` is 0.05: 12.7 with one degree of freedom, less with more."""
     return largest(lambda t: student(t, df) > 0.05, 0.0, 13.0)
 
 
-def variances(runs: list, shares: bool) -> tuple[float, float]:
+def variances(runs, shares):
     """Of the mean of k runs: what the choice of questions does to all alike, and luck's part."""
     moves = np.stack([run.moves for run in runs])
     covariances = moves @ moves.T  # (k, k)
@@ -902,7 +901,7 @@ def variances(runs: list, shares: bool) -> tuple[float, float]:
     return max(0.0, float(shared)), float(luck)
 
 
-def over_runs(runs: list, bounds: tuple = (-1.0, 1.0)) -> dict:
+def over_runs(runs, bounds=(-1.0, 1.0)):
     """Mean of a measure over k runs; the interval covers the choice of questions and a run's luck.
 
         half^2 = z^2 C + t^2 S / k
@@ -926,7 +925,7 @@ def over_runs(runs: list, bounds: tuple = (-1.0, 1.0)) -> dict:
     return {"value": value, "ci95": ends, "n": runs[0].n, "seeds": len(runs)}
 
 
-def p_over_runs(runs: list) -> float:
+def p_over_runs(runs):
     """p of no difference: one less the level at which the interval of `over_runs` ends at 0.
 
     Were all questions asked, this would be the p of the paired t test.
@@ -969,14 +968,14 @@ LEARNERS = {  # what a base is, what training changes, the one part in which the
 BLIND_BEST = {"count": 0.42, "colour": 0.26, "more": 0.70, "both": 0.42}  # shapes: best blind guess
 
 
-def check_instrument(panels: list) -> dict:
+def check_instrument(panels):
     """Both checks; shapes are the only questions of which it is known what a blind guess can get."""
     shapes = [panel for panel in panels if panel.source == "shapes"]
     entries = sum(map(check_shapes, shapes), check_measures())
     return {"passed": all(entry["passed"] for entry in entries), "entries": entries}
 
 
-def check_measures(n: int = 4000, resamples: int = 500, seed: int = 1) -> list:
+def check_measures(n=4000, resamples=500, seed=1):
     """Simulated policies of known truth, through the same functions as the real ones.
 
     A measurement passes within one width of its 95% interval, about four standard errors, of the
@@ -1004,14 +1003,14 @@ def check_measures(n: int = 4000, resamples: int = 500, seed: int = 1) -> list:
     return [verify(*check) for check in checks]
 
 
-def verify(what, observed, truth) -> dict:
+def verify(what, observed, truth):
     """What was observed beside the truth, and whether they agree."""
     entry = {"check": what, "truth": truth} | summarise([observed])
     width = entry["ci95"][1] - entry["ci95"][0]
     return entry | {"passed": bool(abs(entry["value"] - truth) <= width < 0.15)}
 
 
-def simulate(rng, group, form, **skill) -> dict:
+def simulate(rng, group, form, **skill):
     """Input -> (correct, formed), each (n,), of a policy that sees, reads and guesses so often."""
     out = {}
     for name in ("clean", "blank"):
@@ -1022,19 +1021,19 @@ def simulate(rng, group, form, **skill) -> dict:
     return out
 
 
-def chance(name, sees, reads, guesses) -> np.ndarray:
+def chance(name, sees, reads, guesses):
     """Of such a policy to know or guess what is right, by group."""
     known = np.where(NEEDS, sees * (name == "clean"), reads)
     return known + (1 - known) * guesses
 
 
-def expected_accuracy(form, **skill) -> float:
+def expected_accuracy(form, **skill):
     """Of such a policy on clean input, in closed form."""
     formed = FORMED**form
     return float(np.mean((formed + (1 - formed) * READABLE) * chance("clean", **skill)))
 
 
-def check_shapes(panel: "Panel") -> list:
+def check_shapes(panel):
     """The study's own policies on shapes: what must hold for whoever answers these questions.
 
     Where the text suffices, taking the picture away changes nothing (McNemar); where it does not,
@@ -1085,57 +1084,57 @@ class Panel:
     sampled: dict[str, dict] = field(default_factory=dict)
 
     @property
-    def strata(self) -> np.ndarray:
+    def strata(self):
         """Groups by answer types, one-hot (n, S)."""
         keys = [json.dumps([q["group"], q["answer_type"]]) for q in self.questions]
         return np.eye(len(set(keys)))[np.unique(keys, return_inverse=True)[1]]
 
     @property
-    def inputs(self) -> list:
+    def inputs(self):
         asked = [*self.answers.values(), *self.sampled.values()]
         return sorted(set().union(*asked), key=input_order)
 
     @property
-    def withouts(self) -> list:
+    def withouts(self):
         """Inputs without a picture that all policies answered."""
         return [name for name in prepare.NO_PICTURE if all(name in x for x in self.answers.values())]
 
     @property
-    def without(self) -> str | None:
+    def without(self):
         """The first of them, behind the parts of a gain."""
         return next(iter(self.withouts), None)
 
     @cached_property
-    def conditions(self) -> dict:
+    def conditions(self):
         """Condition -> seed -> run, the base first."""
         found = defaultdict(dict)
         for policy in self.answers:
             found[family(policy)][seed_of(policy)] = policy
         return dict(found)
 
-    def by_seed(self, *conditions) -> dict:
+    def by_seed(self, *conditions):
         """Seed -> the runs of these conditions with it; the one base goes with every seed."""
         trained = [self.conditions.get(name, {}) for name in conditions if name != "base"]
         common = [seed for seed in trained[0] if all(seed in runs for runs in trained)]
         return {seed: [self.conditions[name].get(seed, "base") for name in conditions]
                 for seed in common}
 
-    def column(self, policy, name, key) -> np.ndarray:
+    def column(self, policy, name, key):
         return np.array([row[key] for row in self.answers[policy][name]], float)
 
-    def right(self, policy, name) -> np.ndarray:
+    def right(self, policy, name):
         return self.column(policy, name, "correct")
 
-    def gain(self, run) -> np.ndarray:
+    def gain(self, run):
         """Over the base, on clean input, of each question (n,)."""
         return self.right(run, "clean") - self.right("base", "clean")
 
-    def outcomes(self, run) -> dict:
+    def outcomes(self, run):
         """Input -> (correct, formed), each (n,), on clean input and without a picture."""
         return {name: (self.right(run, name), self.column(run, name, "well_formed"))
                 for name in ("clean", *self.withouts)}
 
-    def said(self, policy, name) -> np.ndarray:
+    def said(self, policy, name):
         """Answers (n,), one text for each meaning: a right one is the gold, however written."""
         return np.array([canonical(question["answer"] if row["correct"] else row["answer"])
                          for question, row in zip(self.questions, self.answers[policy][name])])
@@ -1149,7 +1148,7 @@ class Seen:
         self.models = {}  # policy -> artifacts and packages of its answers, the same in all files
 
 
-def read_benchmarks(data, study, resamples, seen: Seen) -> list:
+def read_benchmarks(data, study, resamples, seen):
     """A panel for each benchmark of the study that has answers."""
     sources, panels = study["sources"]["benchmarks"], []
     for path in sorted((data / "answers").glob("*/*/[!.]*")):  # a lock's name begins with a dot
@@ -1175,7 +1174,7 @@ def read_benchmarks(data, study, resamples, seen: Seen) -> list:
     return panels
 
 
-def read_panel(data, study, source, files, resamples, seen: Seen) -> Panel | None:
+def read_panel(data, study, source, files, resamples, seen):
     """Read these files of each policy, and cut them to the questions that all of them answer."""
     again = f"run 04_evaluate.py --data {data} again, for all policies at once"
     given, cuts = {}, set()  # (policy, input) -> id -> row
@@ -1216,7 +1215,7 @@ def read_panel(data, study, source, files, resamples, seen: Seen) -> Panel | Non
     return Panel(source, questions, answers, weights, fits, sampled)
 
 
-def take_sampled(given) -> dict:
+def take_sampled(given):
     """Take out of `given` the inputs that every policy was asked about fewer questions than about
     clean pictures, as stage 4 does where no sentence rests on an input: policy -> input -> whether
     each answer is right, on the questions that all policies have there."""
@@ -1232,7 +1231,7 @@ def take_sampled(given) -> dict:
     return sampled
 
 
-def first_of_groups(questions) -> list:
+def first_of_groups(questions):
     """Places of the first question of each group: none is picked for its looks."""
     firsts = {}
     for place, question in enumerate(questions):
@@ -1240,14 +1239,14 @@ def first_of_groups(questions) -> list:
     return list(firsts.values())
 
 
-def records_of(data, source, name) -> dict:
+def records_of(data, source, name):
     """Id -> question record of an input, without its pictures."""
     path = data / prepare.input_path(source, name)
     table = prepare.read_questions(path, "run 01_prepare.py and 02_corrupt.py again")
     return {row["id"]: row for row in table.remove_columns("images").to_list()}
 
 
-def read_rows(data, path, source, seen: Seen) -> dict:
+def read_rows(data, path, source, seen):
     """Id -> row of an answers file: whole, in its form, made from what lies in the folder now."""
     _, policy, *where, _ = path.relative_to(data).parts
     again = f"run 04_evaluate.py --data {data} again"
@@ -1273,7 +1272,7 @@ def read_rows(data, path, source, seen: Seen) -> dict:
     return {row["id"]: row for row in rows}
 
 
-def what_is_wrong(path, rows, questions) -> str | None:
+def what_is_wrong(path, rows, questions):
     """With the rows of a file of answers to these questions."""
     if not rows or len(rows) < len(path.read_bytes().splitlines()):
         return f"row {len(rows) + 1} cannot be read"
@@ -1291,7 +1290,7 @@ def what_is_wrong(path, rows, questions) -> str | None:
     return None
 
 
-def who_is_wrong(policy, origin: set, packages: set, seen: Seen) -> str | None:
+def who_is_wrong(policy, origin, packages, seen):
     """With answers that should be by one policy: that they, or its others, are by another."""
     # what answered, as opposed to what was asked
     model = {(name, digest) for name, digest in origin
@@ -1305,7 +1304,7 @@ def who_is_wrong(policy, origin: set, packages: set, seen: Seen) -> str | None:
     return None
 
 
-def fingerprint(lines) -> str:
+def fingerprint(lines):
     """One hash of all graded answers: two studies with the same gave the same answers to the letter.
 
     sha256 of the sorted sha256 of each [policy, source, input, question id, response, answer,
@@ -1314,7 +1313,7 @@ def fingerprint(lines) -> str:
     return hashlib.sha256(b"".join(sorted(lines))).hexdigest()
 
 
-def same_study(found) -> str:
+def same_study(found):
     """The fingerprint, and whether the README, which holds its own, is about these answers."""
     readme = Path(__file__).with_name("README.md")
     text = readme.read_text(encoding="utf-8") if readme.exists() else ""
@@ -1326,7 +1325,7 @@ def same_study(found) -> str:
     return other
 
 
-def canonical(answer) -> str:
+def canonical(answer):
     """10.0 is 10, and No is no; empty where no answer was found."""
     text = " ".join((answer or "").split())
     if re.fullmatch(r"[-+]?\d{1,15}(?:\.\d{1,15})?", text):
@@ -1334,12 +1333,12 @@ def canonical(answer) -> str:
     return text.casefold() if len(text) > 1 else text  # a letter is a choice
 
 
-def family(policy) -> str:
+def family(policy):
     """A run's name without its seed."""
     return re.sub(r"-s\d+$", "", policy)
 
 
-def seed_of(policy) -> str:
+def seed_of(policy):
     """The seed in a run's name; another policy's name has none."""
     return policy.removeprefix(family(policy))[2:]
 
@@ -1349,7 +1348,7 @@ def policy_order(policy):
     return order.index(order[-1]), family(policy), int(seed_of(policy) or 0), policy
 
 
-def group_of(name) -> str:
+def group_of(name):
     """The group of columns of an input; `other` of one that this kit does not know."""
     return GROUPS.get(name.partition("-")[0], "other")
 
@@ -1375,11 +1374,11 @@ def shorten(text, most):
     return text if len(text) <= most else text[:most - 1] + "\N{HORIZONTAL ELLIPSIS}"
 
 
-def percent(x: float):
+def percent(x):
     return f"{100 * x:.1f}%".replace("-", "\N{MINUS SIGN}")
 
 
-def points(x: float):
+def points(x):
     return f"{100 * x:+.1f}".replace("-", "\N{MINUS SIGN}")
 
 
@@ -1509,7 +1508,6 @@ def markdown(t):
 # itself.
 
 
-
 def training_curves(data, runs):
     """Run -> rows of its train.jsonl, a step each."""
     curves = {}
@@ -1525,7 +1523,7 @@ def training_curves(data, runs):
     return curves
 
 
-def gallery(data, panel: Panel, most):
+def gallery(data, panel, most):
     """The first question of each group, under every input."""
     tables = {name: prepare.read_questions(data / prepare.input_path(panel.source, name),
                                            "run 02_corrupt.py again") for name in panel.inputs}
