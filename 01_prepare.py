@@ -682,13 +682,14 @@ def own_choices(problem, given, gold):
     two lists of letters: which one an answer means, nobody could say.
     """
     choices = [choice.strip() for choice in as_texts(given, "choices: one")]
-    if not all(map(plain, choices)):
+    if "" in choices:
         raise Rejected("choices: one is empty")
+    marked = gold not in choices and all(map(CHOICE_MARKS[0].match, choices))
     gold = gold_letter(gold, choices)
     unmarked = listed_choices("\n".join(choices), CHOICE_MARKS[:1])
     if len(unmarked) == len(choices):  # "A. red", "B. blue"
         choices = unmarked
-    elif all(map(CHOICE_MARKS[0].match, choices)):
+    elif marked:
         raise Rejected("choices: their letters are not A, B, C, ...")
     listed = listed_choices(problem)
     if [choice.upper() for choice in choices] == list(LETTERS[:len(listed)]):
@@ -696,12 +697,15 @@ def own_choices(problem, given, gold):
     gold = gold_letter(gold, choices)
     told = [comparable(choice) for choice in listed]
     wanted = [comparable(choice) for choice in choices]
-    as_written = comparable(with_choices("", choices))  # by this kit
-    if told == wanted or comparable(problem).endswith(as_written):
+    by_this_kit = comparable(with_choices("", choices))
+    if told == wanted or comparable(problem).endswith(by_this_kit):
         return choices, gold, problem
+    # marks that no list is read for: each letter, a mark, a choice
     texts = "|".join(map(re.escape, wanted))
-    named = re.findall(rf"(?<!\w)([A-Ja-j])\W{{1,5}}({texts})(?!\w)", comparable(problem))
-    other = any(wanted[LETTERS.index(letter.upper())] != text for letter, text in named)
+    marked = rf"(?<!\w)([A-J])(?=\W{{0,4}}[^\w\s=])[^\w=]{{1,5}}({texts})(?!\w)"
+    shown = re.findall(marked, comparable(problem))
+    letters = {letter for letter, _ in shown}
+    other = letters == {*LETTERS[:len(wanted)]} and shown != [*zip(LETTERS, wanted)]
     if listed_choices(problem, CHOICE_MARKS[:1]) or set(told) & set(wanted) or other:
         raise Rejected("choices: the text lists others, or in another order: give them once")
     return choices, gold, None
@@ -899,7 +903,7 @@ NOT_ALONE = (
     r"\\sqrt\s?(?:\{[^{}]{0,60}\}|\d)|√\s?\d+|\\frac\s?\{[^{}]{0,60}\}\s?\{[^{}]{0,60}\}"
     r"|(?<![\d.,])[\d.,]{1,30}\s?(?:\\?pi\b|π|!|\^\s?[-\d.,]*|(?:st|nd|rd|th)\b|-(?:half|halves|quarters?|[a-z]+(?:th|rd)s?)\b|(?:hundred|thousand|million|billion|trillion|dozen)\b|or (?:more|less|fewer)\b)"
     r"|(?<![\d.,])\d{1,30}\s?(?:[-–~]|to)\s?\d{1,30}(?![\d.])|(?i:\b(?:not|n't|never|minus|negative|over|under|up to|figure|fig\.|type|step|page|chapter|depends on|twice|half of|log|ln|sin|cos|tan))\s[\d.,]+"
-    r"|\b(?:twen|thir|for|fif|six|seven|eigh|nine)ty[\s-]\d+|[<>≤≥≠]\s?[\d.,]+|(?<![\d.,])[\d.,]{1,30}(?:√|[a-zA-Z]\b(?<![mgshLVWANJ°])|\+)"
+    r"|\b(?:twen|thir|for|fif|six|seven|eigh|nine)ty[\s-]\d+|[<>≤≥≠]\s?[\d.,]+(?![\d.,>])|(?<![\d.,])[\d.,]{1,30}(?:√|[a-zA-Z]\b(?<![mgshLVWANJ°])|\+)"
     r"|[\[(][^\[\]()]{0,60},[^\[\]()]{0,60}[\])]|\b[a-zA-Z]\([^()]{0,30}\)|(?<!\d)\d{1,30}(?:\s?[/:]\s?\d{1,30})+"
     r"|(?<= than )[-\d.,]+|(?<= least )[-\d.,]+|(?<= most )[-\d.,]+|(?<= of )(?<!total of )[-\d.,]+")
 STATES = r"\bis\b|=|:"
@@ -914,9 +918,9 @@ NEGATION = re.compile(
     r"|\b(?:other than|(?:any|every|no)(?:thing|one)? but|all but|is out)\b|\b(?:exclud|eliminat|rul(?:e|es|ed|ing) out|reject)")
 
 
-# before what it denies
-DENIAL = (r"(?=[NBERIUWnberiuw])(?i:(?:\bnot|n['’]t|\bnever|\bneither|\bnor|\bbut|\bexcept|\brul(?:e|ed|ing) out|\bexclud(?:e|ed|ing)|\beliminat(?:e|ed|ing)"
-          r"|\binstead of|\bunlike|\bwithout))")
+# what denies the name behind it; its first letter is looked for first, which is faster
+DENIAL = (r"(?=[AENIRUWaenriuw])(?i:(?:\bnot|n['’]t|\bnever|\bneither|\bnor|\b(?:all|anything|everything|nothing) but|\bexcept|\brul(?:e|ed|ing) out"
+          r"|\bexclud(?:e|ed|ing)|\beliminat(?:e|ed|ing)|\binstead of|\bunlike|\bwithout))")
 
 
 def last_sentence(text: str) -> str:
@@ -976,7 +980,7 @@ def search_choice(text: str, choices: Choices) -> str | None:
         return known
     claims = re.findall(CLAIM + lone, text) or re.findall(rf"(?<!, )(?<!and )(?<!or ){lone}\W{{0,3}} is (?:the )?(?:correct|right|best)\b", text)
     either = rf"{lone}\W{{0,4}}(?:or|and|,|&)\W{{0,4}}(?!\1){lone}"
-    if len({*claims}) > 1 or re.search(CLAIM + either, text) or re.search(rf"{either}(?:\W*$| are\b)", text[-60:]):
+    if len({*claims}) > 1 or re.search(CLAIM + either, text) or re.search(rf"{either}(?:\W*$| are (?:both )?(?:right|correct|possible))", text[-60:]):
         return None
     if claims or refused:
         return claims[-1] if claims else None
@@ -1153,6 +1157,8 @@ NUMBERS = ("zero one two three four five six seven eight nine ten eleven twelve 
 SUPERSCRIPT = re.compile("⁻?[⁰¹²³⁴-⁹]+")
 MARKS = str.maketrans({"′": "'", "’": "'", "‘": "'", "“": '"', "”": '"',
                        **dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff", "")})  # without a width
+MARKUP = re.compile(r"[\\{}^_]")  # of maths, which is more than words
+UNORDERED = re.compile(r"\bor\b|;|∪|\\cup|\\\{")
 WRAPPED = re.compile(r"\\(?:text(?:bf|it|normal|rm)?|mathrm|mathbf|mbox)\s?\{([^{}\\]*)\}")
 WRAPPING = re.compile(r"\\(?:text(?:bf|it|normal|rm)?|mathrm|mathbf|mbox)\s?\{|\\[()\[\],;! ]|[$*\\{}\"°]")
 # beside an open answer; a mark or word that lists (, & or) is none
@@ -1197,7 +1203,8 @@ def same_text(answer: str, gold: str, phrase: bool) -> bool:
     no answer.
     """
     number = re.search(r"\d", gold) and math.isfinite(one_number(read_maths(gold)))
-    if number or MARKUP.search(WRAPPED.sub(r"\1", gold)):
+    words = re.fullmatch("[A-Za-z]+ [A-Za-z ]+", plain(gold))  # \\triangle ABC
+    if number or not words and MARKUP.search(WRAPPED.sub(r"\1", gold)):
         return same_maths(answer, gold) or phrase and same_number(answer, gold, 2)
     answer, gold = plain(answer[:FINAL_CHARACTERS]), plain(gold)
     if answer == gold or not gold or not phrase:
@@ -1214,6 +1221,7 @@ def choice_letters(choices: Choices) -> dict[str, str]:
     """The letter of each text, exact or plain, of equals the first."""
     backwards = [*zip(choices, LETTERS)][::-1]
     letters = {plain(choice): letter for choice, letter in backwards}
+    letters.pop("", None)  # of a choice that is marks alone
     return letters | {choice.strip(): letter for choice, letter in backwards}
 
 
@@ -1228,7 +1236,8 @@ def choice_words(choices: Choices) -> re.Pattern:
 
 
 # no unit (43°C), no name (∠A, point A)
-LETTER_BEGINS = (r"(?=[A-Z])(?<![A-Za-z0-9'/∠△⊙°])(?<![\d°]\s)(?<!ngle\s)(?<!ngle)(?<!oint\s)(?<!(?i:line|side)\s)(?<!vertex\s)")
+LETTER_BEGINS = (r"(?=[A-Z])(?<![A-Za-z0-9'/∠△⊙°])(?<![\d°]\s)(?<!(?i:angle|point)\s)(?<!(?i:angle))"
+                 r"(?<!(?i:line|side)\s)(?<!(?i:vertex)\s)")
 LETTER_ENDS = r"(?![A-Za-z0-9'’/_])(?!\s?=\s?\d|\s\d)"
 
 
@@ -1287,8 +1296,7 @@ def read_choice(text: str, choices: Choices) -> str | None:
     if not lettered and CHANGES.search(rest):  # more than a dozen
         return None
     letter = named.pop()
-    beside = text.replace(choices[LETTERS.index(letter)], "")
-    if lettered and len({letter, *re.findall(f"{LETTER_BEGINS}[B-HJ-Z]{LETTER_ENDS}", beside)}) > 1:
+    if lettered and {*re.findall(f"{LETTER_BEGINS}[B-HJ-Z]{LETTER_ENDS}", rest)} - {letter}:
         return None  # B or E, which is no choice
     return letter
 
@@ -1312,16 +1320,16 @@ SYMBOLS = str.maketrans("×·⋅∙÷⁄−–（），′’$€£~△", "****/
 
 # A noun may stand behind a number, or before an equals sign, without changing the value.
 DENIED = ("no|not|than|more|less|fewer|half|most|least|above|below|under|over|negative|minus|never|none|wrong|incorrect|false|untrue|impossible|cannot|but|except|"
-          "without|other|twice|thrice|doubled?|tripled?|if|maybe|perhaps|possibly|probably")
+          "without|twice|thrice|doubled?|tripled?|if|maybe|perhaps|possibly|probably")
 NO_NOUN = (f"{DENIED}|{'|'.join(NUMBERS)}|(?:twen|thir|four|for|fif|six|seven|eigh|nine)ty|else|otherwise|versus|alternatively|nor|and|or|times|plus|squared|cubed|"
            "halved|tens|dozens?|hundreds?|thousands?|millions?|billions?|trillions?|lakhs?|crores?|kilo|mega|gross|[a-z]+fold|quarters?|halves|thirds?|twelfths|"
-           "(?:four|fif|six|seven|eigh|nin|ten|hundred|thousand)ths?|repeating|higher|greater|larger|smaller|additional|extra|upwards|onwards|beyond|minimum|maximum|"
+           "(?:four|fif|six|seven|eigh|nin|ten|hundred|thousand)ths?|repeating|(?:higher|lower|greater|larger|smaller|additional|extra|other)(?! [a-z])|upwards|onwards|beyond|minimum|maximum|"
            "max|tops|excluded|excluding|rejected|invalid|fails|nope|wrongly|incorrectly|unlikely|improbable|[abcxyz]{3}|factorial|sqrt|exp|sin|cos|tan|sec|arc[a-z]+")
 NOUN = rf"(?!(?i:{NO_NOUN})\b)(?=[A-Za-z]*[aeiou])[A-Za-z][a-z]{{2,}}\b"
 POWER = r"(?:\s?\^\s?\{?\s?-?[1-4]\s?\}?)?"
 SYMBOL_UNIT = (r"(?:[kMGcdmnµ]?(?:m|g|s|[lL]|W|V|A|J|N|F|C|K|T|Pa|Hz|eV|mol|bar|Ω)|lbs?|oz|ft|in|yd|mi|hrs?|h|min|sec|mph|kph|rad)"
                rf"(?![A-Za-z]){POWER}")
-ANY_UNIT = (rf"(?:(?:sq(?:uare)?\.?|cu(?:bic)?\.?)\s)?(?:{SYMBOL_UNIT}(?:\s?[/*]\s?{SYMBOL_UNIT}){{0,2}}|{NOUN}(?:\s{NOUN}){{0,3}})")
+ANY_UNIT = (rf"(?:(?:sq(?:uare)?\.?|cu(?:bic)?\.?)\s)?(?:{SYMBOL_UNIT}(?:\s?[/*\s]\s?{SYMBOL_UNIT}){{0,2}}|{NOUN}(?:\s{NOUN}){{0,3}})")
 # A gold's unit must be clear by itself, or marked as text: 2mg may be a product. In an answer 2 h
 # is two hours, 2h is not.
 CLEAR_UNIT = (rf"(?<=[\d.)}}\]\s])(?:(?:[cdkm]m|kg|m[lL]|[mk]ph|k?m/[sh]|[kM]Hz|[kM]W|kJ|kPa)(?![A-Za-z]){POWER}|{NOUN}(?:\s{NOUN}){{0,3}}|°\s?(?:[CF]\b|\\text\{{\s*[CF]\s*\}})|[^\W\da-zA-Z_]+|"
@@ -1334,7 +1342,7 @@ UNIT = re.compile(rf"(?:{CLEAR_UNIT}|(?<=[\d)}}]\s){ANY_UNIT}){UNIT_END}")
 NAME = r"(?:[A-Z]{2,6}|[A-Za-z]'*\(\w(?:,\s?\w)*\)|\(\s?[a-z](?:,\s?[a-z])+\s?\)|[ei])"
 REWRITES = [(re.compile(pattern), new) for pattern, new in (
     (r"\\begin\{(?:[pb]?matrix|array\}\s?\{[clr| ]*)\}", "⟦["), (r"(?:\\\\\s*)?\\end\{(?:[pb]?matrix|array)\}", "]⟧"), (r"\\\\", "],["), ("&", ","),
-    (r"\\!\s?|\\displaystyle|\\(?:left|right)(?![a-z])\.?|\\[bB]igg?[lr]?(?![a-z])|(?:\bm\s?)?\\(?:angle|triangle)(?![a-z])", ""),
+    (r"\\(angle|triangle)\s?\{([A-Z]{1,5})\}", r"\\\1 \2"), (r"\\!\s?|\\displaystyle|\\(?:left|right)(?![a-z])\.?|\\[bB]igg?[lr]?(?![a-z])|(?:\bm\s?)?\\(?:angle|triangle)(?![a-z])", ""),
     (r"\\(?:q?quad|[;: ()\[\]])|\\,(?!\d{3})", " "),
     (r"\\(?:text(?:bf|it|normal|rm|sf|tt)?|math(?:rm|bf|it|sf)|mbox|operatorname\*?|boldsymbol|emph|underline|fbox)\s?\{\s*([^{}]*?)\s*\}", r"\\text{\1}"),
     (r"\\text\{(and|or|pi|e|(?:arc)?(?:sin|cos|tan|cot)|ln|log|lg|exp)\}", r" \1 "),
@@ -1352,7 +1360,7 @@ REWRITES = [(re.compile(pattern), new) for pattern, new in (
     (r"(?<![\d.,])\d{1,3}(?:(?:,\d{3}){1,6}(?![\d,])(?![^()\[\]]*?(?:[)\]]|\\\}))|(?:(?:\{,\}|\\,|\s)\d{3}){1,6}(?!\d))",
      lambda found: re.sub(r"\D", "", found[0])),
     (r"(?<=\d)\{,\}(?=\d)", "."), (r"(?<!\d)\.(?=\d)", "0."), (r"_\s?\{(\w)\}", r"_\1"),
-    (r"(\d+\.)(\d*)\\overline\s?\{(\d+)\}",  # 0.1666...
+    (r"(\d+\.)(\d*)\\overline\s?\{?(\d+)\}?",  # 0.1666...
      lambda found: f"({found[1]}{found[2]}0+{found[3]}/{'9' * len(found[3])}{'0' * len(found[2])})"),
     (r"\\(frac|binom)\s?(\d)\s?(\d)", r"\\\1{\2}{\3}"), (r"!(?=\d)", "!*"),
     (r"(?<![\d.^])(\d+)\s?\\frac\s?\{\s?(\d+)\s?\}\s?\{\s?(\d+)\s?\}", r"(\1+\2/\3)"),  # mixed numbers
@@ -1370,8 +1378,8 @@ BINARY = {  # of two arguments
 KNOWN = "|".join(["pi", "infty", *sorted([*BINARY, *FUNCTIONS], key=len, reverse=True)])
 TOKEN = re.compile(
     rf"\\?((?:{KNOWN})(?![a-z])|\d{{1,60}}(?:\.(?:\d{{1,60}}|(?!\()))?(?:[eE][-+]?\d{{1,2}}(?![\d.]))?)"
-    r"|((?![abcxyz]{3}(?![A-Za-z]))(?=[A-Za-z]*[aeiou])[A-Za-z]{3,}|[A-Z]{3,})"  # prose or a name, no product
-    rf"|\\?((?:(?<=\\)(?:var)?(?i:{'|'.join(GREEK)})(?![a-z])|[A-Za-z])(?:_(?:\{{\w{{1,9}}\}}|\w))?'*)|⟨([^⟩]*)⟩|(\S)")
+    r"|((?![abcxyz]{3}(?![A-Za-z]))(?=[A-Za-z]*[aeiou])[A-Za-z]{3,})"  # prose, no product of letters
+    rf"|\\?((?:(?<=\\)(?:var)?(?i:{'|'.join(GREEK)})(?![a-z])|[A-Z]{{3,}}|[A-Za-z])(?:_(?:\{{\w{{1,9}}\}}|\w))?'*)|⟨([^⟩]*)⟩|(\S)")
 BRACKETS = {"(": ")]", "[": "])", "{": "}", "⟦": "⟧", "⌈": "⌉"}  # and what may close them; ⌈ and ⌉ are the bars of |x|
 BARS = re.compile(r"\|([^|]*[\w)\]}!°'⌉])\s?\|")
 END = "end"  # behind the last token
@@ -1382,13 +1390,9 @@ UPWARDS = str.maketrans(">≥", "<≤")
 INTERVALS = {"<<": "(,)", "<≤": "(,]", "≤<": "[,)", "≤≤": "[,]"}
 
 
-MARKUP = re.compile(r"[\\{}^_]")  # of maths, which is more than words
-UNORDERED = re.compile(r"\bor\b|;|∪|\\cup|\\\{")
-
-
 class Letter(tuple):
     """The value of a letter or another name, at each of the PLACES."""
-    name: str  # ⟨x⟩
+    written: str  # ⟨x⟩
 
 
 @dataclass
@@ -1412,8 +1416,8 @@ class Claim:
 
 
 def same_maths(answer: str, gold: str) -> bool:
-    """Whether two texts say the same; as written, or in the same words, where the gold is no maths.
-    A unit may be left out, but not be another."""
+    """Whether two texts say the same. Where the gold is no maths, the same words or the same notation
+    do. A unit may be left out, but not be another."""
     claims, units = read_measure(answer, UNIT)
     golds, gold_units = read_measure(gold, GOLD_UNIT)
     words = not golds and not MARKUP.search(WRAPPED.sub(r"\1", gold))
@@ -1458,7 +1462,7 @@ UNIT_MARK = re.compile(r"°|\\circ|degrees?\b|%|\bpercent\b|\\\$|^\s*\$(?=[^$]*$
 UNIT_NAMES = (
     (r"\\circ|degrees?", "°"), ("percent", "%"), (r"\\\$|dollars?", "$"),
     ("^(?:square(?!s)|sq(?!u))(.+)", r"\1^2"), ("^cubic(.+)", r"\1^3"), ("milli(?=[mgls])", "m"),
-    (r"per(?=second|s$|hour|h$|minute|day|week|month|year)", "/"), ("mph", "mi/h"), ("kph", "km/h"),
+    (r"(?<=m)([sh])\^-1", r"/\1"), (r"per(?=second|s$|hour|h$|minute|day|week|month|year)", "/"), ("mph", "mi/h"), ("kph", "km/h"),
     ("centi(?=m)", "c"), ("kilo(?=[mgw])", "k"), ("met(?:er|re)s?", "m"), ("gram(?:me)?s?", "g"),
     ("lit(?:er|re)s?", "L"), ("seconds?|secs?", "s"), ("minutes?|mins?", "min"),
     ("hours?|hrs?", "h"), ("inch(?:es)?", "in"), ("f(?:ee|oo)t", "ft"), ("miles?", "mi"),
@@ -1510,12 +1514,13 @@ def same_claims(claims, golds) -> bool:
 
 
 def same_claim(claim, gold) -> bool:
-    """A name on the left of a plain value may be left out, of an expression if it is no lone letter
-    (f(x) = 2x is 2x, the line y = 2x is not); another name is another claim."""
+    """A name on the left of a plain value may be left out, a function's or a sequence's also of an
+    expression (f(x) = 2x is 2x, the line y = 2x is not); another name is another claim."""
     if not claim.values or not gold.values or claim.name and gold.name and claim.name != gold.name:
         return same_relation(claim, gold)
-    if gold.name and not claim.name and not is_constant(gold) and len(gold.name.name) == 3:
-        return False
+    if gold.name and not claim.name and not is_constant(gold):
+        if not re.search(r"[(_]", gold.name.written):
+            return False
     return any(same_value(*pair) for pair in product(claim.values, gold.values))
 
 
@@ -1553,6 +1558,7 @@ def equal(value, gold) -> bool:
 def rewrite(text: str) -> str:
     """LaTeX and Unicode in one notation; a text too long to be an answer as none."""
     text = " ".join(raised(text).translate(SYMBOLS).split()) if len(text) <= ANSWER_CHARACTERS else ""
+    text = text.removeprefix("**").removesuffix("**")
     for pattern, new in REWRITES:
         text = pattern.sub(new, text)
     return text.strip().rstrip(" .")
@@ -1569,7 +1575,7 @@ def parse(text: str) -> list[Claim]:
     text = re.sub(r"\\text\{([^{}A-Za-z]*[A-Za-z]?[^{}A-Za-z]*)\}", r" \1 ", text)  # no word
     while BARS.search(text):  # the inner ones first
         text = BARS.sub(r"⌈\1⌉", text)
-    items = [text] if "(" in text else text.split(",")
+    items = [text] if re.search(r"[(\[⟦]", text) else text.split(",")
     for place, item in enumerate(items):
         if re.search("[±∓]", item):
             items[place] = f"{item.translate(PLUS)},{item.translate(MINUS)}"
@@ -1738,7 +1744,7 @@ def variable(name: str) -> Letter:
     first, *others = [draw.uniform(-2.7, 2.7) for _ in range(PLACES - 1)]
     turned = complex(draw.uniform(0.8, 1.2), draw.uniform(0.01, 0.05))
     letter = Letter([abs(first), *others, turned])
-    letter.name = name
+    letter.written = name
     return letter
 
 
@@ -1766,12 +1772,15 @@ def at_place(apply, *numbers):
 
 
 def power(base, exponent):
-    """Exact for small whole exponents, else in floating point, where what is huge overflows at
-    once. The cube root of -8 is -2."""
+    """Exact where numbers stay small, else in floating point, where what is huge overflows at once.
+    The cube root of -8 is -2."""
     odd_root = isinstance(exponent, Fraction) and exponent.denominator % 2 == 1
     if odd_root and not isinstance(base, complex) and base < 0:
         return (-1) ** exponent.numerator * power(-base, exponent)
-    if abs(exponent) > 256 or isinstance(base, Fraction) and base.denominator > 10 ** 9:
+    digits = 0
+    if isinstance(base, Fraction):
+        digits = max(abs(base.numerator), base.denominator).bit_length()
+    if abs(exponent) * digits > 1024:
         base = complex(base)
     return base ** exponent
 
