@@ -898,23 +898,31 @@ NUMBER = re.compile(
 CLAIM = (
     r"(?i:\b(?:answer|(?:correct|right|best) (?:option|choice)(?: letter)?)(?:\s?(?:is|would be|should be))?[\s:=*$({\[\\\"'>]{0,9}"
     r"(?:text\{)?(?:option\s|choice\s)?[\s({]{0,3})")
-# no answers: (1, 2), f(0), 2/3, the bound of "more than 5", the 2 of "one of 2"
-NOT_ALONE = (
+NOT_ALONE = (  # no answers
     r"\\sqrt\s?(?:\{[^{}]{0,60}\}|\d)|√\s?\d+|\\frac\s?\{[^{}]{0,60}\}\s?\{[^{}]{0,60}\}"
-    r"|(?<![\d.,])[\d.,]{1,30}\s?(?:\\?pi\b|π|!|\^\s?[-\d.,]*|(?:st|nd|rd|th)\b|-(?:half|halves|quarters?|[a-z]+(?:th|rd)s?)\b|(?:hundred|thousand|million|billion|trillion|dozen)\b|or (?:more|less|fewer)\b)"
-    r"|(?<![\d.,])\d{1,30}\s?(?:[-–~]|to)\s?\d{1,30}(?![\d.])|(?i:\b(?:not|n't|never|minus|negative|over|under|up to|figure|fig\.|type|step|page|chapter|depends on|twice|half of|log|ln|sin|cos|tan))\s[\d.,]+"
-    r"|\b(?:twen|thir|for|fif|six|seven|eigh|nine)ty[\s-]\d+|[<>≤≥≠]\s?[\d.,]+(?![\d.,>])|(?<![\d.,])[\d.,]{1,30}(?:√|[a-zA-Z]\b(?<![mgshLVWANJ°])|\+)"
-    r"|[\[(][^\[\]()]{0,60},[^\[\]()]{0,60}[\])]|\b[a-zA-Z]\([^()]{0,30}\)|(?<!\d)\d{1,30}(?:\s?[/:]\s?\d{1,30})+"
+    # 5!, 2^5, the 5th, five-sixths, 5 million, 5 or more
+    r"|(?<![\d.,])[\d.,]{1,30}\s?(?:\\?pi\b|π|!|\^\s?[-\d.,]*|(?:st|nd|rd|th)\b|-(?:half|halves|quarters?|[a-z]+(?:th|rd)s?)\b"
+    r"|(?:hundred|thousand|million|billion|trillion|dozen)\b|or (?:more|less|fewer)\b)"
+    r"|(?<![\d.,])\d{1,30}\s?(?:[-–~]|to)\s?\d{1,30}(?![\d.])"  # from 3 to 5
+    r"|(?i:\b(?:not|n't|never|minus|negative|over|under|up to|twice|half of|log|ln|sin|cos|tan|depends on|figure|fig\.|type|step|page|chapter))\s[\d.,]+"
+    r"|\b(?:twen|thir|for|fif|six|seven|eigh|nine)ty[\s-]\d+|[<>≤≥≠]\s?[\d.,]+(?![\d.,>])"  # twenty-five, > 5
+    r"|(?<![\d.,])[\d.,]{1,30}(?:√|[a-zA-Z]\b(?<![mgshLVWANJ°])|\+)"  # 5√2, 5x
+    r"|[\[(][^\[\]()]{0,60},[^\[\]()]{0,60}[\])]|\b[a-zA-Z]\([^()]{0,30}\)|(?<!\d)\d{1,30}(?:\s?[/:]\s?\d{1,30})+"  # (1, 2), f(0), 2/3
+    # the bound of "more than 5", the 2 of "one of 2"
     r"|(?<= than )[-\d.,]+|(?<= least )[-\d.,]+|(?<= most )[-\d.,]+|(?<= of )(?<!total of )[-\d.,]+")
 STATES = r"\bis\b|=|:"
 REFUSAL = re.compile(
-    r"(?i)\bcan(?:no|')?t\b|\b(?:unable|impossible|insufficient|unknown|unclear|undetermined|inconclusive|unsure|uncertain|sorry|apologi[sz]e|as an ai|please provide)\b"
-    r"|\bnot (?:possible|load|determinable|enough|provided?|given|available|listed|clear|able|specif|sufficient|sure|certain|visible)|\bmore (?:information|context|details)"
-    r"|n[o']t (?:possible|load|have|provide|see|know|tell|process|enough|determine|contain|match|give|specify|include|show|visible)|\b(?:hard|difficult) to (?:tell|say|see)|\b(?:unanswerable|undeterminable|indeterminate|ambiguous|refuse)\b|\b(?:image|picture|figure|information|data) (?:is|are|was) (?:missing|lacking|blank)\b|\black(?:s|ing)? (?:the|necessary|enough|sufficient)\b|\bit depends\b|\bN/A\b"
-    r"|\bno (?:information|image|answer|option|picture|figure|data|way|one|idea|clue|extracted)|\bany (?:one )?of (?:them|these|the (?:options|choices|above))\b|\bfailed to load|\b(?:upload|share|send) (?:the|an?|your) (?:image|picture|figure)|\bwithout (?:any|more|further|the|this|additional|knowing|seeing)\b"
-    r"|无法|不能|没有|看不|不知道|不足")
+    r"(?i)\bcan(?:no|')?t\b|\b(?:unable|impossible|insufficient|unknown|unclear|undetermined|inconclusive|unsure|uncertain|sorry|apologi[sz]e|as an ai|please provide"
+    r"|unanswerable|undeterminable|indeterminate|ambiguous|refuse|it depends|N/A|failed to load|(?:hard|difficult) to (?:tell|say|see))\b"
+    r"|\bnot (?:possible|load|determinable|enough|provided?|given|available|listed|clear|able|specif|sufficient|sure|certain|visible)"
+    r"|n[o']t (?:possible|load|have|provide|see|know|tell|process|enough|determine|contain|match|give|specify|include|show|visible)"
+    r"|\bno (?:information|image|answer|option|picture|figure|data|way|one|idea|clue|extracted)|\bany (?:one )?of (?:them|these|the (?:options|choices|above))\b"
+    r"|\b(?:image|picture|figure|information|data) (?:is|are|was) (?:missing|lacking|blank)\b|\black(?:s|ing)? (?:the|necessary|enough|sufficient)\b"
+    r"|\bmore (?:information|context|details)|\bwithout (?:any|more|further|the|this|additional|knowing|seeing)\b"
+    r"|\b(?:upload|share|send) (?:the|an?|your) (?:image|picture|figure)|无法|不能|没有|看不|不知道|不足")
 NEGATION = re.compile(
-    r"(?i)\b(?:not|no|never|neither|nor|none|cannot|except|without|unlike|instead|rather|wrong|incorrect|false|untrue|unlikely|least likely|impossible|hardly|barely|apart from|far from|different from|opposite|doubt|avoid|mistak(?:en?|es?)|invalid|inaccurate|fails?|neq?|neg|lnot|overline|\w+n['’]t)\b|[≠¬✗]|不|非|错|排除|除了"
+    r"(?i)\b(?:not|no|never|neither|nor|none|cannot|except|without|unlike|instead|rather|wrong|incorrect|false|untrue|unlikely|least likely|impossible|hardly|barely"
+    r"|apart from|far from|different from|opposite|doubt|avoid|mistak(?:en?|es?)|invalid|inaccurate|fails?|neq?|neg|lnot|overline|\w+n['’]t)\b|[≠¬✗]|不|非|错|排除|除了"
     r"|\b(?:other than|(?:any|every|no)(?:thing|one)? but|all but|is out)\b|\b(?:exclud|eliminat|rul(?:e|es|ed|ing) out|reject)")
 
 
