@@ -552,8 +552,9 @@ def record(text, pictures, answer, choices=None, kind="math", shown=None, merged
         shown or with_choices(text, choices), pictures, merged)
     # Choices follow the text, so the last tags are theirs. Each becomes the number of its picture:
     # as bare tags all choices would be the same text, and every letter would be right.
-    in_choices = len(IMAGE_TAG.findall("\n".join(choices)))
-    if "<image>" in "\n".join(choices) and len(numbers) < len(images):
+    all_choices = "\n".join(choices)
+    in_choices = len(IMAGE_TAG.findall(all_choices))
+    if "<image>" in all_choices and len(numbers) < len(images):
         raise Rejected("picture: one has no tag, and those of the choices no number")
     own_numbers = iter(numbers[len(numbers) - in_choices:])
     choices = [IMAGE_TAG.sub(lambda _: f"image {next(own_numbers)}", choice) for choice in choices]
@@ -700,13 +701,13 @@ def own_choices(problem, given, gold):
     by_this_kit = comparable(with_choices("", choices))
     if told == wanted or comparable(problem).endswith(by_this_kit):
         return choices, gold, problem
-    # marks that no list is read for: each letter, a mark, a choice
+    # lists in marks that are not read as such: [A] red, A - red
     texts = "|".join(map(re.escape, wanted))
-    marked = rf"(?<!\w)([A-J])(?=\W{{0,4}}[^\w\s=])[^\w=]{{1,5}}({texts})(?!\w)"
-    shown = re.findall(marked, comparable(problem))
-    letters = {letter for letter, _ in shown}
-    other = letters == {*LETTERS[:len(wanted)]} and shown != [*zip(LETTERS, wanted)]
-    if listed_choices(problem, CHOICE_MARKS[:1]) or set(told) & set(wanted) or other:
+    item = rf"(?<!\w)([A-J])(?=\W{{0,4}}[^\w\s=])[^\w=]{{1,5}}({texts})(?!\w)"
+    items = re.findall(item, comparable(problem))  # (letter, choice)
+    whole = {letter for letter, _ in items} == set(LETTERS[:len(wanted)])
+    reordered = whole and items != list(zip(LETTERS, wanted))
+    if listed_choices(problem, CHOICE_MARKS[:1]) or set(told) & set(wanted) or reordered:
         raise Rejected("choices: the text lists others, or in another order: give them once")
     return choices, gold, None
 
@@ -893,6 +894,9 @@ def read_answer(final: str, question: Mapping, reward: bool) -> str | None:
 # free text: where a benchmark looks for an answer that stands in no box. BENCHMARKS, below, is the
 # table of its rules.
 
+NUMBERS = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
+           "fifteen sixteen seventeen eighteen").split()
+TENS = "(?:twen|thir|for|fif|six|seven|eigh|nine)ty"
 NUMBER = re.compile(
     r"(?:(?<![\w)}\]])-)?(?<![A-Za-z\d.^_/])(?:(?:\d{1,3}(?:,\d{3}){1,6}(?![\d,])|\d{1,300})(?:\.\d{1,300})?|\.\d{1,300})(?:[eE][-+]?\d{1,2}(?!\d))?")
 CLAIM = (
@@ -905,7 +909,7 @@ NOT_ALONE = (  # no answers
     r"|(?:hundred|thousand|million|billion|trillion|dozen)\b|or (?:more|less|fewer)\b)"
     r"|(?<![\d.,])\d{1,30}\s?(?:[-–~]|to)\s?\d{1,30}(?![\d.])"  # from 3 to 5
     r"|(?i:\b(?:not|n't|never|minus|negative|over|under|up to|twice|half of|log|ln|sin|cos|tan|depends on|figure|fig\.|type|step|page|chapter))\s[\d.,]+"
-    r"|\b(?:twen|thir|for|fif|six|seven|eigh|nine)ty[\s-]\d+|[<>≤≥≠]\s?[\d.,]+(?![\d.,>])"  # twenty-five, > 5
+    rf"|\b{TENS}[\s-]\d+" r"|[<>≤≥≠]\s?[\d.,]+(?![\d.,>])"  # twenty-five, > 5
     r"|(?<![\d.,])[\d.,]{1,30}(?:√|[a-zA-Z]\b(?<![mgshLVWANJ°])|\+)"  # 5√2, 5x
     r"|[\[(][^\[\]()]{0,60},[^\[\]()]{0,60}[\])]|\b[a-zA-Z]\([^()]{0,30}\)|(?<!\d)\d{1,30}(?:\s?[/:]\s?\d{1,30})+"  # (1, 2), f(0), 2/3
     # the bound of "more than 5", the 2 of "one of 2"
@@ -986,9 +990,14 @@ def search_choice(text: str, choices: Choices) -> str | None:
     known = bare_choice(first[:ANSWER_CHARACTERS], choices)
     if known and not re.search(r"\([A-Z]\)", more):
         return known
-    claims = re.findall(CLAIM + lone, text) or re.findall(rf"(?<!, )(?<!and )(?<!or ){lone}\W{{0,3}} is (?:the )?(?:correct|right|best)\b", text)
+    claims = re.findall(CLAIM + lone, text)
+    if not claims:  # B is correct
+        alone = rf"(?<!, )(?<!and )(?<!or ){lone}"
+        claims = re.findall(rf"{alone}\W{{0,3}} is (?:the )?(?:correct|right|best)\b", text)
     either = rf"{lone}\W{{0,4}}(?:or|and|,|&)\W{{0,4}}(?!\1){lone}"
-    if len({*claims}) > 1 or re.search(CLAIM + either, text) or re.search(rf"{either}(?:\W*$| are (?:both )?(?:right|correct|possible))", text[-60:]):
+    if len({*claims}) > 1 or re.search(CLAIM + either, text):
+        return None
+    if re.search(rf"{either}(?:\W*$| are (?:both )?(?:right|correct|possible))", text[-60:]):
         return None
     if claims or refused:
         return claims[-1] if claims else None
@@ -1020,8 +1029,9 @@ def search_nearest(text: str, choices: Choices) -> str | None:
     known, last = search_choice(text, choices), last_sentence(text)
     refused = REFUSAL.search(last) or BLANK.search(last)
     # what is named, and found to be no answer, is not the nearest either
-    named = re.search(f"{lone_letter(choices)}|{CLAIM}[A-Z]\\b", text) or choice_words(choices).search(plain(last))
-    if known or not last or refused or named:
+    by_letter = re.search(f"{lone_letter(choices)}|{CLAIM}[A-Z]\\b", text)
+    by_text = choice_words(choices).search(plain(last))
+    if known or not last or refused or by_letter or by_text:
         return known
     if NEGATION.search(last):  # it is not the largest
         letters = choice_letters(choices)
@@ -1160,12 +1170,9 @@ def reads_as_maths(question: Mapping) -> bool:
 # text
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-NUMBERS = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
-           "fifteen sixteen seventeen eighteen").split()
 SUPERSCRIPT = re.compile("⁻?[⁰¹²³⁴-⁹]+")
 MARKS = str.maketrans({"′": "'", "’": "'", "‘": "'", "“": '"', "”": '"',
                        **dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff", "")})  # without a width
-MARKUP = re.compile(r"[\\{}^_]")  # of maths, which is more than words
 UNORDERED = re.compile(r"\bor\b|;|∪|\\cup|\\\{")
 WRAPPED = re.compile(r"\\(?:text(?:bf|it|normal|rm)?|mathrm|mathbf|mbox)\s?\{([^{}\\]*)\}")
 WRAPPING = re.compile(r"\\(?:text(?:bf|it|normal|rm)?|mathrm|mathbf|mbox)\s?\{|\\[()\[\],;! ]|[$*\\{}\"°]")
@@ -1180,6 +1187,11 @@ WORD = re.compile(
 def unwrapped(text: str) -> str:
     """Text without LaTeX's commands and marks around it: \\text{Na}+ is Na+."""
     return WRAPPING.sub(" ", WRAPPED.sub(r"\1", text))
+
+
+def has_markup(text: str) -> bool:
+    """Whether a text has marks of maths, which its words alone do not tell."""
+    return re.search(r"[\\{}^_]", WRAPPED.sub(r"\1", text)) is not None
 
 
 def raised(text: str) -> str:
@@ -1211,8 +1223,8 @@ def same_text(answer: str, gold: str, phrase: bool) -> bool:
     no answer.
     """
     number = re.search(r"\d", gold) and math.isfinite(one_number(read_maths(gold)))
-    words = re.fullmatch("[A-Za-z]+ [A-Za-z ]+", plain(gold))  # \\triangle ABC
-    if number or not words and MARKUP.search(WRAPPED.sub(r"\1", gold)):
+    in_words = re.fullmatch("[A-Za-z]+ [A-Za-z ]+", plain(gold))  # also \triangle ABC
+    if number or has_markup(gold) and not in_words:
         return same_maths(answer, gold) or phrase and same_number(answer, gold, 2)
     answer, gold = plain(answer[:FINAL_CHARACTERS]), plain(gold)
     if answer == gold or not gold or not phrase:
@@ -1281,7 +1293,7 @@ def bare_choice(text: str, choices: Choices) -> str | None:
 CHANGES = re.compile(
     r"\b(?:than|least|most|over|under|above|below|up to|more|less|fewer|minus|plus|negative|times|twice|double|half|root|squared?|cubed?"
     r"|hundreds?|thousands?|millions?|billions?|dozens?|between|before|after|until|figure|page|step"
-    rf"|(?:third|quarter|fifth|sixth)s?|(?:twen|thir|for|fif|six|seven|eigh|nine)ty)\b|\d ?(?:to|through|until)\b|(?<![\w/])[<>](?![\w/])|[≤≥~+]")
+    rf"|(?:third|quarter|fifth|sixth)s?|{TENS})\b|\d ?(?:to|through|until)\b|(?<![\w/])[<>](?![\w/])|[≤≥~+]")
 
 
 def read_choice(text: str, choices: Choices) -> str | None:
@@ -1329,7 +1341,7 @@ SYMBOLS = str.maketrans("×·⋅∙÷⁄−–（），′’$€£~△", "****/
 # A noun may stand behind a number, or before an equals sign, without changing the value.
 DENIED = ("no|not|than|more|less|fewer|half|most|least|above|below|under|over|negative|minus|never|none|wrong|incorrect|false|untrue|impossible|cannot|but|except|"
           "without|twice|thrice|doubled?|tripled?|if|maybe|perhaps|possibly|probably")
-NO_NOUN = (f"{DENIED}|{'|'.join(NUMBERS)}|(?:twen|thir|four|for|fif|six|seven|eigh|nine)ty|else|otherwise|versus|alternatively|nor|and|or|times|plus|squared|cubed|"
+NO_NOUN = (f"{DENIED}|{'|'.join(NUMBERS)}|{TENS}|else|otherwise|versus|alternatively|nor|and|or|times|plus|squared|cubed|"
            "halved|tens|dozens?|hundreds?|thousands?|millions?|billions?|trillions?|lakhs?|crores?|kilo|mega|gross|[a-z]+fold|quarters?|halves|thirds?|twelfths|"
            "(?:four|fif|six|seven|eigh|nin|ten|hundred|thousand)ths?|repeating|(?:higher|lower|greater|larger|smaller|additional|extra|other)(?! [a-z])|upwards|onwards|beyond|minimum|maximum|"
            "max|tops|excluded|excluding|rejected|invalid|fails|nope|wrongly|incorrectly|unlikely|improbable|[abcxyz]{3}|factorial|sqrt|exp|sin|cos|tan|sec|arc[a-z]+")
@@ -1426,12 +1438,11 @@ class Claim:
 def same_maths(answer: str, gold: str) -> bool:
     """Whether two texts say the same. Where the gold is no maths, the same words or the same notation
     do. A unit may be left out, but not be another."""
-    claims, units = read_measure(answer, UNIT)
-    golds, gold_units = read_measure(gold, GOLD_UNIT)
-    words = not golds and not MARKUP.search(WRAPPED.sub(r"\1", gold))
-    if words and plain(answer[:FINAL_CHARACTERS]) == plain(gold) != "":
-        return True
-    if units and gold_units and units != gold_units:  # mW is not MW, 30% is not 30°
+    claims, golds = read_measure(answer, UNIT)[0], read_measure(gold, GOLD_UNIT)[0]
+    if not golds and not has_markup(gold):
+        if plain(answer[:FINAL_CHARACTERS]) == plain(gold) != "":
+            return True
+    if of_other_unit(answer, gold):
         return False
     if as_written(answer) == as_written(gold) != "":
         return True
@@ -1479,11 +1490,16 @@ UNIT_NAMES = (
 
 def same_number(answer: str, gold: str, decimals: int) -> bool:
     """Equal when rounded to the gold's decimals, as MathVista has it."""
-    claims, units = read_measure(answer, UNIT)
-    golds, gold_units = read_measure(gold, GOLD_UNIT)
-    if units and gold_units and units != gold_units:
-        return False
-    return round(one_number(claims), decimals) == round(one_number(golds), decimals)
+    value = one_number(read_measure(answer, UNIT)[0])
+    number = one_number(read_measure(gold, GOLD_UNIT)[0])
+    equal_values = round(value, decimals) == round(number, decimals)
+    return equal_values and not of_other_unit(answer, gold)
+
+
+def of_other_unit(answer: str, gold: str) -> bool:
+    """Whether both have units, and others: mW is not MW, 30% is not 30°."""
+    units, gold_units = read_measure(answer, UNIT)[1], read_measure(gold, GOLD_UNIT)[1]
+    return bool(units and gold_units) and units != gold_units
 
 
 def one_number(claims) -> float:
@@ -1526,9 +1542,9 @@ def same_claim(claim, gold) -> bool:
     expression (f(x) = 2x is 2x, the line y = 2x is not); another name is another claim."""
     if not claim.values or not gold.values or claim.name and gold.name and claim.name != gold.name:
         return same_relation(claim, gold)
-    if gold.name and not claim.name and not is_constant(gold):
-        if not re.search(r"[(_]", gold.name.written):
-            return False
+    left_out = gold.name and not claim.name and not is_constant(gold)
+    if left_out and not re.search(r"[(_]", gold.name.written):
+        return False
     return any(same_value(*pair) for pair in product(claim.values, gold.values))
 
 
@@ -1552,7 +1568,7 @@ def same_value(value, gold) -> bool:
         return False
     real = [pair for pair in zip(value, gold) if not isinstance(pair[1], complex)]
     # where the gold is nan, it is too large for a float
-    asked = [pair for pair in (*real, (value[-1], gold[-1])) if pair[1] == pair[1]]
+    asked = [pair for pair in (*real, (value[-1], gold[-1])) if not cmath.isnan(pair[1])]
     return bool(asked) and all(equal(*pair) for pair in asked)
 
 
@@ -1582,9 +1598,11 @@ def read_maths(text: str) -> list[Claim]:
 
 def parse(text: str) -> list[Claim]:
     """The claims of a text in the one notation."""
-    text = re.sub(r"\\text\{([^{}A-Za-z]*[A-Za-z]?[^{}A-Za-z]*)\}", r" \1 ", text)  # no word
+    # a letter or a number; what else is marked as text is a word, no product of letters
+    text = re.sub(r"\\text\{([^{}A-Za-z]*[A-Za-z]?[^{}A-Za-z]*)\}", r" \1 ", text)
     while BARS.search(text):  # the inner ones first
         text = BARS.sub(r"⌈\1⌉", text)
+    # of 0, ±2 the 0 stands once; a pair is taken twice as a whole
     items = [text] if re.search(r"[(\[⟦]", text) else text.split(",")
     for place, item in enumerate(items):
         if re.search("[±∓]", item):
@@ -1665,8 +1683,10 @@ def rounds_to(value, rounded) -> bool:
     """Whether a value is another, or is that when rounded to its decimals."""
     short = real_number(rounded)
     decimals = len(str(short).partition(".")[2])
-    whole = short.is_integer()
-    return same_value(value, rounded) or not whole and round(real_number(value), decimals) == short
+    if same_value(value, rounded):
+        return True
+    # what is near a whole number is not rounded to it: the root of 168 is not 13
+    return not short.is_integer() and round(real_number(value), decimals) == short
 
 
 def read_terms(tokens, rank=1):
@@ -1787,11 +1807,10 @@ def power(base, exponent):
     odd_root = isinstance(exponent, Fraction) and exponent.denominator % 2 == 1
     if odd_root and not isinstance(base, complex) and base < 0:
         return (-1) ** exponent.numerator * power(-base, exponent)
-    digits = 0
     if isinstance(base, Fraction):
-        digits = max(abs(base.numerator), base.denominator).bit_length()
-    if abs(exponent) * digits > 1024:
-        base = complex(base)
+        bits = max(abs(base.numerator), base.denominator).bit_length()
+        if abs(exponent) * bits > 1024:
+            base = complex(base)
     return base ** exponent
 
 
