@@ -48,7 +48,7 @@ reads   data/study.json, data/questions/TRAIN.parquet, data/corrupted/TRAIN/NAME
         data/model/ (preset tiny)
 writes  data/policies/RUN/: adapter_model.safetensors, adapter_config.json, config.json,
         train.jsonl (a row a step), rollouts.jsonl (completions to read)
-run     python 03_train_grpo.py                # three conditions, seeds 0 to 4: 4 to 7 minutes on 2 cores
+run     python 03_train_grpo.py                # three conditions, seeds 0 to 4: 4 to 5 minutes on 2 cores
         python 03_train_grpo.py --conditions grounded
         python 03_train_grpo.py --conditions hallucination --corruption blank misleading --seeds 0 1
 The same command continues a run that was ended; a finished run is kept.

@@ -12,7 +12,7 @@ question.
 reads   data/study.json, data/questions/, data/corrupted/, data/policies/
 writes  data/answers/POLICY/SOURCE/NAME.jsonl, a line per graded answer; NAME is clean or a corruption
         data/answers/POLICY/SOURCE/train/NAME.jsonl, the same of training questions
-run     python 04_evaluate.py                     # all policies and inputs: 1.5 to 3 minutes on 2 cores
+run     python 04_evaluate.py                     # all policies and inputs: 1.5 to 2.5 minutes on 2 cores
         python 04_evaluate.py --plan              # what that is, and how long it takes
         python 04_evaluate.py --policies base standard-s0 --corruptions clean blank --limit 100
         python 04_evaluate.py --policies base path/to/my_adapter     # a LoRA of your own: does it look?
