@@ -1012,11 +1012,12 @@ def named_choices(text: str, choices: Choices) -> list[str]:
     """The choices whose texts occur, in order, without those that are denied; where one opens the
     text, that one; none where the text ends on several to choose from."""
     letters, words = choice_letters(choices), choice_words(choices)
-    said = words.sub(lambda found: f"@{letters[found[0]]}", plain(text))
-    said = re.sub(rf"(?:{DENIAL}|\bthan|\bleast|\bmost) (?:the |an? )?@[A-Z]", " ", said)
-    if re.search(r"@[A-Z]\W{0,3}(?:\s(?:and|or|nor|to)|,)\s(?:the |an? )?@[A-Z]\W*$", said):
+    # each as a line break, which plain text has none of, and its letter
+    said = words.sub(lambda found: f"\n{letters[found[0]]}", plain(text))
+    said = re.sub(rf"(?:{DENIAL}|\bthan|\bleast|\bmost) (?:the |an? )?\n[A-Z]", " ", said)
+    if re.search(r"\n[A-Z]\W{0,3}(?:\s(?:and|or|nor|to)|,)\s(?:the |an? )?\n[A-Z]\W*$", said):
         return []
-    return re.findall("^@([A-Z])", said) or re.findall("@([A-Z])", said)  # "No, because ..."
+    return re.findall(r"^\n([A-Z])", said) or re.findall(r"\n([A-Z])", said)  # "No, because ..."
 
 
 # no statement about the answer, and what a blank picture brings

@@ -16,6 +16,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on a network
 importlib.import_module("01_prepare").fix_arithmetic(1)  # before torch is loaded; as in a worker process
 
 import datasets
+import hypothesis
 import torch
 import transformers as hf
 
@@ -32,6 +33,10 @@ corrupt = _stage("02_corrupt")
 train = _stage("03_train_grpo")
 evaluate = _stage("04_evaluate")
 report = _stage("05_report")
+
+# the same examples on every machine, until EXAMPLES asks for more of them
+hypothesis.settings.register_profile("kit", deadline=None, derandomize="EXAMPLES" not in os.environ)
+hypothesis.settings.load_profile("kit")
 
 VISION = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
 CORRUPTIONS = stage.SMALLEST["02_corrupt"][3:]

@@ -84,7 +84,7 @@ odd_questions = st.builds(
 
 
 @given(odd_questions)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_any_question_stays_a_well_formed_prompt(corrupt, question):
     donor, before = make(id="s/2", answer="7", images=[scene(9)]), content(question)
     for name in NAMES:
@@ -264,7 +264,7 @@ def test_misleading_where_a_choice_is_a_picture_or_the_only_one(corrupt):
 
 
 @given(st.integers(-(10**6), 10**6), st.integers(0, 4), st.integers(0, 100))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_misleading_shifts_a_number_and_keeps_its_decimals(corrupt, digits, decimals, seed):
     gold = f"{digits / 10**decimals:.{decimals}f}"
     said = hint(
@@ -415,7 +415,7 @@ def donors(corrupt, questions):
 
 
 @given(st.lists(st.sampled_from("abcd"), min_size=2, max_size=6))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_mismatch_shares_answers_only_where_every_permutation_does(corrupt, answers):
     fewest = min(
         sum(answers[i] == answers[j] for i, j in enumerate(order))
@@ -438,7 +438,7 @@ def test_mismatch_shares_answers_only_where_every_permutation_does(corrupt, answ
         max_size=80,
     )
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_mismatch_is_a_derangement_within_each_split(corrupt, entries):
     questions = [
         make(id=f"s/{i}", answer=a, answer_type="text", group=g, split=s, problem=f"<image>{p}?")

@@ -489,7 +489,7 @@ def test_a_question_asked_twice_in_a_step_is_completed_anew(train, often_ending)
 
 
 @given(lengths=st.lists(st.integers(1, 300), min_size=1, max_size=20), group=st.integers(1, 8), new=st.integers(1, 50), cache_gb=st.floats(1e-9, 0.05))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_rollout_batches_hold_every_prompt_once_and_keep_the_ceiling(train, policies, lengths, group, new, cache_gb):
     """Each is as large as it can be at the longest prompt: one more would not fit."""
     text = policies("qwen2_5_vl").full.config.text_config
@@ -593,7 +593,7 @@ groups_of = lambda g: st.lists(st.lists(st.sampled_from([0.0, 0.1, 0.9, 1.0]), m
 
 
 @given(st.integers(2, 9).flatmap(groups_of), st.booleans())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_group_advantages(train, rows, scale):
     got = train.group_advantages(torch.tensor(rows), scale)
     for mine, row in zip(got.tolist(), rows):
@@ -610,7 +610,7 @@ def test_equal_rewards_have_no_advantage_at_all(train, reward):
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=12))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_token_weights(train, lengths):
     n, limit = len(lengths), 50
     for loss, weight in {"dapo": lambda o: 1 / sum(lengths), "grpo": lambda o: 1 / (n * o), "dr_grpo": lambda o: 1 / (n * limit)}.items():
@@ -624,7 +624,7 @@ numbers = st.floats(-4, 0, width=32)
 
 
 @given(numbers, numbers, st.none() | numbers, st.floats(-2, 2, width=32), st.floats(0.05, 0.5), st.floats(0.05, 0.5), st.floats(0, 1))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_token_loss(train, new, old, reference, advantage, low, high, kl):
     config = train.Config(clip_low=low, clip_high=high, kl=kl)
     variable = torch.tensor([[new]], requires_grad=True)
@@ -1475,7 +1475,7 @@ def test_a_question_asked_twice_in_a_step_is_damaged_or_not_each_time_anew(train
 
 
 @given(st.integers(1, 30), st.integers(0, 5), st.integers(1, 12), st.integers(0, 8))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_schedule_is_epochs_cut_in_steps(train, n, seed, count, step):
     whole = [row for s in range(step + 1) for row in train.schedule(n, seed, s, count)]
     for start in range(0, len(whole) - n + 1, n):

@@ -131,21 +131,20 @@ def test_wilson_is_scipys(report, pair):
 
 
 @given(st.integers(0, 2500).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))), st.sampled_from([0.26, 0.42, 0.5, 0.7]))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_tail_is_scipys_of_however_many_questions(report, pair, p):
     k, n = pair
     assert report.tail(k, n, p) == pytest.approx(stats.binom.sf(k - 1, n, p), rel=1e-8, abs=1e-200)
 
 
 @given(st.integers(0, 300), st.integers(0, 300))
-@settings(deadline=None)
 def test_mcnemar_is_the_binomial_test_of_the_discordant_pairs(report, one, two):
     truth = stats.binomtest(one, one + two, 0.5).pvalue if one + two else 1.0
     assert report.mcnemar(one, two) == pytest.approx(truth, rel=1e-9)
 
 
 @given(st.integers(0, 400), st.integers(1, 400))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_wilson_and_mcnemar_are_statsmodels(report, hits, more):
     n = hits + more
     assert report.wilson(hits, n) == pytest.approx(proportion_confint(hits, n, method="wilson"), abs=1e-9)
@@ -191,7 +190,7 @@ def test_format_part_by_hand(report):
     assert found[0] == pytest.approx(0.4 * (0.8 - 0.1), abs=1e-3)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 2**32 - 1), st.integers(2, 30))
 def test_the_parts_add_up_whatever_the_answers(report, seed, n):
     rng = np.random.default_rng(seed)
@@ -255,7 +254,7 @@ def without_questions(values):
 
 
 @given(st.lists(st.floats(-1, 1).map(lambda x: round(x, 4)), min_size=2, max_size=9))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_were_all_questions_asked_it_would_be_the_paired_t_test(report, values):
     if np.std(values) < 1e-6:
         return
@@ -267,7 +266,7 @@ def test_were_all_questions_asked_it_would_be_the_paired_t_test(report, values):
 
 
 @given(st.integers(1, 60), st.floats(0, 40))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_student_is_scipys(report, df, t):
     assert report.student(t, df) == pytest.approx(2 * stats.t.sf(t, df), rel=1e-9, abs=1e-7)
     assert report.student_95(df) == pytest.approx(stats.t.ppf(0.975, df), rel=1e-9)
@@ -283,7 +282,7 @@ def test_runs_that_agree_leave_the_choice_of_questions(report):
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 6))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_p_is_below_5_percent_where_the_interval_leaves_out_0(report, seed, k):
     rng = np.random.default_rng(seed)
     shift = rng.normal(0, 0.1, k) + rng.normal(0, 0.1)
