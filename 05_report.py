@@ -194,7 +194,7 @@ def say_gains(panel, tests):
     clauses = []
     for name, test in tests.items():
         size = 100 * test["value"]
-        did = f"is not shown to have gained anything ({size:+.0f} points)"
+        did = f"is not shown to have gained anything ({round(size):+d} points)"
         if test["p_holm"] < 0.05:
             did = f"{'gained' if size > 0 else 'lost'} {abs(size):.0f} points"
         clauses.append(f"trained {on_what(name)}, {'it' if clauses else 'the model'} {did}")
@@ -203,7 +203,7 @@ def say_gains(panel, tests):
     if len(tests) == 2 and all(x["p_holm"] < 0.05 and x["value"] > 0 for x in tests.values()):
         ratio = share_of_gain(panel, *tests)
         if ratio:
-            text += f" So {in_words(ratio)} of the gain came without ever seeing the pictures."
+            text += f" So {in_words(ratio)} of the gain came without ever seeing the questions\u2019 pictures."
             numbers += "; " + behind({"share": ratio})
     return {"text": text, "numbers": numbers}
 
@@ -222,14 +222,14 @@ def say_parts(condition, test, gain):
             clauses.append(f"{size}{chance} {what}")
     text = f"Of the {100 * test['value']:.0f} points gained by {training}, {', '.join(clauses)}."
     if test["p_holm"] >= 0.05 or test["value"] < 0:
-        text = f"So {training} left no gain to divide into looking and guessing."
+        text = f"So {training} is not shown to have left a gain to divide into looking and guessing."
     elif len(clauses) < 3:
         text = f"How many of the points gained by {training} need the picture cannot be told."
     return {"text": text, "numbers": behind(numbers, points)}
 
 
 def say_following(about, conditions, source):
-    """Whether answers go with the picture: by an edit's causal effect, else by taking it away."""
+    """How often answers go with the picture: by an edit's causal effect, else by taking it away."""
     if "causal_effect" not in about["base"]:
         return depends(conditions[-1], about[conditions[-1]], source)
     effects = {name: about[name]["causal_effect"] for name in (*reversed(conditions), "base")}
@@ -238,8 +238,9 @@ def say_following(about, conditions, source):
         who = "before training" if name == "base" else f"trained {on_what(name)}"
         often = f"in {100 * x['value']:.0f} of 100 cases" if x["ci95"][0] > 0 else "not measurably"
         clauses.append(f"{who}, {often}")
-    return {"text": "When an edit of the picture makes another answer right, the model follows it: "
-                    + "; ".join(clauses) + ".", "numbers": behind(effects)}
+    text = "; ".join(clauses).replace("trained", "Trained", 1)
+    return {"text": "How often does the answer change with the picture, where an edit makes another "
+                    f"one right? {text}.", "numbers": behind(effects)}
 
 
 def depends(name, about, source):
@@ -247,7 +248,7 @@ def depends(name, about, source):
     worths = about.get("picture_worth", {})
     # which way each test points: 0 where it shows nothing
     ways = {math.copysign(1, x["value"]) if x["p_holm"] < 0.05 else 0 for x in worths.values()}
-    claims = {(): "was not asked without the picture", (1,): "depends on the picture",
+    claims = {(): "cannot be said to depend on the picture or not", (1,): "depends on the picture",
               (-1,): "does better without the picture"}
     claim = claims.get(tuple(ways), "is not shown to depend on the picture")
     numbers = {f"right, {asked}": about["accuracy"][asked] for asked in ("clean", *worths)}
@@ -256,11 +257,11 @@ def depends(name, about, source):
 
 
 def share_of_gain(panel, blind, seeing):
-    """Gain of `blind` over gain of `seeing` on clean input: a ratio of means over common seeds."""
+    """Gain of `blind` over gain of `seeing` on clean input: a ratio of means over the same seeds."""
+    if panel.conditions[blind].keys() != panel.conditions[seeing].keys():
+        return None
     gains = [(panel.gain(one), panel.gain(two)) for one, two in panel.by_seed(blind, seeing).values()]
     whole = sum(two.mean() for _, two in gains)
-    if whole <= 0:  # also without common seeds
-        return None
     ratio = sum(one.mean() for one, _ in gains) / whole
     # linearised: how far a seed's gains move the ratio of the means
     linear = [over_questions((one - ratio * two) * (len(gains) / whole)) for one, two in gains]
@@ -302,17 +303,18 @@ def in_words(ratio):
     low, high = ratio["ci95"]
     # one fraction would say more than is known
     if high - low > 0.25 and nearest(low) != nearest(high):
-        return f"between {nearest(low)} and {nearest(high)}"
+        return f"between about {nearest(low)} and {nearest(high)}"
     return f"about {nearest(ratio['value'])}"
 
 
 def on_what(condition):
     """What a condition was trained on, in words."""
     kind, _, damage = condition.partition("-")
-    pictures = {"blank": "blank pictures", "mismatch": "other questions\u2019 pictures"}
-    pictures = pictures.get(damage, f"pictures damaged by {damage}")
-    return {"standard": "on the real pictures", "hallucination": f"on {pictures} only",
-            "mixed": f"on real pictures mixed with {pictures}",
+    damaged = {"blank": "blank pictures", "mismatch": "other questions\u2019 pictures",
+               "removed": "questions without their pictures"}
+    damaged = damaged.get(damage, f"questions damaged by {damage}")
+    return {"standard": "on the real pictures", "hallucination": f"on {damaged} only",
+            "mixed": f"on real pictures mixed with {damaged}",
             "grounded": "on the real pictures with a bonus for looking"}.get(kind, f"as {kind}")
 
 
@@ -425,7 +427,8 @@ def test_of(claim):
             for terms in (claim.of, *claim.also)]
     test = " above 0, and so is ".join(sums) + " above 0"
     if claim.high < math.inf:
-        test = f"{sums[0]} on its side of 0 and within {points(claim.low)} to {points(claim.high)} points"
+        test = (f"{sums[0]} on its side of 0, and its value within {points(claim.low)} to "
+                f"{points(claim.high)} points")
     return f"accuracies, by question and by seed: 95% interval of {test}"
 
 
@@ -433,11 +436,12 @@ def judge(claim, panel):
     """The verdict on one benchmark, for each damage trained on and each input that is spoken of."""
     if claim.benchmark not in (None, panel.source):
         return []
-    said, damages, inputs, out = str(claim.of), [None], ["clean"], []
-    if "hallucination" in said:
-        damages = [condition for condition in panel.conditions if takes_away(condition)]
-    if "without" in said:
-        inputs = panel.withouts
+    damages, inputs, out = [None], ["clean"], []
+    for _, kind, asked in claim.of:
+        if kind == "hallucination":
+            damages = [condition for condition in panel.conditions if takes_away(condition)]
+        if asked == "without":
+            inputs = panel.withouts
     # a claim about damage is judged once for each kind, one about blind answers for each input
     for damage, asked in itertools.product(damages, inputs):
         found, *also = (sum_of_terms(terms, panel, damage, asked) for terms in (claim.of, *claim.also))
@@ -471,7 +475,8 @@ def verdict_on(claim, found, also):
             return "contradicted"
         # whoever learns nothing reproduces nothing, even where little was published
         same_side = low > 0 if claim.low + claim.high > 0 else high < 0
-        return "reproduced" if same_side else "undecided"
+        within = claim.low <= found["value"] <= claim.high
+        return "reproduced" if same_side and within else "undecided"
     if low > 0 and all(x["ci95"][0] > 0 for x in also):
         return "reproduced"
     return "contradicted" if high < 0 and not claim.sometimes else "undecided"
@@ -480,7 +485,7 @@ def verdict_on(claim, found, also):
 # What is measured
 
 UNBOUNDED = (-math.inf, math.inf)
-BOUNDS = {"accuracy": (0.0, 1.0), "share": (0.0, 1.0), "ratio": UNBOUNDED}
+BOUNDS = {"accuracy": (0.0, 1.0), "share": (0.0, 1.0), "ratio": UNBOUNDED, "mean": UNBOUNDED}
 
 
 @dataclass(frozen=True)
@@ -490,7 +495,7 @@ class Observed:
     Or, of a statistic that is no mean, its bootstrap replicates, x (1 + resamples,), of n
     questions.
     """
-    kind: str  # accuracy, share, difference (of two such), effect; of replicates: part or ratio
+    kind: str  # accuracy, share, difference (of two such), effect, mean; of replicates: part or ratio
     x: np.ndarray
     n: int | None = None
 
@@ -681,9 +686,10 @@ def eight_settings(panel, trained, differences):
     settings say together:
 
         memorised  gain of training on clean pictures on the questions trained on, S1 - base, less the
-                   same on new ones, S2 - base: what does not carry over
+                   same on new ones of the same source, S2 - base: what does not carry over
         carried    S6 - base: what training on damaged questions is worth on new, clean questions
-        picture    S2 - S4: what training on clean pictures gets right on new questions by their picture
+        picture    S2 - S4, where the damage takes the picture away: what training on clean pictures
+                   gets right on new questions by their picture
     """
     out = {}
     standard = panel.conditions.get("standard", {}).values()
@@ -699,10 +705,11 @@ def eight_settings(panel, trained, differences):
             found[setting] = accuracy_of(where, "standard" if of == "clean" else condition, name)
             if of == "clean":
                 found["base"][setting] = accuracy_of(where, "base", name)
-        if found["S1"] and found["base"]["S1"]:
-            found["memorised"] = over_runs([apart(trained.gain(run), panel.gain(run)) for run in standard])
+        if found["S1"] and found["base"]["S1"] and trained.source == panel.source:
+            both = [run for run in standard if run in trained.answers]
+            found["memorised"] = over_runs([apart(trained.gain(run), panel.gain(run)) for run in both])
         found["carried"] = differences[condition, "base"]["clean"]
-        if found["S4"]:
+        if found["S4"] and takes_away(condition):
             worth = [panel.right(run, "clean") - panel.right(run, asked) for run in standard]
             found["picture"] = over_runs([over_questions(x) for x in worth])
     return out
@@ -717,24 +724,23 @@ def accuracy_of(panel, condition, name):
 
 
 def strict_subset(panel):
-    """Ids of the questions that nobody, the base included, answers without the picture, above chance.
+    """Ids of the questions whose answers without the picture are right no more often than by chance.
 
-    Under each input without a picture a policy answers once greedily and `samples` times at
-    temperature 1. A question goes out if one of them is right; a choice question, where chance is
-    right too, if so many of one policy's answers to one input are that chance, one in as many as
-    it has choices, would do so for any of them in fewer than 1 of 20 questions (binomial,
-    Bonferroni). B-Clean (arXiv 2603.21687) takes out each question that a model under comparison
-    once answers right without the picture: there lucky choices go out as well, more with each
-    model, and what a second try would guess stays.
+    Under each input without a picture every policy, the base included, answers once greedily and
+    `samples` times at temperature 1. A question goes out if one of all these answers is right; a
+    choice question, where chance is right too, one in as many as it has choices, if so many are
+    that chance would do so for fewer than 1 of 20 questions (binomial). Policies of one base guess
+    alike: what all of them guess right by luck goes out as well. B-Clean (arXiv 2603.21687) takes
+    out each question that a model under comparison once answers right without the picture: there
+    every lucky choice goes out, more with each model, and what a second try would guess stays.
     """
     out = []
     for i, question in enumerate(panel.questions):
         rows = [inputs[name][i] for inputs in panel.answers.values() for name in panel.withouts]
+        right = sum(row["correct"] + row.get("drawn_right", 0) for row in rows)
+        given = sum(1 + row.get("samples", 0) for row in rows)
         chance = 1 / len(question["choices"]) if question["choices"] else 0.0
-        # how likely so many right answers are by chance
-        ps = [tail(row["correct"] + row.get("drawn_right", 0), 1 + row.get("samples", 0), chance)
-              for row in rows]
-        if ps and min(ps) >= 0.05 / len(ps):
+        if rows and tail(right, given, chance) >= 0.05:
             out.append(question["id"])
     return out
 
@@ -1066,9 +1072,9 @@ def check_shapes(panel):
 # all inputs.
 
 
-ROW = {"id": str, "response": str, "answer": (str, type(None)), "gold": str, "correct": bool,
-       "well_formed": bool}
+ROW = {"id": str, "response": str, "answer": (str, type(None)), "correct": bool, "well_formed": bool}
 TOKENS = {"token_texts": [str], "token_nats": [(int, float)]}
+DRAWN = {"samples": int, "drawn_right": int}
 
 
 @dataclass
@@ -1161,16 +1167,25 @@ def read_benchmarks(data, study, resamples, seen):
         for run in [*runs_of(data), "base"]:
             if run not in policies:
                 seen.notes.append(f"{run} has no answers to {source}: 04_evaluate.py makes them")
-        if panels and not policies:
+        if not policies:
             continue
         for policy in sorted({"base"} | policies):
             clean = data / "answers" / policy / source / "clean.jsonl"
             if not clean.exists():
                 raise UserError(f"{clean} is missing: run 04_evaluate.py --data {data}")
-        panels.append(read_panel(data, study, source, "*.jsonl", resamples, seen))
+        panel = read_panel(data, study, source, "*.jsonl", resamples, seen)
+        panels.append(panel)
+        for name in (*prepare.NO_PICTURE, "edited"):
+            lacking = [policy for policy, inputs in panel.answers.items() if name not in inputs]
+            if lacking and name in panel.inputs:
+                seen.notes.append(f"{', '.join(lacking)}: not all questions of {source} were asked under "
+                                  f"{name}, and so no measure of any policy rests on that input")
         if source in CLUSTERED:
             seen.notes.append(f"{source} asks several questions about one problem: its intervals and "
                               "tests, which count them as independent, are too sure")
+    if not panels:
+        raise UserError(f"{data / 'answers'} holds no answers to {', '.join(sources)}: "
+                        f"run 04_evaluate.py --data {data}")
     return panels
 
 
@@ -1278,7 +1293,10 @@ def what_is_wrong(path, rows, questions):
         return f"row {len(rows) + 1} cannot be read"
     form = ROW | {"made_from": {questions: str}}
     for i, row in enumerate(rows, 1):
-        shapes = form | TOKENS if "token_nats" in row else form
+        shapes = dict(form)
+        for more in (TOKENS, DRAWN):
+            if more.keys() & row.keys():
+                shapes |= more
         wrong = [key for key in shapes if not prepare.has_shape(row, {key: shapes[key]})]
         if wrong:
             return f"row {i} has no proper {wrong[0]}"
@@ -1318,8 +1336,8 @@ def same_study(found):
     readme = Path(__file__).with_name("README.md")
     text = readme.read_text(encoding="utf-8") if readme.exists() else ""
     if found[:16] in text:
-        return f"Fingerprint {found[:16]}: the README's table comes from these answers"
-    other = f"Fingerprint {found[:16]}: the README's table comes from other answers"
+        return f"Fingerprint {found[:16]}: the README speaks of these answers"
+    other = f"Fingerprint {found[:16]}: the README speaks of other answers"
     if platform.machine() not in ("x86_64", "AMD64"):
         other += f", by an x86-64 processor, and {platform.machine()} rounds sums otherwise"
     return other
@@ -1335,7 +1353,7 @@ def canonical(answer):
 
 def family(policy):
     """A run's name without its seed."""
-    return re.sub(r"-s\d+$", "", policy)
+    return re.sub(r"-s\d+\Z", "", policy)
 
 
 def seed_of(policy):
@@ -1403,10 +1421,10 @@ def cell(x, form=percent, n=None):
     return form(value), small
 
 
-def grid(caption, rows, columns, form=percent, n=None, **more):
+def grid(caption, rows, columns, n, form=percent, **more):
     """A table; `rows`: label -> measures, `columns`: title -> path of a measure in them.
 
-    `form` writes a number. `n` questions stand in the caption: another number is told. `more`:
+    `n` questions stand in the caption: another number is told. `form` writes a number. `more`:
     kind="heat" colours cells by their share, `groups` of columns are (title, how many).
     """
     cells = []
@@ -1435,28 +1453,29 @@ def rows_of(r, source):
 def tables_of(r, source):
     """The tables of one source, by the part of the page in which they stand."""
     rows, about = rows_of(r, source), r["sources"][source]
-    n, without = about["n"], about["without_picture"]
+    n = about["n"]
     asked = {name: ("accuracy", name) for name in about["inputs"]}
     heat = {"kind": "heat", "groups": [("", 1), *Counter(map(group_of, asked)).items()]}
     gained = {name: x for name, x in rows.items() if "gains" in x}
     gains = {part.replace("_", "-"): ("gains", part) for part in ("total", *PARTS)}
-    looking = {
-        "mirage score": ("mirage", without),
-        "worth of the picture": ("picture_worth", without),
-        "causal effect of an edit": ("causal_effect",), "well formed": ("well_formed",)}
+    looking, without = {}, about["without_picture"]
+    if without:
+        looking |= {f"mirage score ({without})": ("mirage", without),
+                    f"worth of the picture ({without})": ("picture_worth", without)}
+    looking |= {"causal effect of an edit": ("causal_effect",), "well formed": ("well_formed",)}
     found = {
-        "matrix": [grid("right answers", rows, asked, **heat)],
-        "settings": [settings_table(*x) for x in r["s1_to_s8"][source].items()],
-        "gains": [grid("gain over the base in points", gained, gains, points)],
-        "looking": [grid(f"without the picture: {without}", rows, looking, n=n)],
-        "differences": [differences_table(r, source)]}
+        "matrix": [grid("right answers", rows, asked, n, **heat)],
+        "settings": [settings_table(*x, n) for x in r["s1_to_s8"][source].items()],
+        "gains": [grid("gain over the base in points", gained, gains, n, points)],
+        "looking": [grid("use of the picture", rows, looking, n)],
+        "differences": [differences_table(r, source, n)]}
     # what holds for all of them
     for t in itertools.chain(*found.values()):
         t["caption"] = f"{source}, 95% intervals, n = {n}: {t['caption']}"
     return found
 
 
-def settings_table(condition, found):
+def settings_table(condition, found, n):
     """S1 to S8: rows are trained on nothing, clean or damaged, columns asked clean or damaged."""
     columns = [f"{asked}, {which}" for asked in ("clean", found["asked"]) for which in ("old", "new")]
     settings = [found[name] for name in SETTINGS]
@@ -1464,20 +1483,21 @@ def settings_table(condition, found):
             f"{condition} (S5 to S8)": settings[4:]}
     return grid("the paper\u2019s S1 to S8, right answers to old questions (trained on) and new ones",
                 {name: dict(zip(columns, row)) for name, row in rows.items()},
-                {name: (name,) for name in columns})
+                {name: (name,) for name in columns}, n)
 
 
-def differences_table(r, source):
+def differences_table(r, source, n):
     """Each condition against the base and the others."""
     rows, columns = {}, {}
     for condition, references in r["differences"].items():
         for reference, sources in references.items():
             if source in sources:
                 found = sources[source]
-                rows[f"{condition} \N{MINUS SIGN} {reference}, {counted(found['clean'])}"] = found
+                seeds = len(found["clean"]["by_seed"])
+                rows[f"{condition} \N{MINUS SIGN} {reference} (seeds: {seeds})"] = found
                 columns |= {name.replace("_", "-"): (name,) for name in found}
     return grid("differences in points, paired by seed, p corrected by Holm: of right answers (clean, "
-                "blank, removed), of an edit\u2019s effect, of parts of the gain", rows, columns, points)
+                "blank, removed), of an edit\u2019s effect, of parts of the gain", rows, columns, n, points)
 
 
 def tables_to_paste(r):
@@ -1493,8 +1513,8 @@ def tables_to_paste(r):
 
 def plain(text):
     """What comes from outside stays text in Markdown; brackets of intervals stay brackets."""
-    text = re.sub(r"([|<>&`*_\\])", r"\\\1", " ".join(visible(shorten(text, 300)).split()))
-    return re.sub(r"\[(?![\d\N{MINUS SIGN}])|(?<!\d)\]", r"\\\g<0>", text)
+    text = re.sub(r"([|<>&`*_~\\])", r"\\\1", " ".join(visible(shorten(text, 2000)).split()))
+    return re.sub(r"\[(?![\d\N{MINUS SIGN}])|(?<!\d)\]|\](?=[(:\[])", r"\\\g<0>", text)
 
 
 def markdown(t):
@@ -1593,7 +1613,7 @@ CSS = """
 body{margin:0;background:var(--page);color:var(--ink);font:16px/1.55 system-ui,sans-serif;
 overflow-wrap:anywhere}
 header,main,footer{max-width:1320px;margin:0 auto;padding:0 20px}
-header{padding-top:20px}footer{padding-bottom:60px}p,dd{max-width:75ch}
+header{padding-top:20px}footer{padding-bottom:60px}p{max-width:75ch}
 h1{font-size:1rem;font-weight:600;margin:0 0 10px;color:var(--soft)}
 h2{font:600 1.4rem/1.2 Georgia,"Times New Roman",serif;margin:0 0 .3em}
 h3{font-size:1rem;margin:1em 0 .2em}
@@ -1705,7 +1725,8 @@ content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 {% endif %}{% endfor %}
 {% if check.passed %}<p class="bar"><small><strong class="ok">✓ The instrument check passed.</strong>
 {{ check.entries|selectattr("p_holm", "undefined")|list|length }} measurements of simulated
-policies find the truth within the width of their interval{% if "shapes" in r.sources %}, and no
+policies find the truth within the width of their interval
+{%- if check.entries|selectattr("p_holm", "defined")|list %}, and no
 limit that holds on shapes is shown to be exceeded{% endif %}. <a href="#check">See them</a>.
 {{ same }}.</small></p>
 {% else %}<div class="box bad" role="alert"><strong>✗ The instrument check did not pass: explain this
@@ -1766,7 +1787,8 @@ decide</summary>{% endif %}{% call scroll("claims and verdicts") %}<table class=
 <td>{{ c.test }}</td></tr>{% endfor %}</tbody></table>{% endcall %}
 {% if not judged %}</details>{% endif %}{% endfor %}</details>{% endif %}
 <details><summary>Which questions need the picture?</summary><p>The strict subset is of questions
-that no policy, the base included, answers without the picture, above chance (strict-SOURCE.json).</p>
+whose answers without the picture, of all policies together, are right no more often than by chance
+(strict-SOURCE.json).</p>
 <ul>{% for source, kept in r.strict_subset.items() %}<li>{{ source }}:
 {{ cell(kept, n=0)|join(" ") }}</li>{% endfor %}</ul></details>
 {% if curves %}<details><summary>How training went</summary><p>Means over the sampled completions

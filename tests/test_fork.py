@@ -75,7 +75,8 @@ SOURCES = {
     found["well_formed",] = Observed("share", panel.column(policy, "clean", "well_formed"))
     for name in panel.withouts:  # answers that stay when the picture goes
         same = panel.said(policy, "clean") == panel.said(policy, name)
-        found["stays_without", name] = Observed("share", same)'''}),
+        found["stays_without", name] = Observed("share", same)
+    found["length",] = Observed("mean", panel.column(policy, "clean", "tokens"))'''}),
     "the prompt": Change("01_prepare.py", {
         'INSTRUCTION = "Think inside <think> </think>, then answer in \\\\boxed{}."':
             'INSTRUCTION = "Look first, think inside <think> </think>, then answer in \\\\boxed{}."'}),
@@ -298,6 +299,9 @@ def test_a_measure(changed, prepare, corrupt, tmp_path):
         same = [said["clean"][key] == said["blank"][key] for key in said["clean"]]
         found = results["stays_without"][policy]["shapes"]["blank"]
         assert (found["count"], found["n"]) == (sum(same), len(same)) and 0 < sum(same) < len(same)
+        tokens = [row["tokens"] for row in answers(tmp_path / "data", policy, "clean")]
+        length = results["length"][policy]["shapes"]
+        assert length["value"] == pytest.approx(sum(tokens) / len(tokens)) and length["ci95"][0] < length["value"] < length["ci95"][1]
     assert results["pooled"]["standard"]["shapes"]["stays_without"]["blank"]["n"] == len(same)
 
 
