@@ -1421,10 +1421,10 @@ def cell(x, form=percent, n=None):
     return form(value), small
 
 
-def grid(caption, rows, columns, n, form=percent, **more):
+def grid(caption, rows, columns, n=None, form=percent, **more):
     """A table; `rows`: label -> measures, `columns`: title -> path of a measure in them.
 
-    `n` questions stand in the caption: another number is told. `form` writes a number. `more`:
+    `n` questions stand in the caption: another number is told, if given. `form` writes a number. `more`:
     kind="heat" colours cells by their share, `groups` of columns are (title, how many).
     """
     cells = []
@@ -1465,7 +1465,7 @@ def tables_of(r, source):
     looking |= {"causal effect of an edit": ("causal_effect",), "well formed": ("well_formed",)}
     found = {
         "matrix": [grid("right answers", rows, asked, n, **heat)],
-        "settings": [settings_table(*x, n) for x in r["s1_to_s8"][source].items()],
+        "settings": [settings_table(*x) for x in r["s1_to_s8"][source].items()],
         "gains": [grid("gain over the base in points", gained, gains, n, points)],
         "looking": [grid("use of the picture", rows, looking, n)],
         "differences": [differences_table(r, source, n)]}
@@ -1475,15 +1475,16 @@ def tables_of(r, source):
     return found
 
 
-def settings_table(condition, found, n):
+def settings_table(condition, found):
     """S1 to S8: rows are trained on nothing, clean or damaged, columns asked clean or damaged."""
     columns = [f"{asked}, {which}" for asked in ("clean", found["asked"]) for which in ("old", "new")]
     settings = [found[name] for name in SETTINGS]
     rows = {"trained on nothing": found["base"].values(), "clean (S1 to S4)": settings[:4],
             f"{condition} (S5 to S8)": settings[4:]}
-    return grid("the paper\u2019s S1 to S8, right answers to old questions (trained on) and new ones",
+    told = "".join({f", n = {x['n']}" for x in settings[::2] if x})  # the same for all of them
+    return grid(f"the paper\u2019s S1 to S8, right answers to old questions (trained on{told}) and new ones",
                 {name: dict(zip(columns, row)) for name, row in rows.items()},
-                {name: (name,) for name in columns}, n)
+                {name: (name,) for name in columns})
 
 
 def differences_table(r, source, n):

@@ -1171,7 +1171,8 @@ def test_another_number_of_questions_is_told(seeds_study, report, prepare, tmp_p
     found = run(report, data)
     found["pooled"]["standard"]["shapes"]["causal_effect"]["n"] = found["differences"]["standard"]["base"]["shapes"]["causal_effect"]["n"] = 44
     tables = {title: "\n".join(map(str, table["rows"])) for title, (table, *_) in report.tables_of(found, "shapes").items()}
-    assert "n = 33, 3 seeds" in tables["settings"] and "n = 44" in tables["looking"] and "n = 44" in tables["differences"]
+    (settings_,) = report.tables_of(found, "shapes")["settings"]
+    assert "(trained on, n = 33)" in settings_["caption"] and "n = 44" in tables["looking"] and "n = 44" in tables["differences"]
     assert "n = " not in tables["matrix"] + tables["gains"]
 
 
