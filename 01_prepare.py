@@ -147,7 +147,7 @@ FEATURES = Features({
     "group": Value("string"),         # the benchmark's own breakdown: subject, task
     "needs_image": Value("bool"),     # null: nobody knows
     "image_tokens": Value("int64"),   # of all pictures together
-    "prompt_tokens": Value("int64"),  # of the whole prompt; a damaged row keeps the clean one's
+    "prompt_tokens": Value("int64"),  # of the whole prompt
     "donor": Value("string"),         # id of the question whose picture is shown (mismatch), or null
     "shown_answer": Value("string"),  # that fits the picture shown, where it is another and known
 })
@@ -273,7 +273,7 @@ def prepare_source(name, config: Config, path, processors, study, asked, rejecte
                 raise UserError(f"source {name} has no {split} question left: {why}")
 
     file = Path(config.data) / input_path(name, "clean")
-    write_questions(file, questions(), {})
+    write_questions(file, questions(), {"instruction": INSTRUCTION})  # it is part of every prompt
     told = ", ".join(f"{n} {split} questions" for split, n in counts.items())
     print(f"{file}: {told} (golds compared as text: {sum(as_text.values())}), "
           f"rejected: {reasons(name, rejected) or 'none'}")
@@ -375,19 +375,25 @@ def finish(question, folder, tokenizer, image_processor, most_tokens):
     """Decode and scale the pictures, count tokens; a prompt that is too long is rejected."""
     if len(question["problem"]) > 100 * most_tokens:
         raise Rejected(f"too long: {len(question['problem'])} characters")
-    pictures, image_tokens = [], []
+    pictures = []
     for picture in question["images"]:
         if not isinstance(picture, Image.Image):
             picture = open_picture(picture, folder)
-        picture = fit(picture, image_processor)
+        pictures.append(fit(picture, image_processor))
+    question = count_tokens(question | {"images": pictures}, tokenizer, image_processor)
+    if question["prompt_tokens"] > most_tokens:
+        raise Rejected(f"too long: {question['prompt_tokens']} tokens")
+    return question
+
+
+def count_tokens(question, tokenizer, image_processor):
+    """The question with the numbers of its tokens, once its pictures are decoded."""
+    image_tokens = []
+    for picture in question["images"]:
         patches = image_processor.get_number_of_image_patches(picture.height, picture.width)
-        pictures.append(picture)
         image_tokens.append(patches // image_processor.merge_size**2)
     tokens = len(tokenize_prompt(question["problem"], image_tokens, tokenizer))
-    if tokens > most_tokens:
-        raise Rejected(f"too long: {tokens} tokens")
-    return question | {"images": pictures, "image_tokens": sum(image_tokens),
-                       "prompt_tokens": tokens}
+    return question | {"image_tokens": sum(image_tokens), "prompt_tokens": tokens}
 
 
 def check_new(question, seen, asked):
@@ -2531,14 +2537,15 @@ def hash_model(data, model):
     return {file.as_posix().removeprefix(within): sha256(file) for file in files}
 
 
-def model_path(data: Path, study: Mapping) -> str:
+def model_path(data: Path, study: Mapping, weights: bool = True) -> str:
     """Where the study's model is: in the data folder, in a folder or in the hub's cache; stops if
     it is not the one recorded."""
-    model = study["model"]
+    model, wanted = study["model"], ["*.json", "*.jinja", "*.txt"]
+    if weights:
+        wanted.append("*.safetensors")
     if commit := study["model_files"].get(f"hub:{model}"):
         with loading(model):  # as it was, whatever the hub has now
-            return huggingface_hub.snapshot_download(
-                model, revision=commit, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.txt"])
+            return huggingface_hub.snapshot_download(model, revision=commit, allow_patterns=wanted)
     check_fresh(data, data / "study.json", study["model_files"], "run 01_prepare.py again")
     return str(data / "model") if model == "embedded" else model
 
@@ -2833,10 +2840,10 @@ def count_workers(asked: int | None, tasks: int, worker_bytes: float, cards: int
     return max(1, min(most, tasks))
 
 
-def worker_bytes(study: Mapping) -> float:
-    """Memory of a process that holds the study's model and works with it, at the least."""
-    weights = [Path(name) for name in study["model_files"] if name.endswith(".safetensors")]
-    return 1e9 + 2 * sum(path.stat().st_size for path in weights if path.exists())
+def worker_bytes(model: str) -> float:
+    """Memory of a process that holds the model in this folder and works with it, at the least."""
+    weights = Path(model).glob("*.safetensors")
+    return 1e9 + 2 * sum(path.stat().st_size for path in weights)
 
 
 def deal_out(work: Callable, tasks: Mapping[str, tuple], workers: int,
@@ -3019,11 +3026,19 @@ def keep_quiet():
 
 
 def check_least(config, least: float, *names: str):
-    """Stop if one of these options, where it is given, is smaller."""
+    """Stop if one of these options, where it is given, is smaller, or no finite number."""
     for name in names:
         value = getattr(config, name)
-        if value is not None and not value >= least:  # so that nan is caught too
-            raise UserError(f"--{name} {value} is too small: choose at least {least}")
+        if value is not None and not least <= value < math.inf:  # so that nan is caught too
+            raise UserError(f"--{name} {value} is too small or no number: choose at least {least}")
+
+
+def check_once(config, *names: str):
+    """Stop if one of these options holds something twice."""
+    for name in names:
+        for value, times in Counter(getattr(config, name)).items():
+            if times > 1:
+                raise UserError(f"--{name} has {value} twice: give it once")
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageOps, ImageStat
 from tqdm import tqdm
 
@@ -67,6 +68,7 @@ def main(config):
     data = Path(config.data)
     prepare.check_least(config, 0, "preview_rows")
     prepare.check_least(config, 1, "workers")
+    prepare.check_once(config, "corruptions")
     study = prepare.load_study(data)
     sources = sorted({study["sources"]["train"], *study["sources"]["benchmarks"]})
     usual = CORE if study["preset"] == "tiny" else CORE + STRESS
@@ -90,13 +92,13 @@ def main(config):
 
 def find_tasks(data, study, sources, names):
     """File to write -> arguments of `write_damaged`."""
-    tasks = {}
+    tasks, model = {}, prepare.model_path(data, study, weights=False)
     for source in sources:
         (digest,) = prepare.check_input(data, study, source, "clean").values()
         for name in names:
             if name in EDITS and source != "shapes":  # the scene behind its pictures is unknown
                 continue
-            tasks[prepare.input_path(source, name)] = data, source, digest, study, name
+            tasks[prepare.input_path(source, name)] = data, source, digest, study, model, name
     return tasks
 
 
@@ -392,6 +394,8 @@ def pair(rows, rng):
     policy that follows the picture says; then one of the same group, so that no picture is of an
     odd kind. Letters of choices should differ as well as the texts; where not all can, the texts do.
     """
+    if not rows:  # all of them choices, for `misleading`
+        return []
     frame = pd.DataFrame(rows).assign(text=[answer_text(row) for row in rows])
 
     def codes(*columns):  # equal where all of these are
@@ -451,30 +455,50 @@ def find_donors(questions, study, name):
 
 
 # Files. A file is the task of a worker; rows pass one at a time, so that a source's pictures are
-# never all decoded at once. What a file was made from is kept in it: what is up to date stays.
+# never all decoded at once. What a file was made from is kept in it: what is up to date stays, and
+# so does a file whose rows a change of this code has left as they were, for policies and answers
+# were made from it.
 
 WORKER_BYTES = 1e9  # a process: what it imports, and 64 pictures of a file
 
 
-def write_damaged(data, source, digest, study, name):
+def write_damaged(data, source, digest, study, model, name):
     """One file of damaged questions; returns its number of rows and a line about it."""
     clean = prepare.input_path(source, "clean")
     path = data / prepare.input_path(source, name)
     questions = prepare.read_questions(data / clean, "run 01_prepare.py again")
-    origin = {clean: digest, "seed": study["seed"], "code": prepare.sha256(Path(__file__))}
+    code = {"code": prepare.sha256(Path(__file__))}
     if name in EDITS:  # of scenes that are drawn there
-        origin["world"] = prepare.sha256(Path(prepare.__file__))
+        code["world"] = prepare.sha256(Path(prepare.__file__))
+    origin = {clean: digest, "seed": study["seed"], **code}
+    if name in EDITS:
         origin["note"] = "for asking, not for training: the gold is that of the picture before the edit"
-    notes = Counter()
+    notes, fresh = Counter(), path.with_suffix(".fresh")
     with prepare.locked(path):
-        if path.exists() and prepare.made_from(path) == origin:
+        old = prepare.made_from(path) if path.exists() else {}
+        if old == origin:
             return len(questions), f"{path}: up to date"
-        rows = prepare.write_questions(path, damage(questions, study, name, notes), origin)
+        processors = prepare.load_processors(model, study["max_pixels"])
+        rows = damage(questions, study, name, notes, processors)
+        prepare.write_questions(fresh, rows, origin)
+        of_other_code = {**old, **code} == origin
+        if of_other_code and same_rows(path, fresh):
+            fresh.unlink()
+            return len(questions), f"{path}: the same rows as before, kept"
+        fresh.replace(path)
     told = "".join(f", {n} {note}" for note, n in notes.items())
-    return rows, f"{path}: {rows} questions{told}"
+    return len(questions), f"{path}: {len(questions)} questions{told}"
 
 
-def damage(questions, study, name, notes):
+def same_rows(path, other):
+    """Whether two files hold the same rows, whatever they were made from."""
+    one, two = pq.ParquetFile(path), pq.ParquetFile(other)
+    groups = range(one.num_row_groups)
+    same_size = one.num_row_groups == two.num_row_groups
+    return same_size and all(one.read_row_group(i).equals(two.read_row_group(i)) for i in groups)
+
+
+def damage(questions, study, name, notes, processors):
     """Damaged rows, one at a time. `notes` counts what to tell."""
     for question, donor in zip(questions, find_donors(questions, study, name)):
         damaged = corrupt(question, donor, study["seed"], name)
@@ -482,7 +506,7 @@ def damage(questions, study, name, notes):
             notes["left as they were"] += 1
         if damaged["donor"] is not None and answer_text(donor) == answer_text(question):
             notes["with a picture of the same answer, as there is no other"] += 1
-        yield damaged
+        yield prepare.count_tokens(damaged, *processors)
 
 
 # The preview: a contact sheet of a few questions, clean and damaged, in cells of one size.

@@ -207,7 +207,9 @@ def main(config):
         for condition in config.conditions:
             run = run_name(condition, seed, config)
             tasks[run] = study, condition, seed, config
-    workers = prepare.count_workers(config.workers, len(tasks), prepare.worker_bytes(study))
+        Questions(study, condition, seed, config)  # stops before any run begins
+    model = prepare.model_path(Path(config.data), study)
+    workers = prepare.count_workers(config.workers, len(tasks), prepare.worker_bytes(model))
     print(amount(len(tasks), config))
     if study["preset"] != "tiny" and not torch.cuda.is_available():
         print("torch finds no card that it can use (nvidia-smi shows card and driver): all is "
@@ -237,8 +239,9 @@ def train_run(study, condition, seed, config, after_step=None):
     with prepare.locked(folder):
         if (folder / "config.json").exists():
             # its steps are compared here: a run under way may be given more, a finished one not
+            result = read_finished(folder, settings | {"steps": config.steps})
             print(f"{run} is finished: kept", flush=True)
-            return read_finished(folder, settings | {"steps": config.steps})
+            return result
 
         policy = load_policy(prepare.model_path(Path(config.data), study), study["max_pixels"],
                              lora_rank=config.lora_rank, seed=seed)
@@ -250,14 +253,16 @@ def train_run(study, condition, seed, config, after_step=None):
         config = preflight(policy, longest, questions.grounded, config)
 
         with stopping() as stop_asked:
-            skipped = 0  # steps in a row
             for step in range(done + 1, config.steps + 1):
                 row, samples = train_step(policy, optimizer, questions, step, config)
+                if not math.isfinite(row["entropy"]):
+                    raise UserError(f"{run} has logits that are not finite at step {step}: delete "
+                                    f"{folder}, and lower --learning_rate")
                 log_step(folder, row, samples)
                 if after_step:
                     after_step()
-                skipped = skipped + 1 if row["skipped"] else 0
-                if skipped == 3:
+                last = [row["skipped"] for row in step_rows(folder)[-3:]]
+                if last == [True, True, True]:
                     raise UserError(f"{run} skipped three steps in a row, because a reward or a "
                                     f"gradient is not finite: look into {folder}/rollouts.jsonl, "
                                     "delete that folder, and lower --learning_rate")
@@ -269,7 +274,7 @@ def train_run(study, condition, seed, config, after_step=None):
 
 
 # ------------------------------------------------------------------------------- one step of GRPO
-# P questions, G completions of each, R = P * G rows, T tokens of the longest completion.
+# P questions, G completions of each, R = P * G rows, T = max_new_tokens.
 
 
 def train_step(policy, optimizer, questions, step, config):
@@ -547,7 +552,7 @@ def completion_losses(policy, batch, rows, owner, leaves, damaged, config):
     if damaged is not None:
         bonus = grounding_bonus(divergence, entropy, batch.correct[rows], config.grounding_bound)
         losses = losses - config.grounding_weight * bonus
-        log["grounding"] = divergence * mask  # of every token, whether it was paid or not
+        log["grounding"] = divergence * mask  # of each of these tokens, paid or not
     return losses * mask, log
 
 
@@ -780,6 +785,10 @@ def check_config(config):
     if config.loss not in LOSSES:
         raise UserError(f"--loss {config.loss} is unknown: choose from {' '.join(LOSSES)}")
     # one completion has nothing to be compared with
+    prepare.check_once(config, "conditions", "corruption", "seeds")
+    for seed in config.seeds:
+        if not 0 <= seed < 2**63:
+            raise UserError(f"--seeds {seed} is not between 0 and 2^63: choose another")
     prepare.check_least(config, 2, "group_size")
     prepare.check_least(config, 1, "steps", "workers", "prompts_per_step", "max_new_tokens",
                         "lora_rank", "micro_batch_tokens", "updates_per_batch", "save_every")
@@ -946,7 +955,7 @@ def dequantized(policy):
     changed, sums, leaves, merged = [], [], [], set()
     in_fp32 = policy.dtype == torch.float32
     for module in policy.full.modules():  # a layer with an adapter comes before its base layer
-        adapted = isinstance(module, LoraLayer) and not module.disable_adapters
+        adapted = isinstance(module, LoraLayer) and is_adapted(module)
         if adapted and in_fp32 and policy.dequantize:
             base, (up, down) = module.base_layer, lora_matrices(module)
             whole = plain_weight(base) + up @ down
@@ -980,6 +989,11 @@ def plain_weight(base):
     if is_packed(base):
         return bnb.functional.dequantize_4bit(base.weight.data, base.weight.quant_state)
     return base.weight
+
+
+def is_adapted(layer):
+    """Whether the adapter in use changes this layer: another policy's may, and it may not."""
+    return not layer.disable_adapters and layer.active_adapters[0] in layer.lora_A
 
 
 def lora_matrices(layer):
@@ -1660,8 +1674,9 @@ def run_settings(study, questions, config):
 
 def check_settings(folder, old, new):
     """Stop where a run began with other settings, and say which."""
-    changed = [f"{key} was {old.get(key)}, is {new.get(key)}"
-               for key in {**old, **new} if old.get(key) != new.get(key)]
+    old, new = ({**settings, **settings["made_from"]} for settings in (old, new))
+    changed = [f"{key} was {old.get(key)}, is {new.get(key)}" for key in {**old, **new}
+               if key != "made_from" and old.get(key) != new.get(key)]
     if changed:
         raise UserError(f"{folder} was made with other settings ({'; '.join(changed)}): delete "
                         "that folder, or choose another --data")

@@ -83,13 +83,15 @@ def main(config):
     data = Path(config.data)
     study = prepare.load_study(data)
     check_config(config)
+    load_policies.cache_clear()  # an adapter or a file may be another than at the last call
+    open_questions.cache_clear()
     policies = find_policies(config, study)
     adapters = tuple((who, folder) for who, (folder, _) in policies.items() if folder)
     model = Model(prepare.model_path(data, study), study["max_pixels"], adapters,
                   config.memory_gb, config.cache_gb, study["preset"])
     inputs = find_inputs(config, study, policies)
     batches = sum(len(asked.batches()) for asked in inputs)
-    workers = prepare.count_workers(config.workers, batches, prepare.worker_bytes(study))
+    workers = prepare.count_workers(config.workers, batches, prepare.worker_bytes(model.path))
     print(amount(inputs, policies))
     if config.plan:
         print(measure(model, inputs, workers))
@@ -147,8 +149,10 @@ def find_inputs(config, study, policies):
             chosen.append((source, name, "train", TRAIN_LIMIT))
     inputs = [make_input(config, study, policies, source, name, split, config.limit or limit)
               for source, name, split, limit in chosen if split in config.splits]
+    inputs = [asked for asked in inputs if asked.ids]  # --only may name questions of one source alone
     if not inputs:
-        raise UserError("nothing is asked: choose other --splits or --corruptions, or no --only")
+        raise UserError("nothing is asked: choose other --splits or --corruptions, or an --only "
+                        "that names questions of them")
     return inputs
 
 
@@ -266,8 +270,8 @@ def answer(policy, who, questions, encoded, sizes, draws=None):
         cache = train.encode_prompts(policy, *encoded[0])
         done = train.generate(policy, cache, sizes.max_new_tokens)
         if not done.logprobs[done.mask].isfinite().all():
-            raise UserError(f"{who} cannot be asked: its logits are not finite; its training broke, "
-                            "take an earlier checkpoint of it")
+            raise UserError(f"{who} cannot be asked: its logits are not finite; its training broke: "
+                            "train it again with a lower learning rate")
         responses, grades = train.grade_completions(policy, questions, done, box_only=False)
         lengths = done.lengths.tolist()
         more = {"tokens": lengths, "truncated": done.finished.logical_not().tolist()}
@@ -490,8 +494,7 @@ def choose_rows(path, split, limit, only):
                                    "5 writes (report/strict-SOURCE.json)")
         table = table[table["id"].isin(strict["ids"])]
     if table.empty:
-        raise UserError(f"{only or path} names no question of the {split} split of {path}: choose "
-                        "other --benchmarks or --splits")
+        return {}
     table = table.iloc[prepare.stratified(table["id"], table["group"], limit)]
     return table.sort_values("prompt_tokens", ascending=False, kind="stable")["id"].to_dict()
 
@@ -511,6 +514,7 @@ def finished_runs(data):
 
 
 def check_config(config):
+    prepare.check_once(config, "benchmarks", "corruptions", "splits")
     prepare.check_least(config, 1, "limit", "max_new_tokens", "workers")
     prepare.check_least(config, 0, "samples")
     prepare.check_least(config, 1e-9, "memory_gb", "cache_gb")
@@ -544,6 +548,8 @@ def find_policies(config, study):
             found[name] = None, study["model_files"]
             continue
         folder = Path(name).resolve()
+        if folder.parent == (data / "policies").resolve():
+            name = folder.name
         if name in runs:
             folder = data / "policies" / name
             check_run(data, study, folder, runs[name]["settings"]["made_from"])

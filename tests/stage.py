@@ -3,6 +3,7 @@
 
 The warm start takes a few steps; whoever opens a socket ends with code 9, whoever takes too long of a processor by a signal.
 """
+import functools
 import hashlib
 import importlib
 import json
@@ -26,6 +27,18 @@ SMALLEST = {  # the smallest study: its stages with their options
     "04_evaluate": ["--workers", "1", "--max_new_tokens", "24"],
     "05_report": [],
 }
+
+
+def write_processors(folder):
+    """Tokenizer and image processor of the embedded model, where a test does without its weights."""
+    prepare = importlib.import_module("01_prepare")
+    make_tokenizer(prepare).save_pretrained(folder)
+    prepare.Qwen2VLImageProcessorPil(size={"shortest_edge": 56 * 56, "longest_edge": 12544}).save_pretrained(folder)
+
+
+@functools.cache
+def make_tokenizer(prepare):
+    return prepare.make_tokenizer(0)
 
 
 def hashed_grade(text, question, reward=False, think_opened=False):

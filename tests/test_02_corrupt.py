@@ -17,6 +17,7 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image, ImageDraw
 
 from conftest import ROOT, undecoded
+from stage import write_processors
 
 NAMES = "blank noise blur occlude irrelevant removed told misleading unsaid textless mismatch blur-0.05 occlude-0.25".split()
 PICTURELESS = ("removed", "told")
@@ -126,6 +127,7 @@ def test_other_processes_make_the_same_bytes(prepare, corrupt, tmp_path):
         (data / "study.json").write_text(json.dumps({"preset": "tiny", "model": "embedded", "model_files": {}, "max_pixels": 12544,
                                                      "versions": prepare.versions(), "seed": 0, "limit": 12,
                                                      "sources": {"train": "shapes", "benchmarks": ["shapes"]}, "artifacts": {"questions/shapes.parquet": digest}}))
+        write_processors(data / "model")
         subprocess.run([sys.executable, str(ROOT / "02_corrupt.py"), "--data", str(data), "--preview_rows", "1", "--workers", process,
                         "--corruptions", *corrupt.CORRUPTIONS], check=True,
                        capture_output=True, env=os.environ | {"PYTHONHASHSEED": process, "OMP_NUM_THREADS": threads})
@@ -562,6 +564,7 @@ def data(prepare, tmp_path):
     study = {"preset": "tiny", "model": "embedded", "model_files": {}, "seed": 0, "max_pixels": 12544, "versions": prepare.versions(),
              "sources": {"train": "world", "benchmarks": ["world", "school"]}, "artifacts": artifacts}
     (tmp_path / "study.json").write_text(json.dumps(study))
+    write_processors(tmp_path / "model")
     return tmp_path
 
 
@@ -624,8 +627,50 @@ def test_main_twice_writes_nothing_and_another_order_writes_the_same(prepare, co
     donors = {row["id"]: row["donor"] for row in read(prepare, data / "corrupted/world/mismatch.parquet")}
     prepare.write_questions(data / "questions/world.parquet", shuffled, {})
     table = prepare.read_questions(data / "questions/world.parquet", "")
-    damaged = corrupt.damage(table, {"seed": 0, "limit": None}, "mismatch", Counter())
+    processors = prepare.load_processors(str(data / "model"), 12544)
+    damaged = corrupt.damage(table, {"seed": 0, "limit": None}, "mismatch", Counter(), processors)
     assert {row["id"]: row["donor"] for row in damaged} == donors
+
+
+@pytest.mark.parametrize("name", ["mismatch", "misleading", "removed", "unsaid", "blank"])
+def test_a_damaged_row_says_how_long_its_own_prompt_is(prepare, corrupt, data, name):
+    """Memory is planned by it: a donor may have more pictures, a hint makes the text longer."""
+    corrupt.main(corrupt.Config(data=str(data), workers=1, corruptions=[name], preview_rows=0))
+    processors = prepare.load_processors(str(data / "model"), 12544)
+    rows = [row for source in ("world", "school") for row in read(prepare, data / f"corrupted/{source}/{name}.parquet")]
+    encoded = [prepare.encode(row, *processors) for row in rows]
+    assert [row["prompt_tokens"] for row in rows] == [len(prompt.input_ids) for prompt in encoded]
+    pad = processors[0].convert_tokens_to_ids("<|image_pad|>")
+    assert [row["image_tokens"] for row in rows] == [prompt.input_ids.count(pad) for prompt in encoded]
+
+
+def test_no_question_needs_a_donor_where_all_are_choices(prepare, corrupt, data):
+    """ScienceQA: a wrong choice is at hand for each."""
+    path = data / prepare.input_path("school", "clean")
+    choices = [row for row in read(prepare, path) if row["answer_type"] == "choice"]
+    prepare.write_questions(path, choices, {})
+    study = json.loads((data / "study.json").read_text())
+    study["artifacts"][prepare.input_path("school", "clean")] = prepare.sha256(path)
+    (data / "study.json").write_text(json.dumps(study))
+    corrupt.main(corrupt.Config(data=str(data), workers=1, corruptions=["misleading"], preview_rows=0))
+    rows = read(prepare, data / "corrupted/school/misleading.parquet")
+    assert len(rows) == len(choices) > 0 and corrupt.pair([], None) == []
+    assert all(row["problem"] != clean["problem"] for row, clean in zip(rows, choices))
+
+
+def test_a_file_stays_where_other_code_makes_the_same_rows(prepare, corrupt, data, monkeypatch, capsys):
+    """Policies are made from it: a comment or one more corruption in stage 2 must not void them, another row must."""
+    settings_ = corrupt.Config(data=str(data), workers=1, corruptions=["noise"], preview_rows=0)
+    path = data / "corrupted/world/noise.parquet"
+    corrupt.main(settings_)
+    before, real = path.read_bytes(), prepare.sha256
+    monkeypatch.setattr(prepare, "sha256", lambda file: "other code" if file.name == "02_corrupt.py" else real(file))
+    corrupt.main(settings_)
+    assert path.read_bytes() == before and "the same rows as before" in capsys.readouterr().out and len([*path.parent.glob("*.*")]) == 2
+    noise = corrupt.CORRUPTIONS["noise"]
+    monkeypatch.setitem(corrupt.CORRUPTIONS, "noise", lambda question, donor, rng, severity: noise(question, donor, rng, severity) | {"problem": question["problem"] + " Why?"})
+    corrupt.main(settings_)
+    assert all(row["problem"].endswith(" Why?") for row in read(prepare, path)) and prepare.made_from(path)["code"] == "other code"
 
 
 def test_another_seed_is_noticed(corrupt, data):

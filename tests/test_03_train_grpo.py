@@ -1235,9 +1235,9 @@ def test_a_checkpoint_is_replaced_and_nothing_of_a_killed_one_stays(train, polic
     optimizer = train.make_optimizer(policy, train.Config(learning_rate=1e-3))
     for step in (9, 10):
         (tmp_path / ".checkpoint.safetensors.part").write_bytes(b"killed")
-        train.save_checkpoint(tmp_path, policy, optimizer, step, {})
+        train.save_checkpoint(tmp_path, policy, optimizer, step, {"made_from": {}})
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.safetensors"]
-    assert train.resume(tmp_path, policy, optimizer, {}, train.Config(steps=10)) == 10
+    assert train.resume(tmp_path, policy, optimizer, {"made_from": {}}, train.Config(steps=10)) == 10
 
 
 @pytest.mark.parametrize("what, bad", [("reward", math.nan), ("reward", -math.inf), ("gradient", math.nan), ("gradient", math.inf)])
@@ -1271,8 +1271,27 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(train, prepare, data, 
     assert rows[1]["loss"] is None and rows[1]["grad_norm"] is None
     shutil.rmtree(data / "policies")
     steps += [3, 4]
-    with pytest.raises(prepare.UserError, match=f"{NAME.replace('+', '.')} skipped three steps in a row, because a reward or a gradient is not finite: "):
-        run(train, data)
+    for _ in range(2):  # and the same command does not go on after them
+        with pytest.raises(prepare.UserError, match=f"{NAME.replace('+', '.')} skipped three steps in a row, because a reward or a gradient is not finite: "):
+            run(train, data, save_every=3)
+
+
+def test_a_policy_whose_logits_are_not_finite_stops_the_run(train, prepare, data, monkeypatch):
+    grade_by_hash(prepare, monkeypatch)
+    with pytest.raises(prepare.UserError, match="has logits that are not finite at step 2: .*lower --learning_rate"):
+        run(train, data, learning_rate=1e30)
+    (rows,) = [prepare.read_jsonl(path) for path in data.glob("policies/*/train.jsonl")]
+    assert [row["step"] for row in rows] == [1]
+
+
+@pytest.mark.parametrize("options, says", [
+    (dict(seeds=[2**64]), "--seeds 18446744073709551616 is not between"), (dict(seeds=[1, 1]), "--seeds has 1 twice"),
+    (dict(corruption=["blank", "blank"]), "--corruption has blank twice"), (dict(memory_gb=math.inf), "--memory_gb inf is"),
+    (dict(cache_gb=math.inf), "--cache_gb inf is"), (dict(conditions=["standard", "hallucination"], corruption=["blnk"]), "blnk.parquet is missing")])
+def test_what_cannot_work_is_said_before_any_run_begins(train, prepare, data, monkeypatch, options, says):
+    monkeypatch.setattr(train, "train_run", None)
+    with pytest.raises(prepare.UserError, match=says):
+        run(train, data, **options)
 
 
 def test_a_finished_run_is_kept_and_a_longer_one_refused(train, prepare, uninterrupted):

@@ -69,7 +69,6 @@ def test_answers_that_were_not_joined_are_joined(evaluate, data, monkeypatch):
     path = data / "answers" / "base" / "shapes" / "clean.jsonl"
     lines = path.read_text().splitlines(True)
     monkeypatch.setattr(evaluate, "answer", None)  # nothing is answered anew
-    monkeypatch.setattr(evaluate, "load_policies", None)
     for older in ([], lines[:2]):
         path.unlink()
         if older:
@@ -98,10 +97,23 @@ def test_only_the_ids_of_a_file_are_asked_and_other_answers_stay(evaluate, prepa
         rows |= {row["id"]: row for row in evaluate.main(config(evaluate, data, only=str(file)))["base", "shapes", "clean"]}
     kept = prepare.read_jsonl(data / "answers/base/shapes/clean.jsonl")
     assert {row["id"] for row in kept} == set(ids) and all(rows[row["id"]] == row for row in kept)
-    for text, says in ('{"ids": []}', "names no question"), ("[]", "no proper ids.*a file of ids"), ('{"ids": 3}', "no proper ids"), ("{", "cannot be read"):
+    for text, says in ('{"ids": []}', "an --only that names questions"), ("[]", "no proper ids.*a file of ids"), ('{"ids": 3}', "no proper ids"), ("{", "cannot be read"):
         file.write_text(text)
         with pytest.raises(prepare.UserError, match=says):
             evaluate.main(config(evaluate, data, only=str(file)))
+
+
+@pytest.mark.parametrize("options, says", [
+    (dict(benchmarks=["shapes", "shapes"]), "--benchmarks has shapes twice"), (dict(corruptions=["clean", "clean"]), "--corruptions has clean twice"),
+    (dict(memory_gb=math.inf), "--memory_gb inf is")])
+def test_what_cannot_work_is_one_sentence(evaluate, prepare, data, options, says):
+    with pytest.raises(prepare.UserError, match=says):
+        evaluate.main(config(evaluate, data, **options))
+
+
+def test_a_policy_is_named_by_its_folder_too(evaluate, data):
+    by_name = evaluate.main(config(evaluate, data, policies=["standard-s0"]))
+    assert evaluate.main(config(evaluate, data, policies=[str(data / "policies" / "standard-s0")])) == by_name
 
 
 def test_drawn_answers_are_those_of_one_question_alone(evaluate, prepare, train, data):
@@ -285,6 +297,39 @@ def test_an_adapter_from_elsewhere_answers_as_it_should(evaluate, report, data, 
     (folder / "adapter_model.safetensors").write_bytes(b"another")
     with pytest.raises(report.UserError, match="my_adapter"):
         report.main(report.Config(data=str(data), resamples=50, gallery=1))
+
+
+def answers_of(rows):
+    return [(row["id"], row["response"], row.get("token_nats")) for row in rows]
+
+
+def test_policies_may_adapt_other_layers(evaluate, data, tmp_path):
+    """One of all linear layers and one of two kinds of them, asked together, answer as each alone."""
+    folder = adapter_of_ones_own(data, tmp_path, target_modules=["q_proj", "v_proj"])
+    matrices = load_file(folder / "adapter_model.safetensors")
+    save_file({name: value for name, value in matrices.items() if "q_proj" in name or "v_proj" in name}, folder / "adapter_model.safetensors")
+    alone = [evaluate.main(config(evaluate, data, policies=[policy])) for policy in ("standard-s0", str(folder))]
+    shutil.rmtree(data / "answers")
+    together = evaluate.main(config(evaluate, data, policies=["standard-s0", str(folder)]))
+    for one in alone:
+        ((place, rows),) = one.items()
+        assert answers_of(together[place]) == answers_of(rows)
+
+
+def test_an_adapter_that_was_replaced_answers_anew_in_one_process(evaluate, data, tmp_path):
+    folder = adapter_of_ones_own(data, tmp_path)
+    base = evaluate.main(config(evaluate, data))["base", "shapes", "clean"]
+    before = evaluate.main(config(evaluate, data, policies=[str(folder)]))["my_adapter", "shapes", "clean"]
+    matrices = load_file(folder / "adapter_model.safetensors")
+    save_file({name: value * ("lora_A" in name) for name, value in matrices.items()}, folder / "adapter_model.safetensors")
+    after = evaluate.main(config(evaluate, data, policies=[str(folder)]))["my_adapter", "shapes", "clean"]
+    assert [row["response"] for row in after] == [row["response"] for row in base] != [row["response"] for row in before]
+
+
+def test_only_passes_over_a_source_of_which_it_names_no_question(evaluate, data, tmp_path):
+    file = tmp_path / "only.json"
+    file.write_text('{"ids": ["elsewhere/1"]}')
+    assert evaluate.choose_rows(data / "questions/shapes.parquet", "test", 5, str(file)) == {}
 
 
 @pytest.mark.parametrize("changes, says", [

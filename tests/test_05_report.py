@@ -25,6 +25,8 @@ from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
+from stage import write_processors
+
 PICTURE = {"clean": 1.0, "blur-0.02": 0.8, "blur-0.05": 0.4, "blur": 0.1, "occlude-0.25": 0.6, "occlude": 0.3,
            "occlude-0.75": 0.1, "misleading": 0.8, "unsaid": 0.9, "mismatch": 1.0, "edited": 1.0}  # how much an input shows; others: nothing
 POLICIES = {"base": dict(sees=0.25, reads=0.2, formed=0.6), "standard-s0": dict(sees=0.85, reads=0.9, formed=0.98),
@@ -57,6 +59,7 @@ def make_study(data, prepare, corrupt, policies=POLICIES, names=("blank", "remov
     study = {"preset": "tiny", "model": "embedded", "model_files": {}, "sources": {"train": "shapes", "benchmarks": ["shapes"]}, "seed": 0, "limit": limit,
              "max_pixels": 12544, "versions": {"torch": importlib.metadata.version("torch")}, "artifacts": {clean: prepare.sha256(data / clean)}}
     (data / "study.json").write_text(json.dumps(study))
+    write_processors(data / "model")
     corrupt.main(corrupt.Config(data=str(data), workers=1, corruptions=list(names), preview_rows=0))
     asked = [("test", "", name) for name in ("clean", *names)] + [("train", "train", name) for name in trained]
     for policy, settings_ in policies.items():

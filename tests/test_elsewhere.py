@@ -325,7 +325,7 @@ def real_study(prepare, corrupt, tmp_path_factory):
         study["artifacts"][clean] = prepare.sha256(data / clean)
     (data / "study.json").write_text(json.dumps(study))
 
-    def leave_as_it_is(data, source, digest, study, name):
+    def leave_as_it_is(data, source, digest, study, model, name):
         clean, path = prepare.input_path(source, "clean"), data / prepare.input_path(source, name)
         table = pq.read_table(data / clean)
         origin = json.dumps({clean: digest, "seed": study["seed"]}).encode()
