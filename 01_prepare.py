@@ -3029,8 +3029,10 @@ def check_least(config, least: float, *names: str):
     """Stop if one of these options, where it is given, is smaller, or no finite number."""
     for name in names:
         value = getattr(config, name)
-        if value is not None and not least <= value < math.inf:  # so that nan is caught too
-            raise UserError(f"--{name} {value} is too small or no number: choose at least {least}")
+        if value is not None and not value >= least:  # so that nan is caught too
+            raise UserError(f"--{name} {value} is too small: choose at least {least}")
+        if value == math.inf:
+            raise UserError(f"--{name} {value} is no number of anything: choose a finite one")
 
 
 def check_once(config, *names: str):

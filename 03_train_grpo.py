@@ -207,7 +207,8 @@ def main(config):
         for condition in config.conditions:
             run = run_name(condition, seed, config)
             tasks[run] = study, condition, seed, config
-        Questions(study, condition, seed, config)  # stops before any run begins
+    for condition in config.conditions:
+        Questions(study, condition, 0, config)  # stops here where an input is missing or stale
     model = prepare.model_path(Path(config.data), study)
     workers = prepare.count_workers(config.workers, len(tasks), prepare.worker_bytes(model))
     print(amount(len(tasks), config))
