@@ -2539,14 +2539,17 @@ def hash_model(data, model):
 
 def model_path(data: Path, study: Mapping, weights: bool = True) -> str:
     """Where the study's model is: in the data folder, in a folder or in the hub's cache; stops if
-    it is not the one recorded."""
-    model, wanted = study["model"], ["*.json", "*.jinja", "*.txt"]
+    it is not the one recorded. Without `weights`: its config and processors alone."""
+    model, files = study["model"], study["model_files"]
+    wanted = ["*.json", "*.jinja", "*.txt"]
     if weights:
         wanted.append("*.safetensors")
-    if commit := study["model_files"].get(f"hub:{model}"):
+    else:
+        files = {name: digest for name, digest in files.items() if not name.endswith(".safetensors")}
+    if commit := files.get(f"hub:{model}"):
         with loading(model):  # as it was, whatever the hub has now
             return huggingface_hub.snapshot_download(model, revision=commit, allow_patterns=wanted)
-    check_fresh(data, data / "study.json", study["model_files"], "run 01_prepare.py again")
+    check_fresh(data, data / "study.json", files, "run 01_prepare.py again")
     return str(data / "model") if model == "embedded" else model
 
 
@@ -3026,13 +3029,13 @@ def keep_quiet():
 
 
 def check_least(config, least: float, *names: str):
-    """Stop if one of these options, where it is given, is smaller, or no finite number."""
+    """Stop if one of these options, where it is given, is smaller or not finite."""
     for name in names:
         value = getattr(config, name)
         if value is not None and not value >= least:  # so that nan is caught too
             raise UserError(f"--{name} {value} is too small: choose at least {least}")
         if value == math.inf:
-            raise UserError(f"--{name} {value} is no number of anything: choose a finite one")
+            raise UserError(f"--{name} {value} is not finite: choose a number")
 
 
 def check_once(config, *names: str):

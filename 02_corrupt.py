@@ -17,7 +17,7 @@ ids, order and gold answers stay as they are.
     edited, kept of shapes alone: one edit that changes the answer, and one that does not; for asking,
                  not for training: the gold of `edited` is the answer to the picture before the edit
 
-reads   data/study.json, data/questions/SOURCE.parquet
+reads   data/study.json, data/questions/SOURCE.parquet, the model's tokenizer and image processor
 writes  data/corrupted/SOURCE/NAME.parquet, data/corrupted/preview.png (look at it)
 run     python 02_corrupt.py                                           what the report needs
         python 02_corrupt.py --corruptions blank blur-0.1 occlude-0.9  what you want to know
@@ -37,6 +37,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageOps, ImageStat
 from tqdm import tqdm
@@ -457,7 +458,7 @@ def find_donors(questions, study, name):
 # Files. A file is the task of a worker; rows pass one at a time, so that a source's pictures are
 # never all decoded at once. What a file was made from is kept in it: what is up to date stays, and
 # so does a file whose rows a change of this code has left as they were, for policies and answers
-# were made from it.
+# were made from it. (It keeps the origin that it has, so each later run makes it again to compare.)
 
 WORKER_BYTES = 1e9  # a process: what it imports, and 64 pictures of a file
 
@@ -473,29 +474,33 @@ def write_damaged(data, source, digest, study, model, name):
     origin = {clean: digest, "seed": study["seed"], **code}
     if name in EDITS:
         origin["note"] = "for asking, not for training: the gold is that of the picture before the edit"
-    notes, fresh = Counter(), path.with_suffix(".fresh")
+    notes, fresh = Counter(), path.with_name(f".{path.stem}.fresh")
     with prepare.locked(path):
         old = prepare.made_from(path) if path.exists() else {}
         if old == origin:
             return len(questions), f"{path}: up to date"
         processors = prepare.load_processors(model, study["max_pixels"])
         rows = damage(questions, study, name, notes, processors)
-        prepare.write_questions(fresh, rows, origin)
-        of_other_code = {**old, **code} == origin
-        if of_other_code and same_rows(path, fresh):
-            fresh.unlink()
-            return len(questions), f"{path}: the same rows as before, kept"
-        fresh.replace(path)
+        try:
+            prepare.write_questions(fresh, rows, origin)
+            # by the same questions and seed: it is the code that has changed
+            if old | code == origin and same_rows(path, fresh):
+                return len(questions), f"{path}: the same rows as before, kept"
+            fresh.replace(path)
+        finally:
+            prepare.remove(fresh)
     told = "".join(f", {n} {note}" for note, n in notes.items())
     return len(questions), f"{path}: {len(questions)} questions{told}"
 
 
 def same_rows(path, other):
-    """Whether two files hold the same rows, whatever they were made from."""
-    one, two = pq.ParquetFile(path), pq.ParquetFile(other)
-    groups = range(one.num_row_groups)
-    same_size = one.num_row_groups == two.num_row_groups
-    return same_size and all(one.read_row_group(i).equals(two.read_row_group(i)) for i in groups)
+    """Whether two files hold the same rows, whatever they were made from; a damaged one does not."""
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as one, pq.ParquetFile(other) as two:
+            groups = range(max(one.num_row_groups, two.num_row_groups))
+            return all(one.read_row_group(i).equals(two.read_row_group(i)) for i in groups)
+    except (OSError, ValueError, IndexError, pa.ArrowException):  # or of fewer groups
+        return False
 
 
 def damage(questions, study, name, notes, processors):

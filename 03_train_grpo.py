@@ -208,7 +208,8 @@ def main(config):
             run = run_name(condition, seed, config)
             tasks[run] = study, condition, seed, config
     for condition in config.conditions:
-        Questions(study, condition, 0, config)  # stops here where an input is missing or stale
+        for name in ("clean", *corruptions_of(condition, config)):  # before any run begins
+            prepare.check_input(Path(config.data), study, study["sources"]["train"], name)
     model = prepare.model_path(Path(config.data), study)
     workers = prepare.count_workers(config.workers, len(tasks), prepare.worker_bytes(model))
     print(amount(len(tasks), config))
@@ -275,7 +276,7 @@ def train_run(study, condition, seed, config, after_step=None):
 
 
 # ------------------------------------------------------------------------------- one step of GRPO
-# P questions, G completions of each, R = P * G rows, T = max_new_tokens.
+# P questions, G completions of each, R = P * G rows, T places for tokens.
 
 
 def train_step(policy, optimizer, questions, step, config):
@@ -785,11 +786,11 @@ def check_config(config):
                             f"{' '.join(CONDITIONS)}")
     if config.loss not in LOSSES:
         raise UserError(f"--loss {config.loss} is unknown: choose from {' '.join(LOSSES)}")
-    # one completion has nothing to be compared with
     prepare.check_once(config, "conditions", "corruption", "seeds")
     for seed in config.seeds:
         if not 0 <= seed < 2**63:
             raise UserError(f"--seeds {seed} is not between 0 and 2^63: choose another")
+    # one completion has nothing to be compared with
     prepare.check_least(config, 2, "group_size")
     prepare.check_least(config, 1, "steps", "workers", "prompts_per_step", "max_new_tokens",
                         "lora_rank", "micro_batch_tokens", "updates_per_batch", "save_every")

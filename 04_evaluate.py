@@ -489,12 +489,15 @@ def choose_rows(path, split, limit, only):
     columns = ["id", "split", "group", "prompt_tokens"]
     table = open_questions(path).select_columns(columns).to_pandas()
     table = table[table["split"] == split]
+    if table.empty:
+        raise UserError(f"{path} has no question of the {split} split: choose other --benchmarks or "
+                        "--splits")
     if only:
         strict = prepare.read_json(Path(only), {"ids": [str]}, "give --only a file of ids, such as stage "
                                    "5 writes (report/strict-SOURCE.json)")
         table = table[table["id"].isin(strict["ids"])]
-    if table.empty:
-        return {}
+        if table.empty:  # its ids are of another source
+            return {}
     table = table.iloc[prepare.stratified(table["id"], table["group"], limit)]
     return table.sort_values("prompt_tokens", ascending=False, kind="stable")["id"].to_dict()
 

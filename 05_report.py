@@ -705,9 +705,10 @@ def eight_settings(panel, trained, differences):
             found[setting] = accuracy_of(where, "standard" if of == "clean" else condition, name)
             if of == "clean":
                 found["base"][setting] = accuracy_of(where, "base", name)
-        if found["S1"] and found["base"]["S1"] and trained.source == panel.source:
-            both = [run for run in standard if run in trained.answers]
-            found["memorised"] = over_runs([apart(trained.gain(run), panel.gain(run)) for run in both])
+        asked_both = [run for run in standard if trained and run in trained.answers]
+        if asked_both and found["S1"] and found["base"]["S1"] and trained.source == panel.source:
+            moved = [apart(trained.gain(run), panel.gain(run)) for run in asked_both]
+            found["memorised"] = over_runs(moved)
         found["carried"] = differences[condition, "base"]["clean"]
         if found["S4"] and takes_away(condition):
             worth = [panel.right(run, "clean") - panel.right(run, asked) for run in standard]
@@ -1177,9 +1178,9 @@ def read_benchmarks(data, study, resamples, seen):
         panels.append(panel)
         for name in (*prepare.NO_PICTURE, "edited"):
             lacking = [policy for policy, inputs in panel.answers.items() if name not in inputs]
-            if lacking and name in panel.inputs:
-                seen.notes.append(f"{', '.join(lacking)}: not all questions of {source} were asked under "
-                                  f"{name}, and so no measure of any policy rests on that input")
+            if 0 < len(lacking) < len(panel.answers):  # nobody's: not asked, or of a sample
+                seen.notes.append(f"{', '.join(lacking)}: no answers to {source} under {name}, so but for "
+                                  "accuracies no number of any policy rests on that input")
         if source in CLUSTERED:
             seen.notes.append(f"{source} asks several questions about one problem: its intervals and "
                               "tests, which count them as independent, are too sure")
@@ -1424,7 +1425,8 @@ def cell(x, form=percent, n=None):
 def grid(caption, rows, columns, n=None, form=percent, **more):
     """A table; `rows`: label -> measures, `columns`: title -> path of a measure in them.
 
-    `n` questions stand in the caption: another number is told, if given. `form` writes a number. `more`:
+    `n` questions, as the caption says: a cell of another number tells its own. None: none does.
+    `form` writes a number. `more`:
     kind="heat" colours cells by their share, `groups` of columns are (title, how many).
     """
     cells = []
@@ -1481,7 +1483,8 @@ def settings_table(condition, found):
     settings = [found[name] for name in SETTINGS]
     rows = {"trained on nothing": found["base"].values(), "clean (S1 to S4)": settings[:4],
             f"{condition} (S5 to S8)": settings[4:]}
-    told = "".join({f", n = {x['n']}" for x in settings[::2] if x})  # the same for all of them
+    numbers = sorted({found[name]["n"] for name in ("S1", "S3", "S5", "S7") if found[name]})
+    told = f", n = {' or '.join(map(str, numbers))}" if numbers else ""
     return grid(f"the paper\u2019s S1 to S8, right answers to old questions (trained on{told}) and new ones",
                 {name: dict(zip(columns, row)) for name, row in rows.items()},
                 {name: (name,) for name in columns})

@@ -1355,6 +1355,7 @@ ASKED = [("choice", "B", COLOURS), ("choice", "A", ["(", "[a-z]*", "\\", ""]), (
        st.sampled_from(["mathvista", "mmmu", "scienceqa", "mathvision", "mathverse", "wemath", "mine"]))
 @settings(max_examples=5 * EXAMPLES)
 @example("@E", ("choice", "B", COLOURS), "mathvista")  # marks that the grader may use for its own ends
+@example("red\nE", ("choice", "B", COLOURS), "mathvista")
 def test_no_text_raises(prepare, text, about, source):
     about = question(*about, source=source)
     for response in (text, f"\\boxed{{{text}}}", f"<answer>{text}</answer>"):

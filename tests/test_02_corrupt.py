@@ -663,14 +663,21 @@ def test_a_file_stays_where_other_code_makes_the_same_rows(prepare, corrupt, dat
     settings_ = corrupt.Config(data=str(data), workers=1, corruptions=["noise"], preview_rows=0)
     path = data / "corrupted/world/noise.parquet"
     corrupt.main(settings_)
-    before, real = path.read_bytes(), prepare.sha256
-    monkeypatch.setattr(prepare, "sha256", lambda file: "other code" if file.name == "02_corrupt.py" else real(file))
+    before, real, code = path.read_bytes(), prepare.sha256, ["second"]
+    monkeypatch.setattr(prepare, "sha256", lambda file: code[0] if file.name == "02_corrupt.py" else real(file))
     corrupt.main(settings_)
-    assert path.read_bytes() == before and "the same rows as before" in capsys.readouterr().out and len([*path.parent.glob("*.*")]) == 2
+    assert path.read_bytes() == before and "the same rows as before" in capsys.readouterr().out
+    assert {file.name for file in path.parent.iterdir()} == {path.name, ".noise.parquet.lock"}
+    with open(path, "r+b") as file:  # damage is no reason to stop: the file is made anew
+        file.seek(len(before) // 2)
+        file.write(bytes([before[len(before) // 2] ^ 1]))
+    corrupt.main(settings_)
+    assert prepare.made_from(path)["code"] == "second" and len(read(prepare, path)) > 0
+    code[0] = "third"
     noise = corrupt.CORRUPTIONS["noise"]
     monkeypatch.setitem(corrupt.CORRUPTIONS, "noise", lambda question, donor, rng, severity: noise(question, donor, rng, severity) | {"problem": question["problem"] + " Why?"})
     corrupt.main(settings_)
-    assert all(row["problem"].endswith(" Why?") for row in read(prepare, path)) and prepare.made_from(path)["code"] == "other code"
+    assert all(row["problem"].endswith(" Why?") for row in read(prepare, path)) and prepare.made_from(path)["code"] == "third"
 
 
 def test_another_seed_is_noticed(corrupt, data):

@@ -330,6 +330,8 @@ def test_only_passes_over_a_source_of_which_it_names_no_question(evaluate, data,
     file = tmp_path / "only.json"
     file.write_text('{"ids": ["elsewhere/1"]}')
     assert evaluate.choose_rows(data / "questions/shapes.parquet", "test", 5, str(file)) == {}
+    with pytest.raises(evaluate.UserError, match="has no question of the dev split"):
+        evaluate.choose_rows(data / "questions/shapes.parquet", "dev", 5, str(file))
 
 
 @pytest.mark.parametrize("changes, says", [

@@ -566,9 +566,10 @@ def test_an_input_asked_of_a_sample_takes_no_question_from_the_others(report, re
         rows = sorted(prepare.read_jsonl(path), key=lambda row: row["id"])[:30]
         prepare.write_jsonl(path, rows)
         kept[path.parent.parent.name] = sum(row["correct"] for row in rows)
-    found = run(report, copy)["accuracy"]
+    found = run(report, copy)
+    assert not any("removed" in note for note in found["notes"])
     for policy, right in kept.items():
-        there = found[policy]["shapes"]
+        there = found["accuracy"][policy]["shapes"]
         assert (there["removed"]["n"], there["removed"]["correct"]) == (30, right)
         assert there["clean"] == results["accuracy"][policy]["shapes"]["clean"]
 
@@ -781,10 +782,9 @@ def test_who_lacks_answers_is_named(report, copy):
 
 def test_who_was_not_asked_without_the_picture_is_named(report, copy):
     (copy / "answers" / "mixed-blank-s0" / "shapes" / "blank.jsonl").unlink()
-    rewrite(copy, "standard-s0", "removed", lambda rows: rows[:0] + rows)
     found = run(report, copy)
-    (note,) = [note for note in found["notes"] if "no measure" in note]
-    assert note.startswith("mixed-blank-s0: not all questions of shapes were asked under blank")
+    (note,) = [note for note in found["notes"] if "rests on that input" in note]
+    assert note.startswith("mixed-blank-s0: no answers to shapes under blank")
     assert found["sources"]["shapes"]["without_picture"] == "removed"
 
 
@@ -1044,6 +1044,9 @@ def test_a_run_that_was_not_asked_about_its_training_is_left_out_of_what_was_mem
     shutil.rmtree(data / "answers" / "standard-s1" / "shapes" / "train")
     found = run(report, data)["s1_to_s8"]["shapes"]["hallucination-blank"]
     assert found["S1"]["seeds"] == found["memorised"]["seeds"] == 2 and found["picture"]["seeds"] == 3
+    for seed in range(3):
+        shutil.rmtree(data / "answers" / f"standard-s{seed}" / "shapes" / "train", ignore_errors=True)
+    assert "memorised" not in run(report, data)["s1_to_s8"]["shapes"]["hallucination-blank"]
 
 
 def test_damaged_text_takes_no_picture_away(report, prepare, corrupt, tmp_path):
@@ -1065,6 +1068,8 @@ def test_the_page_opens_with_three_sentences_that_follow_from_tests(results, stu
     blind, seeing = (round(100 * x["value"]) for x in gains.values())
     assert said[0]["text"].startswith(f"Trained on blank pictures only, the model gained {blind} points; trained on the real pictures, it "
                                       f"gained {seeing} points. So ") and said[0]["text"].endswith("came without ever seeing the questions\u2019 pictures.")
+    ratio = gains["hallucination-blank-s0"]["value"] / gains["standard-s0"]["value"]
+    assert f"share {100 * ratio:.1f}%" in said[0]["numbers"]
     parts = results["gains"]["standard-s0"]["shapes"]
     assert said[1]["text"].startswith(f"Of the {seeing} points gained by training on the real pictures, {100 * parts['visual']['value']:.0f} need the "
                                       f"picture, {100 * parts['format']['value']:.0f} are the asked-for form alone, ")
