@@ -61,7 +61,7 @@ class Server:
         self.process = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1, **more)
         assert self.process.stdout.readline() == "ready\n"
 
-    def begin(self, stage, *options, seconds=10, user=0):
+    def begin(self, stage, *options, seconds=30, user=0):
         print(json.dumps([seconds, user, stage, *map(str, options)]), file=self.process.stdin)
         return int(self.process.stdout.readline())
 

@@ -1337,7 +1337,7 @@ def test_a_million_hostile_characters_in_a_question_take_no_time(prepare, kind, 
             prepare.grade("\\boxed{B}", about)
             prepare.grade("The answer is B.", about)
             times.append(time.process_time() - start)
-        assert min(times) < 0.1  # of two responses
+        assert min(times) < 0.5  # of two responses
 
 
 PIECES = st.lists(
@@ -1383,7 +1383,7 @@ def test_a_million_hostile_characters_take_no_time(prepare, piece, where):
             start = time.process_time()
             verdict = prepare.grade(text, question(*about, source=sources[about[0]]))
             times.append(time.process_time() - start)
-        assert min(times) < 0.25  # some 30 ms; what is not linear takes seconds
+        assert min(times) < 0.5  # some 30 ms; what is not linear takes seconds
         assert not verdict.correct and len(verdict.answer or "") <= 400
 
 
