@@ -896,3 +896,13 @@ def test_deep_greys_keep_their_shades(prepare):
         assert np.abs(np.asarray(picture)[..., 0] / 255 - ramp).max() < 0.01
     half = prepare.open_picture(encoded(Image.fromarray((ramp * 32768).astype(np.uint16)), "PNG"), None)  # not stretched to white
     assert np.abs(np.asarray(half)[..., 0] / 255 - ramp / 2).max() < 0.01
+
+
+def test_another_instruction_makes_other_questions(stage, prepare, monkeypatch):
+    """It is part of every prompt, so what was trained on or answered before must not pass as made from these, even at the same length."""
+    made = [stage("one", benchmarks=["shapes"])[0]["artifacts"]]
+    made.append(stage("two", benchmarks=["shapes"])[0]["artifacts"])
+    monkeypatch.setattr(prepare, "INSTRUCTION", prepare.INSTRUCTION.replace("then", "and"))
+    made.append(stage("three", benchmarks=["shapes"])[0]["artifacts"])
+    first, again, other = (each["questions/shapes.parquet"] for each in made)
+    assert first == again != other
