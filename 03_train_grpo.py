@@ -1676,9 +1676,10 @@ def run_settings(study, questions, config):
 
 def check_settings(folder, old, new):
     """Stop where a run began with other settings, and say which."""
-    old, new = ({**settings, **settings["made_from"]} for settings in (old, new))
-    changed = [f"{key} was {old.get(key)}, is {new.get(key)}" for key in {**old, **new}
-               if key != "made_from" and old.get(key) != new.get(key)]
+    was = {**old, **old["made_from"]}  # each artifact by its name
+    now = {**new, **new["made_from"]}
+    changed = [f"{key} was {was.get(key)}, is {now.get(key)}" for key in {**was, **now}
+               if key != "made_from" and was.get(key) != now.get(key)]
     if changed:
         raise UserError(f"{folder} was made with other settings ({'; '.join(changed)}): delete "
                         "that folder, or choose another --data")

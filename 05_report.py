@@ -257,7 +257,8 @@ def depends(name, about, source):
 
 
 def share_of_gain(panel, blind, seeing):
-    """Gain of `blind` over gain of `seeing` on clean input: a ratio of means over the same seeds."""
+    """Gain of `blind` over gain of `seeing` on clean input, a ratio of means; nothing unless both
+    have the same seeds."""
     if panel.conditions[blind].keys() != panel.conditions[seeing].keys():
         return None
     gains = [(panel.gain(one), panel.gain(two)) for one, two in panel.by_seed(blind, seeing).values()]
